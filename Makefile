@@ -1,0 +1,40 @@
+# Every target builds .venv when it is missing. Needs Python 3.10 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help venv fit test test-slow check format bench
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(INSTALLED) ## the project, editable, with its dev extra, in .venv
+
+$(INSTALLED): pyproject.toml constraints.txt tools/mend_torchvision.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/mend_torchvision.py
+	touch $@
+
+fit: venv ## adapt a pretrained ViT to handwritten digits: a minute or two on two cores
+	$(BIN)/python -m geolora_pl fit --config configs/quickstart.yaml
+
+test: venv ## the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: venv ## the slow tests alone
+	$(BIN)/python -m pytest -m slow
+
+check: venv ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: venv ## put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: venv ## the learning-rate sweep of the quickstart next to PEFT's LoRA (about 40 minutes on two cores)
+	$(BIN)/python benchmarks/lr_sweep.py

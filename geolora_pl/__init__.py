@@ -1,0 +1,22 @@
+"""GeoLoRA: low-rank fine-tuning that finds its own ranks, for PyTorch Lightning."""
+
+from geolora_pl.adapters import AdapterConfig, GeoLoRALinear
+from geolora_pl.callback import GeoLoRACallback
+from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.inject import inject_adapters, merge_adapters
+from geolora_pl.integrator import RankAdaptiveIntegrator
+from geolora_pl.module import GeoLoRAModule
+from geolora_pl.optim import RiemannianAdam, parameter_groups
+
+__all__ = [
+    "AdapterConfig",
+    "GeoLoRACallback",
+    "GeoLoRALinear",
+    "GeoLoRAModule",
+    "GeoLoRAWarning",
+    "RankAdaptiveIntegrator",
+    "RiemannianAdam",
+    "inject_adapters",
+    "merge_adapters",
+    "parameter_groups",
+]

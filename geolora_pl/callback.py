@@ -1,0 +1,186 @@
+"""The Lightning callback: puts the adapters in, moves them after each optimizer step, logs their ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from geolora_pl.adapters import AdapterConfig
+from geolora_pl.inject import has_adapters, inject_adapters
+from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
+
+
+class GeoLoRACallback(L.Callback):
+    """Train any LightningModule with rank-adaptive adapters.
+
+    A module without adapters gets them at the start, as ``adapter`` says; everything else is frozen but
+    ``modules_to_save``. From then on the callback follows the optimizer's steps themselves, not batches, so that
+    accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
+
+    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params``, ``truncation_error`` (relative Frobenius norm of
+    what the last retraction dropped) and ``skipped_steps``.
+
+    Args:
+        tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
+        budget: Adapter parameters allowed in all, or ``None``.
+        min_rank: Least rank of an adapter, at least 0.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on at the
+            ranks found.
+        adapter: What to adapt in a module that has no adapters of its own; by default ``AdapterConfig()``. Name a new
+            head in ``modules_to_save``, or it stays frozen.
+
+    Raises:
+        ValueError: An argument is out of range, or the run cannot work: the module's optimizers do not hold the
+            adapters, weights are averaged, or the run is shorter than ``adapt_every``.
+        RuntimeError: Training ended without a single adaptation.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=GeoLoRACallback(tau=0.1), logger=False)
+    """
+
+    def __init__(
+        self,
+        tau: float = 0.1,
+        budget: int | None = None,
+        min_rank: int = 1,
+        adapt_every: int = 1,
+        adapt_until: float = 1.0,
+        adapter: AdapterConfig | None = None,
+    ) -> None:
+        check_settings(tau, budget, min_rank, adapt_every)
+        if not 0 < adapt_until <= 1:
+            raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
+        self.tau = tau
+        self.budget = budget
+        self.min_rank = min_rank
+        self.adapt_every = adapt_every
+        self.adapt_until = adapt_until
+        self.adapter = adapter
+        self.integrator: RankAdaptiveIntegrator | None = None
+        self._injected = False
+        self._restored: dict[str, Any] | None = None
+        self._last_adapting_step = math.inf
+        self._optimizer: Optimizer | None = None
+        self._hook: RemovableHandle | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put the adapters in before weights are loaded and optimizers are made."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise ValueError(
+                    f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
+                    "them: remove it, or merge the adapters before weights are averaged"
+                )
+        if not has_adapters(pl_module) and is_overridden("configure_model", pl_module):
+            # Lightning builds such a module only after this hook; its configure_model must be idempotent.
+            with (
+                trainer.strategy.tensor_init_context(),
+                trainer.strategy.model_sharded_context(),
+                trainer.precision_plugin.module_init_context(),
+            ):
+                pl_module.configure_model()
+        if not has_adapters(pl_module):
+            inject_adapters(pl_module, self.adapter)
+            self._injected = True
+        elif self.adapter is not None and not self._injected:
+            raise ValueError(
+                f"{type(pl_module).__name__} has adapters of its own and the callback was given adapter="
+                f"{self.adapter}: say what to adapt in one of the two places"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the run before its first step and start to follow the optimizer."""
+        integrator = RankAdaptiveIntegrator(pl_module, self.tau, self.budget, self.min_rank, self.adapt_every)
+        factors = {id(layer.K) for layer in integrator.adapters.values()}
+        holders = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if any(id(parameter) in factors for group in optimizer.param_groups for parameter in group["params"])
+        ]
+        if len(holders) != 1:
+            raise ValueError(
+                f"{len(holders)} of the {len(trainer.optimizers)} optimizers hold adapters, and exactly one must: in "
+                "configure_optimizers, give every parameter that requires gradients to one optimizer, or keep those "
+                "of other optimizers out of the adapters with exclude_modules"
+            )
+        integrator.check_optimizer(holders[0])
+        steps = trainer.estimated_stepping_batches
+        if steps < self.adapt_every and not trainer.fast_dev_run:
+            raise ValueError(
+                f"adapt_every={self.adapt_every} is longer than the run of {steps} optimizer steps: lower it to at "
+                f"most {steps}"
+            )
+        if self.adapt_until < 1 and math.isinf(steps):
+            raise ValueError(
+                f"adapt_until={self.adapt_until} is a part of a run without an end: set max_steps or max_epochs"
+            )
+        self._last_adapting_step = self.adapt_until * steps
+        for layer in integrator.adapters.values():
+            layer.read_rank()  # another process's factors may have been broadcast to this one
+        if self._restored is not None:
+            integrator.load_state_dict(self._restored)
+            self._restored = None
+        self.integrator, self._optimizer = integrator, holders[0]
+        self._hook = holders[0].register_step_post_hook(self._after_optimizer_step)
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self.integrator is not None
+        self.integrator.rank_changes = self.integrator.total_steps < self._last_adapting_step
+        self.integrator.step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the ranks as often as the trainer logs."""
+        if trainer._logger_connector.should_update_logs:  # as Lightning's own monitors decide it
+            self._log(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the ranks once an epoch, however short it is."""
+        self._log(pl_module)
+
+    def _log(self, pl_module: L.LightningModule) -> None:
+        assert self.integrator is not None
+        ranks = self.integrator.ranks()
+        pl_module.log("rank/mean", sum(ranks.values()) / len(ranks), prog_bar=True)
+        pl_module.log_dict(
+            {
+                **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
+                "adapter_params": float(self.integrator.adapter_parameters()),
+                "truncation_error": self.integrator.truncation_error,
+                "skipped_steps": float(self.integrator.skipped_steps),
+            }
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave a retracted state behind, or say that there never was an adaptation."""
+        assert self.integrator is not None
+        if self.integrator.adaptations == 0 and not trainer.fast_dev_run:
+            raise RuntimeError(
+                f"training ended after {self.integrator.total_steps} optimizer steps without one adaptation of the "
+                f"ranks: {self.integrator.skipped_steps} steps were skipped for gradients that are not finite; "
+                f"adapt_every={self.adapt_every} must be at most the number of the others"
+            )
+        if self.integrator.steps:
+            self.integrator.retract(self._optimizer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stop following the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The integrator's counters, for a run that is resumed."""
+        return {} if self.integrator is None else self.integrator.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the counters until the integrator is made."""
+        self._restored = state_dict or None

@@ -1,0 +1,96 @@
+"""The command line: LightningCLI with the callback always there."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from geolora_pl.callback import GeoLoRACallback
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Save the configuration of a fit beside the run; a later test in the same folder leaves it alone."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save for ``fit`` only."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class GeoLoRACLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for modules and data modules given by class path."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--geolora.*`` and ``--test_after_fit``."""
+        parser.add_lightning_class_args(GeoLoRACallback, "geolora")
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether a fit ends with a test.")
+
+    def after_fit(self) -> None:
+        """Test if asked to, and say what was found and where it lies."""
+        results: dict[str, float] = {}
+        if self.config["fit"]["test_after_fit"]:
+            results = dict(self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0])
+        self._print_summary(results)
+
+    @rank_zero_only
+    def _print_summary(self, results: dict[str, float]) -> None:
+        callback = next(c for c in self.trainer.callbacks if isinstance(c, GeoLoRACallback))  # type: ignore[attr-defined]
+        integrator = callback.integrator
+        if integrator is None:  # the run had ended before it was resumed
+            return
+        console = Console()
+        console.print(rank_table(integrator.ranks()))
+        padded = sum(f.numel() for layer in integrator.adapters.values() for f in layer.parameters(recurse=False))
+        total = sum(p.numel() for p in self.model.parameters()) - padded
+        active = integrator.adapter_parameters()
+        for name, value in results.items():
+            console.print(f"{name}: {value:.4f}")
+        console.print(f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)")
+        if self.trainer.log_dir is not None:
+            console.print(f"look closer: tensorboard --logdir {self.trainer.log_dir}", soft_wrap=True)
+
+
+def rank_table(ranks: dict[str, int]) -> Table:
+    """Ranks by kind of layer (rows) and depth (columns).
+
+    Args:
+        ranks: Rank by the adapter's name; the numbers in a name are its depth.
+    """
+    kinds: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(rank)
+    table = Table(title="ranks found, by depth", title_justify="left")
+    table.add_column("layers")
+    table.add_column("ranks")
+    for kind, of_kind in kinds.items():
+        table.add_row(kind, " ".join(map(str, of_kind)))
+    return table
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: What to parse instead of ``sys.argv[1:]``.
+    """
+    no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
+    GeoLoRACLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            name: no_abbreviations | {"description": f"geolora_pl {name}"} for name in LightningCLI.subcommands()
+        },
+        args=args,
+    )

@@ -1,0 +1,169 @@
+"""What every image source shares: splits, the model's own transforms, loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, random_split
+
+Sample = tuple[Image.Image, int]
+
+
+class ArrayImages(Dataset[Sample]):
+    """Images held in memory as one array.
+
+    Args:
+        images: ``(n, height, width)`` grey or ``(n, height, width, 3)`` colour, uint8.
+        labels: ``(n,)`` class indices.
+    """
+
+    def __init__(self, images: np.ndarray[Any, Any], labels: Sequence[int]) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images)} images and {len(labels)} labels: the files do not belong together")
+        self.images = images
+        self.labels = [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+
+class _Transformed(Dataset[tuple[Tensor, int]]):
+    def __init__(self, samples: Dataset[Sample], mode: str, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.samples, self.mode, self.transform = samples, mode, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]  # every source here is a sized data set
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.samples[index]
+        return self.transform(image.convert(self.mode)), label
+
+
+class ImageDataModule(L.LightningDataModule):
+    """The base of the image sources: a subclass names its classes and loads its samples.
+
+    Images are brought to the size, channels and normalisation of the model that is trained on them: the task offers
+    them as ``data_config`` (``timm.data.resolve_model_data_config``), and the transforms come from ``timm.data``.
+
+    Args:
+        batch_size: Images a step and process, at least 1.
+        val_fraction: The share of the training images held out for validation where the source has no split of its
+            own, in (0, 1).
+        seed: Seed of the splits.
+        num_workers: Loader processes; by default as many as there are cores beyond the first two, at most 8, so that
+            a small machine is left to the training.
+        augment: Arguments of ``timm.data.create_transform`` for the training images, such as
+            ``{hflip: 0.5, scale: [0.8, 1.0]}``; none by default: the training images are treated as the others are.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int | None = None,
+        augment: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must be at least 0")
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 2)) if num_workers is None else num_workers
+        self.augment = augment
+        self.splits: dict[str, Dataset[Sample]] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices."""
+        raise NotImplementedError(f"{type(self).__name__} must name its classes")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def load_splits(self) -> dict[str, Dataset[Sample]]:
+        """Read the samples: ``train`` and ``test``, and ``val`` where the source has one."""
+        raise NotImplementedError(f"{type(self).__name__} must load its samples")
+
+    def setup(self, stage: str) -> None:
+        """Load the samples once and hold out a part of ``train`` where there is no ``val``."""
+        if self.splits:
+            return
+        splits = self.load_splits()
+        if "val" not in splits:
+            splits["train"], splits["val"] = hold_out(splits["train"], self.val_fraction, self.seed)
+        self.splits = splits
+
+    def data_config(self) -> Mapping[str, Any]:
+        """Input size, mean, standard deviation and interpolation that the model wants.
+
+        Raises:
+            ValueError: The module that is trained has no ``data_config``.
+        """
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        config = getattr(module, "data_config", None)
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"{type(module).__name__} has no data_config: give it one, "
+                "data_config = timm.data.resolve_model_data_config(model), so that images get the size it expects"
+            )
+        return config
+
+    def _loader(self, split: str) -> DataLoader[Any]:
+        training = split == "train"
+        config = dict(self.data_config())
+        channels = config["input_size"][0]
+        config.pop("crop_mode", None)
+        transform = create_transform(
+            **config, is_training=training, **(self.augment or {"no_aug": True} if training else {})
+        )
+        return DataLoader(
+            _Transformed(self.splits[split], "L" if channels == 1 else "RGB", transform),
+            batch_size=self.batch_size,
+            shuffle=training,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training images."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation images."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test images."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Test images."""
+        return self._loader("test")
+
+
+def hold_out(samples: Dataset[Sample], fraction: float, seed: int) -> list[Subset[Sample]]:
+    """Split samples into a larger and a held-out part, the same for the same seed."""
+    return random_split(samples, [1 - fraction, fraction], torch.Generator().manual_seed(seed))

@@ -1,0 +1,211 @@
+"""Find the layers to adapt, put the adapters in, walk them, and merge them back into plain layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from geolora_pl.adapters import AdapterConfig, GeoLoRALinear
+
+# Names that libraries give to the part of a model that is made anew for each task.
+_HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
+
+
+def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> dict[str, GeoLoRALinear]:
+    """Put adapters on the chosen layers, in place, and freeze everything else but ``modules_to_save``.
+
+    The output of the model does not change. A module that the model holds under several names is adapted once, and so
+    is a weight that several layers share.
+
+    Args:
+        model: Any module; its linear layers are replaced inside their parents.
+        config: What to adapt; by default every linear layer but the head.
+
+    Returns:
+        The adapters by the names of the layers they replaced.
+
+    Raises:
+        ValueError: The model already has adapters, nothing matches, a name in ``modules_to_save`` matches nothing, a
+            layer belongs to ``nn.MultiheadAttention``, or layers share a weight but not their bias.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> adapters = inject_adapters(model, AdapterConfig(target_modules=["0"], modules_to_save=["2"]))
+        >>> list(adapters), sum(p.numel() for p in model[2].parameters() if p.requires_grad)
+        (['0'], 18)
+    """
+    config = config or AdapterConfig()
+    if has_adapters(model):
+        raise ValueError("the model already has adapters: merge_adapters(model) first, or inject into a fresh model")
+    saved = _modules_to_save(model, config.modules_to_save)
+    targets = _find_targets(model, config, saved)
+
+    model.requires_grad_(False)
+    adapters: dict[str, GeoLoRALinear] = {}
+    of_weight: dict[int, GeoLoRALinear] = {}
+    for name, layer in targets.items():
+        shared = of_weight.get(id(layer.weight))
+        if shared is None:
+            shared = adapters[name] = GeoLoRALinear(layer, _config_for(name, config))
+            of_weight[id(layer.weight)] = shared
+        assert shared.base.bias is layer.bias, "tied weights with two biases are refused before anything is replaced"
+        model.set_submodule(name, shared)
+    for module in saved.values():
+        module.requires_grad_(True)
+    return adapters
+
+
+def find_adapters(model: nn.Module) -> dict[str, GeoLoRALinear]:
+    """The adapters of a model by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GeoLoRALinear)}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model holds an adapter."""
+    return any(isinstance(module, GeoLoRALinear) for module in model.modules())
+
+
+def adapter_parameters(adapters: dict[str, GeoLoRALinear]) -> int:
+    """Active adapter parameters: the sum of ``rank * (in + out)``."""
+    return sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapters.values())
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> dict[str, float]:
+    """Fold every adapter into its base weight, in place, and put the plain layers back.
+
+    The sum is formed in the precision of the factors and rounded once to that of the base. Pending increments count.
+    The merged weight is a new tensor, so a weight that was tied to one outside the adapters stays as it was there.
+
+    Args:
+        model: A model with adapters; plain again afterwards.
+
+    Returns:
+        The Frobenius norm of each layer's change relative to its base weight, by name.
+
+    Raises:
+        ValueError: The model has no adapters, or an update is not finite (nothing is merged then).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject_adapters(model)
+        >>> merge_adapters(model)
+        {'0': 0.0}
+    """
+    adapters = find_adapters(model)
+    if not adapters:
+        raise ValueError("the model has no adapters: there is nothing to merge")
+    merged: dict[str, Tensor] = {}
+    for name, layer in adapters.items():
+        delta = layer.delta_weight()
+        merged[name] = layer.base.weight.to(delta.dtype) + delta
+        if not merged[name].isfinite().all():
+            raise ValueError(f"the update of {name} is not finite: go back to a checkpoint before it broke")
+    changes: dict[str, float] = {}
+    names = _all_names(model)
+    for name, layer in adapters.items():
+        base = layer.base
+        norm = torch.linalg.matrix_norm(base.weight.to(merged[name].dtype))
+        changes[name] = float(torch.linalg.matrix_norm(layer.delta_weight()) / norm.clamp_min(1e-30))
+        base.weight = nn.Parameter(merged[name].to(base.weight.dtype), requires_grad=base.weight.requires_grad)
+        for alias in names[id(layer)]:
+            model.set_submodule(alias, base)
+    return changes
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a module's name is meant: by one regular expression, or by a list of names and name endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    everything = config.target_modules == "all-linear"
+    head = _head_modules(model) if everything else set()
+    in_saved = {id(module) for root in saved.values() for module in root.modules()}
+    attention = {
+        id(module): parent
+        for parent, attention in model.named_modules()
+        if isinstance(attention, nn.MultiheadAttention)
+        for module in attention.modules()
+    }
+    targets: dict[str, nn.Linear] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not name or not isinstance(layer, nn.Linear) or matches(name, config.exclude_modules):
+            continue
+        if everything:
+            if id(layer) in head or id(layer) in in_saved:
+                continue
+        elif not matches(name, config.target_modules):
+            continue
+        if id(layer) in in_saved:
+            raise ValueError(f"{name} is in target_modules and in modules_to_save={config.modules_to_save!r}: drop one")
+        if id(layer) in attention:
+            raise ValueError(
+                f"{name} belongs to nn.MultiheadAttention ({attention[id(layer)]}), which reads the layer's weight and "
+                f"never calls it, so an adapter there would be ignored: add {name.rpartition('.')[2]!r} to "
+                "exclude_modules, or use attention that calls its linear layers"
+            )
+        targets[name] = layer
+    if not targets:
+        linear = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no linear layer (exclude_modules="
+            f"{config.exclude_modules!r}); the model has {', '.join(linear) if linear else 'none at all'}"
+        )
+    _refuse_tied_weights_with_two_biases(targets)
+    return targets
+
+
+def _refuse_tied_weights_with_two_biases(targets: dict[str, nn.Linear]) -> None:
+    first: dict[int, str] = {}
+    for name, layer in targets.items():
+        other = first.setdefault(id(layer.weight), name)
+        if targets[other].bias is not layer.bias:
+            raise ValueError(
+                f"{other} and {name} share a weight but not their bias, which one adapter cannot serve: add one of "
+                "them to exclude_modules"
+            )
+
+
+def _modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    saved: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        found = {name: module for name, module in model.named_modules() if name and matches(name, [pattern])}
+        if not found:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"modules_to_save={pattern!r} matches no module; the model's own are {children}")
+        saved |= found
+    return saved
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    """What timm and transformers call the classifier, and what goes by one of the usual names."""
+    heads: list[object] = [
+        module for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES
+    ]
+    for module in model.modules():
+        for getter in ("get_classifier", "get_output_embeddings"):
+            if callable(getattr(module, getter, None)):
+                head = getattr(module, getter)()
+                heads.extend(head if isinstance(head, (tuple, list)) else [head])
+    return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+
+
+def _config_for(name: str, config: AdapterConfig) -> AdapterConfig:
+    for pattern, rank in config.rank_pattern.items():
+        if matches(name, [pattern]) or matches(name, pattern):
+            return replace(config, init_rank=rank, max_rank=max(rank, config.max_rank))
+    return config

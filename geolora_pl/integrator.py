@@ -1,0 +1,350 @@
+"""The rank-adaptive integrator: after the optimizer's step, retract, truncate, transport."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from geolora_pl import functional
+from geolora_pl.adapters import FACTORS, GeoLoRALinear
+from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.inject import adapter_parameters, find_adapters
+from geolora_pl.moments import transport_moments
+
+_COUNTERS = ("steps", "total_steps", "adaptations", "skipped_steps", "truncation_error")
+
+
+class RankAdaptiveIntegrator:
+    r"""Move the factors of all adapters after the optimizer's step (GeoLoRA, Algorithm 1, steps 3 to 5).
+
+    Every ``adapt_every`` optimizer steps the pending tangent step of each adapter is folded into its factors: augment
+    the bases, take the SVD of the small core, choose the rank, rotate. K and L return to zero, and the optimizer's
+    moments are carried to the new bases. Between two such steps the increments stay pending; they are part of the
+    forward and of the state.
+
+    ``weight_decay`` of the parameter groups that hold K and L is decoupled decay of the update: the optimizer decays
+    the pending increments, and the integrator multiplies S by ``1 - lr * weight_decay`` for every step, with the lr of
+    that step, at the retraction.
+
+    A step whose gradients are not all finite is skipped whole, head and moments included: just before the optimizer's
+    step the gradients of all its parameters are set to ``None``. The integrator sees the steps of any torch optimizer
+    that holds its adapters, from the first one on, without being told.
+
+    Attributes:
+        adapters: The adapters by name.
+        rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
+        steps: Optimizer steps since the last retraction.
+        total_steps: Optimizer steps in all.
+        adaptations: Retractions so far.
+        skipped_steps: Optimizer steps that were skipped because a gradient was not finite.
+        truncation_error: Relative Frobenius norm of what the last retraction dropped, over all adapters.
+
+    Args:
+        model: A model with adapters.
+        tau: Relative truncation tolerance in the Frobenius norm, in [0, 1): the dropped tail of an adapter is at most
+            ``tau`` times the norm of its update, unless ``max_rank`` or the budget binds.
+        budget: Adapter parameters allowed in all, ``sum(rank * (in + out))``, or ``None`` for no limit but
+            ``max_rank``.
+        min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1.
+
+    Raises:
+        ValueError: An argument is out of range, the model has no adapters, or the budget is below what ``min_rank``
+            asks for.
+
+    Example:
+        >>> from geolora_pl import inject_adapters
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> adapters = inject_adapters(model)
+        >>> integrator = RankAdaptiveIntegrator(model, tau=0.1)
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        >>> model(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> integrator.step(optimizer)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tau: float = 0.1,
+        budget: int | None = None,
+        min_rank: int = 1,
+        adapt_every: int = 1,
+    ) -> None:
+        check_settings(tau, budget, min_rank, adapt_every)
+        self.adapters = find_adapters(model)
+        if not self.adapters:
+            raise ValueError("the model has no adapters: inject_adapters(model, config) first")
+        self.tau = tau
+        self.budget = budget
+        self.min_rank = min_rank
+        self.adapt_every = adapt_every
+        self.rank_changes = True
+        self.steps = 0
+        self.total_steps = 0
+        self.adaptations = 0
+        self.skipped_steps = 0
+        self.truncation_error = 0.0
+        self._unseen_steps = 0  # taken by the optimizer, not yet seen by step()
+        self._decay = dict.fromkeys(self.adapters, 1.0)  # what S is multiplied by at the next retraction
+        self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._adapter_names = {id(layer.K): name for name, layer in self.adapters.items()}
+        self._without_gradient: set[str] = set()  # adapters already named
+        self._reset_keys: set[str] = set()  # optimizer state already named
+        if budget is not None:
+            layers = self.adapters.values()
+            costs = [layer.in_features + layer.out_features for layer in layers]
+            floors = [min(min_rank, layer.max_rank) for layer in layers]
+            functional.ranks_by_budget([[]] * len(costs), floors, costs, budget, floors)  # raises if they exceed it
+        _watch_optimizers(self)
+
+    def ranks(self) -> dict[str, int]:
+        """The live rank of every adapter by name."""
+        return {name: layer.rank for name, layer in self.adapters.items()}
+
+    def adapter_parameters(self) -> int:
+        """Active adapter parameters, ``sum(rank * (in + out))``."""
+        return adapter_parameters(self.adapters)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Call after ``optimizer.step()``: retract when ``adapt_every`` steps have been taken.
+
+        Args:
+            optimizer: The optimizer that just stepped; its moments are carried along.
+
+        Returns:
+            Whether the factors were retracted. A step that was skipped does not count.
+
+        Raises:
+            ValueError: The optimizer does not hold K and L of the adapters.
+        """
+        self.check_optimizer(optimizer)
+        self.steps += self._unseen_steps
+        self.total_steps += self._unseen_steps
+        self._unseen_steps = 0
+        if self.steps < self.adapt_every:
+            return False
+        self.retract(optimizer)
+        return True
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise a ValueError unless the optimizer holds K and L of every adapter that is trained."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self.adapters.items():
+            for factor in (layer.K, layer.L):
+                if factor.requires_grad and id(factor) not in held:
+                    raise ValueError(
+                        f"the optimizer does not hold the factors of the adapter {name}: make it after "
+                        "inject_adapters(model), from all parameters that require gradients"
+                    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and pending decay; factors and ranks are in the model's own state."""
+        return {**{name: getattr(self, name) for name in _COUNTERS}, "decay": dict(self._decay)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self._decay = dict(state["decay"])
+
+    @torch.no_grad()
+    def retract(self, optimizer: Optimizer | None = None) -> None:
+        """Fold every pending increment into its factors now, whatever the cadence.
+
+        An adapter with nothing pending keeps its factors to the bit, for a relative ``tau`` would erode it; only the
+        budget may still take ranks from it.
+
+        Args:
+            optimizer: Whose moments are carried along; ``None`` if there is none any more.
+        """
+        groups = _group_by_shape(self.adapters)
+        steps, pending = [], []
+        for names in groups:
+            U, S, V, K, L = self._stack(names)
+            decay = torch.tensor([self._decay[name] for name in names], dtype=S.dtype, device=S.device)
+            steps.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
+            pending.append((K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1))
+        ranks = self._choose_ranks(groups, steps, pending)
+
+        for names, step in zip(groups, steps, strict=True):
+            moved = [i for i, name in enumerate(names) if name in ranks]
+            if moved:
+                self._move([names[i] for i in moved], functional.Decomposition(*(x[moved] for x in step)), ranks, optimizer)
+        self.steps = 0
+        self.adaptations += 1
+        self._decay = dict.fromkeys(self.adapters, 1.0)
+
+    def _stack(self, names: Sequence[str]) -> list[Tensor]:
+        return [torch.stack([getattr(self.adapters[name], factor) for name in names]) for factor in FACTORS]
+
+    def _choose_ranks(
+        self, groups: Sequence[Sequence[str]], steps: Sequence[functional.Decomposition], pending: Sequence[Tensor]
+    ) -> dict[str, int]:
+        """The new rank of every adapter that moves: by tau or as it is, then by the budget."""
+        # One transfer to the host an adaptation: all singular values, and which adapters have something pending.
+        device = steps[0].sigma.device
+        facts = [torch.cat([p[:, None], s.sigma.double()], 1).to(device) for p, s in zip(pending, steps, strict=True)]
+        on_host = torch.cat([fact.flatten() for fact in facts]).cpu().split([fact.numel() for fact in facts])
+
+        ranks: dict[str, int] = {}
+        floors: dict[str, int] = {}
+        sigmas: dict[str, list[float]] = {}
+        is_pending: dict[str, bool] = {}
+        for names, fact, step in zip(groups, on_host, steps, strict=True):
+            sigma = fact.view(len(names), -1)[:, 1:]
+            layer = self.adapters[names[0]]
+            resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
+            floor = min(self.min_rank, layer.max_rank)
+            by_tau = functional.ranks_by_tau(sigma, self.tau, resolution, floor, layer.max_rank).tolist()
+            for i, name in enumerate(names):
+                current = self.adapters[name].rank
+                is_pending[name] = bool(fact.view(len(names), -1)[i, 0])
+                ranks[name] = by_tau[i] if is_pending[name] and self.rank_changes else current
+                floors[name] = min(floor, ranks[name])
+                sigmas[name] = sigma[i].tolist()
+        if self.budget is not None:
+            costs = [self.adapters[name].in_features + self.adapters[name].out_features for name in ranks]
+            within = functional.ranks_by_budget(
+                list(sigmas.values()), list(ranks.values()), costs, self.budget, list(floors.values())
+            )
+            ranks = dict(zip(ranks, within, strict=True))
+
+        moved = {name: r for name, r in ranks.items() if is_pending[name] or r != self.adapters[name].rank}
+        total = sum(value**2 for name in moved for value in sigmas[name])
+        dropped = sum(value**2 for name, rank in moved.items() for value in sigmas[name][rank:])
+        self.truncation_error = math.sqrt(dropped / total) if total else 0.0
+        return moved
+
+    def _move(
+        self,
+        names: Sequence[str],
+        step: functional.Decomposition,
+        ranks: Mapping[str, int],
+        optimizer: Optimizer | None,
+    ) -> None:
+        """Write the truncated factors of adapters of one shape and carry their moments along."""
+        layers = [self.adapters[name] for name in names]
+        chosen = [ranks[name] for name in names]
+        U, _, V, _, _ = self._stack(names)
+        U_new, S_new, V_new = functional.truncate(step, torch.tensor(chosen, device=U.device))
+        if optimizer is not None:
+            self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new)))
+        for factor, value in (("U", U_new), ("S", S_new), ("V", V_new)):
+            torch._foreach_copy_([getattr(layer, factor) for layer in layers], list(value.unbind()))
+        torch._foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
+        for layer, rank in zip(layers, chosen, strict=True):
+            layer.rank = rank
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at the gradients when they are there: now, or after the closure that computes them."""
+        if not any(id(parameter) in self._adapter_names for group in optimizer.param_groups for parameter in group["params"]):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._see_gradients(optimizer)
+            return None
+
+        def seen_closure() -> Any:
+            loss = closure()
+            self._see_gradients(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": seen_closure}
+
+    def _see_gradients(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if (broken := _first_non_finite(parameters)) is not None:
+            for parameter in parameters:
+                parameter.grad = None
+            self.skipped_steps += 1
+            name = self._parameter_names.get(id(broken), "a parameter")
+            warnings.warn(
+                f"the gradient of {name} is not finite: this optimizer step is skipped whole and nothing has changed; "
+                "skipped_steps counts such steps",
+                GeoLoRAWarning,
+                stacklevel=2,
+            )
+            return
+        trained = {name for name, layer in self.adapters.items() if layer.K.requires_grad}
+        missing = {name for name in trained if self.adapters[name].K.grad is None}
+        if missing == trained:
+            return
+        self._name_missing(missing)
+        self._unseen_steps += 1
+        for group in optimizer.param_groups:
+            decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
+            if decay != 1.0:
+                for parameter in group["params"]:
+                    if name := self._adapter_names.get(id(parameter)):
+                        self._decay[name] *= decay
+
+    def _report_reset(self, keys: set[str]) -> None:
+        if new := keys - self._reset_keys:
+            self._reset_keys |= new
+            warnings.warn(
+                f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: it is "
+                "set to zero for the adapters at every retraction; raise adapt_every, or use an optimizer of the Adam "
+                "family or SGD",
+                GeoLoRAWarning,
+                stacklevel=2,
+            )
+
+    def _name_missing(self, missing: set[str]) -> None:
+        if new := missing - self._without_gradient:
+            self._without_gradient |= new
+            warnings.warn(
+                f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
+                "exclude_modules if the model never uses these layers",
+                GeoLoRAWarning,
+                stacklevel=2,
+            )
+
+
+def check_settings(tau: float, budget: int | None, min_rank: int, adapt_every: int) -> None:
+    """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
+    if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
+        raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
+    for name, value, least in (("min_rank", min_rank, 0), ("adapt_every", adapt_every, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
+
+
+def _group_by_shape(adapters: Mapping[str, GeoLoRALinear]) -> list[list[str]]:
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, layer in adapters.items():
+        key = (layer.out_features, layer.in_features, layer.max_rank, layer.U.dtype, layer.U.device)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _first_non_finite(parameters: Sequence[Tensor]) -> Tensor | None:
+    """The first parameter whose gradient has an entry that is not finite; one wait for the device if all are."""
+    gradients = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
+    if not gradients:
+        return None
+    largest = torch._foreach_norm(gradients, ord=math.inf)
+    finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
+    return None if finite.all() else parameters[int(finite.logical_not().int().argmax())]
+
+
+def _watch_optimizers(integrator: RankAdaptiveIntegrator) -> None:
+    """Call ``_before_step`` before the step of every optimizer, for as long as the integrator lives."""
+    reference = weakref.ref(integrator)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        watching = reference()
+        return None if watching is None else watching._before_step(optimizer, args, kwargs)
+
+    weakref.finalize(integrator, register_optimizer_step_pre_hook(hook).remove)

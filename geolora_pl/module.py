@@ -1,0 +1,93 @@
+"""The base of a LightningModule with adapters: build the model, and the rest is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from torch import nn
+from torch.optim import Optimizer
+
+from geolora_pl.adapters import AdapterConfig
+from geolora_pl.inject import has_adapters, inject_adapters
+from geolora_pl.optim import RiemannianAdam, parameter_groups
+
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+
+
+class GeoLoRAModule(L.LightningModule):
+    """A LightningModule with adapters: subclass it, write :meth:`build_model` and the usual steps.
+
+    The model is built in ``configure_model``, so that a checkpoint finds the adapters it belongs to, and lies in
+    ``self.model``. Add a :class:`GeoLoRACallback` to the trainer; the command line always has one.
+
+    Args:
+        adapter: What to adapt; by default every linear layer but the head, at ranks up to 16.
+        optimizer: Makes the optimizer from parameter groups; any torch optimizer.
+        lr_scheduler: Makes a scheduler from the optimizer, stepped after every optimizer step (``ReduceLROnPlateau``
+            once an epoch); none by default.
+        head_lr: Learning rate of what is trained in full (head, biases), above 0; ``None`` for that of the adapters.
+
+    Raises:
+        ValueError: ``head_lr`` is out of range.
+
+    Example:
+        >>> class Regression(GeoLoRAModule):
+        ...     def build_model(self):
+        ...         return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+        ...     def training_step(self, batch):
+        ...         x, y = batch
+        ...         return nn.functional.mse_loss(self.model(x), y)
+        >>> module = Regression(AdapterConfig(target_modules=["0"], modules_to_save=["2"]))
+        >>> module.configure_model()
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        adapter: AdapterConfig | None = None,
+        optimizer: OptimizerCallable = RiemannianAdam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        head_lr: float | None = 1e-3,
+    ) -> None:
+        super().__init__()
+        if head_lr is not None and not head_lr > 0:
+            raise ValueError(f"head_lr={head_lr!r} must be above 0")
+        # A checkpoint must load with weights_only=True, so it holds the configuration as plain values, and from there
+        # it comes back so; the factories of optimizer and scheduler cannot be saved at all.
+        self.adapter = AdapterConfig(**adapter) if isinstance(adapter, dict) else adapter or AdapterConfig()
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.hparams["adapter"] = asdict(self.adapter)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.head_lr = head_lr
+
+    def build_model(self) -> nn.Module:
+        """Return the pretrained model, without adapters."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_model() and return the pretrained model")
+
+    def new_modules(self) -> Sequence[str]:
+        """Names of modules in ``self.model`` that are not pretrained, such as a new head: they are trained in full."""
+        return ()
+
+    def configure_model(self) -> None:
+        """Build the model and put the adapters in, once."""
+        if not hasattr(self, "model"):
+            self.model = self.build_model()
+        if not has_adapters(self):
+            saved = (*self.adapter.modules_to_save, *self.new_modules())
+            inject_adapters(self.model, replace(self.adapter, modules_to_save=saved))
+
+    def configure_optimizers(self) -> Any:
+        """Give the optimizer what is trained: adapters, then matrices with and vectors without weight decay."""
+        optimizer = self.optimizer(parameter_groups(self.model, head_lr=self.head_lr))
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,60 @@
+"""Carry an optimizer's moments along when the bases of the adapters move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from geolora_pl.adapters import GeoLoRALinear
+from geolora_pl.functional import transport_first_moment, transport_second_moment
+
+_FIRST = ("exp_avg", "momentum_buffer")
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq")
+
+Bases = tuple[Tensor, Tensor]
+
+
+def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALinear], old: Bases, new: Bases) -> set[str]:
+    """Rewrite the state that an optimizer keeps for K and L in the coordinates of the new bases, in place.
+
+    First moments (``exp_avg``, ``momentum_buffer``) are one tangent vector and are projected as such; elementwise
+    second moments (``exp_avg_sq``, ``max_exp_avg_sq``) take the squares of the rotations; a scalar does not depend on
+    the basis and stays; any other state is set to zero.
+
+    Args:
+        optimizer: Any torch optimizer.
+        layers: B adapters of one shape.
+        old: U (B, m, R) and V (B, n, R) before.
+        new: U and V after.
+
+    Returns:
+        The keys of the state that was set to zero.
+    """
+    (U, V), (U_new, V_new) = old, new
+    states = [(optimizer.state.get(layer.K, {}), optimizer.state.get(layer.L, {})) for layer in layers]
+    reset = set()
+    for key in sorted({key for pair in states for state in pair for key in state}):
+        having = [i for i, pair in enumerate(states) if all(_depends_on_basis(state.get(key)) for state in pair)]
+        if not having:
+            continue
+        of_K, of_L = ([states[i][side][key] for i in having] for side in (0, 1))
+        if key in _FIRST:
+            new_K, new_L = transport_first_moment(
+                torch.stack(of_K), torch.stack(of_L), U[having], V[having], U_new[having], V_new[having]
+            )
+        elif key in _SECOND:
+            new_K = transport_second_moment(torch.stack(of_K), V[having], V_new[having])
+            new_L = transport_second_moment(torch.stack(of_L), U[having], U_new[having])
+        else:
+            torch._foreach_zero_(of_K + of_L)
+            reset.add(key)
+            continue
+        torch._foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
+    return reset
+
+
+def _depends_on_basis(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

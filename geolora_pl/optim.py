@@ -1,0 +1,256 @@
+r"""RiemannianAdam: moments that do not depend on the basis for the adapters, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from geolora_pl.inject import find_adapters
+
+Geometry = Literal["isotropic", "spectral", "entrywise"]
+
+
+def parameter_groups(model: nn.Module, head_lr: float | None = None) -> list[dict[str, Any]]:
+    """Split what is trained into adapters, other matrices and other vectors.
+
+    The groups suit any torch optimizer. Adapters come first, K and L of one adapter side by side, marked with
+    ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``.
+
+    Args:
+        model: A model with adapters.
+        head_lr: Learning rate of all but the adapters, above 0, or ``None`` for the optimizer's own.
+
+    Returns:
+        One to three groups, none of them empty.
+
+    Example:
+        >>> from geolora_pl import AdapterConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> _ = inject_adapters(model, AdapterConfig(target_modules=["0"], modules_to_save=["1"]))
+        >>> [len(group["params"]) for group in parameter_groups(model)]
+        [2, 1, 1]
+    """
+    factors = [p for layer in find_adapters(model).values() for p in (layer.K, layer.L) if p.requires_grad]
+    of_adapters = {id(p) for p in factors}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in of_adapters]
+    lr = {} if head_lr is None else {"lr": head_lr}
+    groups: list[dict[str, Any]] = [
+        {"params": factors, "adapters": True},
+        {"params": [p for p in rest if p.dim() > 1], **lr},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0, **lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class RiemannianAdam(Optimizer):
+    r"""Adam on the product of the adapters' manifolds, AdamW on the head.
+
+    Riemannian Adam (Bécigneul and Ganea, ICLR 2019; also in geoopt) keeps one second moment for each factor of a
+    product manifold, the squared norm of its Riemannian gradient. Here a factor is an adapter, its tangent vector is
+    the pair of gradients :math:`g = (g_K, g_L)`, and the integrator is the retraction and carries the first moment:
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2) \lVert g \rVert_F^2, \qquad
+        \xi = -\,\mathrm{lr} \; \hat m / (\sqrt{\hat v} + \epsilon)
+
+    A scalar v does not depend on the bases, so a momentum of low rank stays a step of low rank. (Adam's entrywise
+    division makes it a step of full rank, and the adapters fill up with noise.)
+
+    **What lr means.** A step moves the rows of K and L by lr in root mean square, in every geometry:
+    :math:`\lVert \xi \rVert_F \approx \mathrm{lr} \sqrt{m + n}` for a layer of m outputs and n inputs. The norm is a sum
+    over all entries, so neither the live rank nor ``max_rank`` changes its meaning, and lr is of the size that LoRA
+    with Adam wants: there every entry of a row moves by lr.
+
+    Args:
+        params: The model, or groups from :func:`parameter_groups`, or groups of your own in which those with K and L
+            side by side carry ``adapters: True``.
+        lr: Norm of a step of an adapter, at least 0; also the learning rate of AdamW where a group has none of its own.
+        betas: Decay of first and second moments, in [0, 1).
+        eps: Added to the root of the second moment, above 0.
+        weight_decay: Decoupled; for the adapters the integrator applies it to S.
+        geometry: ``isotropic`` as above; ``spectral``: the polar factor of each momentum, scaled to norm one (Muon in
+            tangent coordinates), which descends fastest and fills the rank it is given; ``entrywise``: Adam's division
+            entry by entry, scaled to the same norm.
+
+    Raises:
+        ValueError: An argument is out of range, or no group holds adapters.
+
+    Example:
+        >>> from geolora_pl import inject_adapters
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject_adapters(model)
+        >>> optimizer = RiemannianAdam(model, lr=3e-3)
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[dict[str, Any]],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        geometry: Geometry = "isotropic",
+    ) -> None:
+        if isinstance(params, nn.Module):
+            params = parameter_groups(params)
+        groups = list(params)
+        if not any(isinstance(group, dict) and group.get("adapters") for group in groups):
+            raise ValueError(
+                "params has no group of adapters: pass the model itself, after inject_adapters(model), or "
+                "parameter_groups(model)"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "geometry": geometry,
+            "adapters": False,
+        }
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            _check(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Computes the loss and its gradients again, if given.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = group["params"]
+            if group["adapters"]:
+                pairs = zip(parameters[::2], parameters[1::2], strict=True)
+                self._step_adapters([p for pair in pairs if None not in (pair[0].grad, pair[1].grad) for p in pair], group)
+            else:
+                self._step_others([p for p in parameters if p.grad is not None], group)
+        return loss
+
+    def _step_adapters(self, factors: list[Tensor], group: dict[str, Any]) -> None:
+        """K and L of one adapter are neighbours; vectors below have one entry an adapter."""
+        if not factors:
+            return
+        beta1, beta2 = group["betas"]
+        gradients = _gradients(factors)
+        momenta = self._states(factors, "exp_avg", torch.zeros_like)
+        steps = self._count(factors[::2])
+        torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+
+        if group["geometry"] == "isotropic":
+            squared = self._states(factors[::2], "exp_avg_sq", lambda factor: factor.new_zeros(()))
+            v = torch.stack(squared).lerp_(_pair_norms(gradients).square(), 1 - beta2)
+            torch._foreach_copy_(squared, list(v.unbind()))
+            bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
+            scale = 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
+            directions = momenta
+        elif group["geometry"] == "spectral":
+            directions = [polar_factor(momentum) for momentum in momenta]
+            scale = 1 / _pair_norms(directions).clamp_min(group["eps"])
+        else:
+            squares = self._states(factors, "exp_avg_sq", torch.zeros_like)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_add_(roots, group["eps"])
+            directions = torch._foreach_div(momenta, roots)
+            live = torch.stack([torch.count_nonzero(square) for square in squares]).view(-1, 2).sum(1)
+            bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
+            scale = bias2.sqrt() / bias1 / live.clamp_min(1).sqrt()
+        rows = torch.tensor([len(K) + len(L) for K, L in zip(factors[::2], factors[1::2])], device=scale.device)
+        factor_of = (-group["lr"] * scale * rows.sqrt()).repeat_interleave(2)
+        if group["weight_decay"]:
+            torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(factors, torch._foreach_mul(directions, list(factor_of.unbind())))
+
+    def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        if not parameters:
+            return
+        adamw(
+            parameters,
+            _gradients(parameters),
+            self._states(parameters, "exp_avg", torch.zeros_like),
+            self._states(parameters, "exp_avg_sq", torch.zeros_like),
+            [],
+            self._states(parameters, "step", _zero_steps),
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _states(self, parameters: Sequence[Tensor], key: str, initial: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        for parameter in parameters:
+            if key not in self.state[parameter]:
+                self.state[parameter][key] = initial(parameter)
+        return [self.state[parameter][key] for parameter in parameters]
+
+    def _count(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Steps taken by each parameter, this one included, as a vector on their device."""
+        steps = self._states(parameters, "step", _zero_steps)
+        torch._foreach_add_(steps, 1)
+        return torch.stack(steps).to(parameters[0].device, non_blocking=True)
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    r"""The nearest matrix with orthonormal columns in the row space of ``matrix``: ``P Q^T`` of its SVD.
+
+    .. math:: M (M^T M)^{-1/2}
+
+    with the inverse root on the span only, from the eigenvalues of the small Gram matrix in float64.
+
+    Args:
+        matrix: (..., d, R); columns may be zero.
+
+    Returns:
+        (..., d, R), zero where ``matrix`` is zero.
+    """
+    values, vectors = torch.linalg.eigh((matrix.mT @ matrix).double())
+    floor = values[..., -1:] * torch.finfo(matrix.dtype).eps
+    inverse_roots = torch.where(values > floor, values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+    return matrix @ ((vectors * inverse_roots[..., None, :]) @ vectors.mT).to(matrix.dtype)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+
+
+def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Frobenius norm of each K and L together."""
+    return torch.stack(torch._foreach_norm(tensors)).view(-1, 2).norm(dim=1)
+
+
+def _zero_steps(parameter: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float32)  # on the CPU, as torch's own optimizers keep it
+
+
+def _check(group: dict[str, Any]) -> None:
+    if not group["lr"] >= 0:
+        raise ValueError(f"lr={group['lr']!r} must be at least 0")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={group['betas']!r} must lie in [0, 1)")
+    if not group["eps"] > 0:
+        raise ValueError(f"eps={group['eps']!r} must be above 0")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay={group['weight_decay']!r} must be at least 0")
+    if group["geometry"] not in get_args(Geometry):
+        raise ValueError(f"geometry={group['geometry']!r} must be one of {', '.join(get_args(Geometry))}")
+    if group["adapters"] and len(group["params"]) % 2:
+        raise ValueError("a group with adapters=True must hold K and L of each adapter side by side")

@@ -1,0 +1,185 @@
+"""Image classification with any timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from geolora_pl.module import GeoLoRAModule
+
+
+class ImageClassification(GeoLoRAModule):
+    """Adapt a pretrained timm model to the classes of a data set; its head is made anew and trained in full.
+
+    Args:
+        model_name: A name that ``timm.create_model`` knows, such as ``vit_base_patch16_224``.
+        pretrained: Whether to fetch the pretrained weights of that name from the hub.
+        checkpoint_path: A file of weights on this machine instead (``.safetensors``, ``.pth`` and what else timm
+            loads); its head is dropped.
+        model_args: More arguments for ``timm.create_model``, such as ``img_size`` or ``in_chans``.
+        num_classes: Number of classes; by default that of the data module.
+        label_smoothing: Part of the target spread over all classes, in [0, 1).
+        **kwargs: Arguments of :class:`GeoLoRAModule`.
+
+    Raises:
+        ValueError: An argument is out of range, the model or file is unknown, or the classes do not fit the data.
+
+    Example:
+        >>> task = ImageClassification("vit_tiny_patch16_224", pretrained=False, num_classes=3)
+        >>> task.configure_model()
+        >>> task(torch.zeros(2, 3, 224, 224)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: bool = True,
+        checkpoint_path: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not timm.is_model(model_name.partition(".")[0]):
+            near = ", ".join(timm.list_models(f"*{model_name.partition('.')[0].split('_')[0]}*")[:5]) or "none alike"
+            raise ValueError(f"model_name={model_name!r} is not known to timm; there are, for one: {near}")
+        if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+            raise ValueError(f"checkpoint_path={checkpoint_path!r} is no file (from {Path.cwd()})")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes={num_classes} must be at least 1")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
+        self.model_name = model_name
+        self.pretrained = pretrained
+        self.checkpoint_path = checkpoint_path
+        self.model_args = model_args or {}
+        self.num_classes = num_classes
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+
+    def configure_model(self) -> None:
+        """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""
+        if not hasattr(self, "model"):
+            self._settle_num_classes()
+        super().configure_model()
+        if not hasattr(self, "metrics"):
+            assert self.num_classes is not None
+            self.metrics = nn.ModuleDict(
+                {
+                    split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")
+                }
+            )
+
+    def _settle_num_classes(self) -> None:
+        of_data = getattr(getattr(self._trainer, "datamodule", None), "num_classes", None)
+        if self.num_classes is None and of_data is None:
+            raise ValueError("num_classes=None: the data module does not say how many classes there are, so give it")
+        if None not in (self.num_classes, of_data) and self.num_classes != of_data:
+            raise ValueError(
+                f"num_classes={self.num_classes} does not fit the data, which has {of_data} classes: leave it out"
+            )
+        self.num_classes = self.num_classes or of_data
+        self.hparams["num_classes"] = self.num_classes  # so that a checkpoint can be loaded without the data
+
+    def build_model(self) -> nn.Module:
+        """Create the timm model with a new head and pretrained weights in the rest."""
+        local = self.checkpoint_path is not None
+        model: nn.Module = timm.create_model(
+            self.model_name, pretrained=self.pretrained and not local, num_classes=self.num_classes, **self.model_args
+        )
+        if self.checkpoint_path is not None:
+            load_backbone(model, self.checkpoint_path)
+        return model
+
+    def new_modules(self) -> Sequence[str]:
+        """The head."""
+        return head_names(self.model)
+
+    @property
+    def data_config(self) -> Mapping[str, Any]:
+        """Input size, normalisation and interpolation that the model was pretrained with."""
+        config: Mapping[str, Any] = resolve_model_data_config(self.model)
+        return config
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width)."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The cross-entropy loss."""
+        images, labels = batch
+        loss: Tensor = self.loss(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Loss and accuracy on the validation images."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Loss and accuracy on the test images."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy = self.metrics[split]
+        accuracy(logits, labels)
+        self.log(f"{split}_loss", self.loss(logits, labels), batch_size=len(labels))
+        self.log(f"{split}_accuracy", accuracy, prog_bar=True)  # type: ignore[arg-type]  # a Metric
+
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Probabilities of the classes (batch, classes)."""
+        return self(batch[0]).softmax(-1)  # type: ignore[no-any-return]
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier of a timm model: one, or two for a distilled one."""
+    names = model.pretrained_cfg["classifier"]  # type: ignore[index]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def load_backbone(model: nn.Module, path: str) -> None:
+    """Load a file of weights into a timm model, all but the head.
+
+    Args:
+        model: A timm model.
+        path: What ``timm.models.load_state_dict`` reads.
+
+    Raises:
+        ValueError: The file is broken, or holds the weights of another model.
+    """
+    try:
+        weights = load_state_dict(path, weights_only=True)
+    except Exception as error:  # each format has errors of its own
+        raise ValueError(f"checkpoint_path={path!r} cannot be read: {error}") from error
+    heads = head_names(model)
+    own = model.state_dict()
+
+    def is_head(name: str) -> bool:
+        return any(name.startswith(f"{head}.") for head in heads)
+
+    wrong = [f"{name} is missing" for name in own if name not in weights and not is_head(name)]
+    wrong += [f"{name} is unknown" for name in weights if name not in own and not is_head(name)]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape and not is_head(name)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"checkpoint_path={path!r} does not fit the model: {'; '.join(wrong[:3])}{more}; choose the model_name and "
+            "model_args that the weights were made with"
+        )
+    model.load_state_dict({name: weight for name, weight in weights.items() if not is_head(name)}, strict=False)
