@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from geolora_pl.functional import resolution, svd
 from geolora_pl.inject import find_adapters
 
 Geometry = Literal["isotropic", "spectral", "entrywise"]
 
 
-def parameter_groups(model: nn.Module, head_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, head_lr: float | None = 1e-3) -> list[dict[str, Any]]:
     """Split what is trained into adapters, other matrices and other vectors.
 
     The groups suit any torch optimizer. Adapters come first, K and L of one adapter side by side, marked with
@@ -62,15 +63,14 @@ class RiemannianAdam(Optimizer):
     A scalar v does not depend on the bases, so a momentum of low rank stays a step of low rank. (Adam's entrywise
     division makes it a step of full rank, and the adapters fill up with noise.)
 
-    **What lr means.** A step moves the rows of K and L by lr in root mean square, in every geometry:
-    :math:`\lVert \xi \rVert_F \approx \mathrm{lr} \sqrt{m + n}` for a layer of m outputs and n inputs. The norm is a sum
-    over all entries, so neither the live rank nor ``max_rank`` changes its meaning, and lr is of the size that LoRA
-    with Adam wants: there every entry of a row moves by lr.
+    **What lr means.** One step moves the update of every adapter by a Frobenius norm of about lr, in every geometry (a
+    little less where the gradients disagree). The norm is a sum over the entries of K and L, so neither the live rank
+    nor ``max_rank`` nor the size of the layer changes its meaning.
 
     Args:
         params: The model, or groups from :func:`parameter_groups`, or groups of your own in which those with K and L
             side by side carry ``adapters: True``.
-        lr: Norm of a step of an adapter, at least 0; also the learning rate of AdamW where a group has none of its own.
+        lr: Norm of a step of an adapter, at least 0; also AdamW's learning rate in groups without one of their own.
         betas: Decay of first and second moments, in [0, 1).
         eps: Added to the root of the second moment, above 0.
         weight_decay: Decoupled; for the adapters the integrator applies it to S.
@@ -85,13 +85,13 @@ class RiemannianAdam(Optimizer):
         >>> from geolora_pl import inject_adapters
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> _ = inject_adapters(model)
-        >>> optimizer = RiemannianAdam(model, lr=3e-3)
+        >>> optimizer = RiemannianAdam(model, lr=0.05)
     """
 
     def __init__(
         self,
         params: nn.Module | Iterable[dict[str, Any]],
-        lr: float = 3e-3,
+        lr: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -170,8 +170,7 @@ class RiemannianAdam(Optimizer):
             live = torch.stack([torch.count_nonzero(square) for square in squares]).view(-1, 2).sum(1)
             bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
             scale = bias2.sqrt() / bias1 / live.clamp_min(1).sqrt()
-        rows = torch.tensor([len(K) + len(L) for K, L in zip(factors[::2], factors[1::2])], device=scale.device)
-        factor_of = (-group["lr"] * scale * rows.sqrt()).repeat_interleave(2)
+        factor_of = (-group["lr"] * scale).repeat_interleave(2)
         if group["weight_decay"]:
             torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(factors, torch._foreach_mul(directions, list(factor_of.unbind())))
@@ -210,22 +209,17 @@ class RiemannianAdam(Optimizer):
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    r"""The nearest matrix with orthonormal columns in the row space of ``matrix``: ``P Q^T`` of its SVD.
-
-    .. math:: M (M^T M)^{-1/2}
-
-    with the inverse root on the span only, from the eigenvalues of the small Gram matrix in float64.
+    r"""The nearest matrix with orthonormal columns and rows on the range of ``matrix``: ``P Q^T`` of its SVD.
 
     Args:
-        matrix: (..., d, R); columns may be zero.
+        matrix: (..., d, R); columns may be zero or dependent.
 
     Returns:
-        (..., d, R), zero where ``matrix`` is zero.
+        (..., d, R), of the same rank, with every singular value one.
     """
-    values, vectors = torch.linalg.eigh((matrix.mT @ matrix).double())
-    floor = values[..., -1:] * torch.finfo(matrix.dtype).eps
-    inverse_roots = torch.where(values > floor, values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-    return matrix @ ((vectors * inverse_roots[..., None, :]) @ vectors.mT).to(matrix.dtype)
+    P, sigma, Qh = svd(matrix)
+    distinct = sigma > resolution(*matrix.shape[-2:], sigma.dtype) * sigma[..., :1]
+    return (P * distinct[..., None, :]) @ Qh
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,189 @@
+import pytest
+import torch
+from reference import best_of_rank, orthonormal, padded
+
+from geolora_pl import functional
+
+
+def random_point(m, n, r, R, dtype=torch.float64, scale=1.0):
+    U, V = padded(orthonormal(m, r, dtype), R), padded(orthonormal(n, r, dtype), R)
+    S = torch.zeros(R, R, dtype=dtype)
+    S[:r, :r] = scale * torch.randn(r, r, dtype=dtype)
+    K, L = (torch.zeros(rows, R, dtype=dtype) for rows in (m, n))
+    K[:, :r], L[:, :r] = scale * torch.randn(m, r, dtype=dtype), scale * torch.randn(n, r, dtype=dtype)
+    return U, S, V, K, L
+
+
+def dense(U, S, V, K, L):
+    return U @ S @ V.mT + K @ V.mT + U @ L.mT
+
+
+SHAPES = [(1, 1, 1, 1), (5, 1, 1, 1), (1, 7, 1, 1), (8, 8, 3, 4), (40, 6, 3, 6), (6, 40, 6, 6), (30, 20, 4, 16)]
+
+
+@pytest.mark.parametrize(("m", "n", "r", "R"), SHAPES)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_decompose_is_the_svd_of_the_dense_sum(m, n, r, R, scale):
+    point = random_point(m, n, r, R, scale=scale)
+    step = functional.decompose(*point)
+    full = dense(*point)
+    k = min(m, n, 2 * R)
+    torch.testing.assert_close(step.sigma / scale, (torch.linalg.svdvals(full) / scale)[:k], rtol=1e-10, atol=1e-12)
+    U, S, V = functional.truncate(step, torch.tensor(R))
+    torch.testing.assert_close((U @ S @ V.mT) / scale, best_of_rank(full / scale, R), rtol=1e-10, atol=1e-10)
+    for basis in (U, V):
+        assert functional.orthonormality_defect(basis) < 1e-13
+
+
+def test_decompose_is_batched_over_leading_dimensions():
+    points = [[random_point(9, 7, 2, 4) for _ in range(3)] for _ in range(2)]
+    batched = [torch.stack([torch.stack([p[i] for p in row]) for row in points]) for i in range(5)]
+    together = functional.truncate(functional.decompose(*batched), torch.tensor([[1, 2, 3], [4, 1, 2]]))
+    for i, row in enumerate(points):
+        for j, point in enumerate(row):
+            alone = functional.truncate(functional.decompose(*point), torch.tensor([[1, 2, 3], [4, 1, 2]])[i, j])
+            for a, b in zip(together, alone, strict=True):
+                torch.testing.assert_close((a[i, j]).abs(), b.abs(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_work_is_done_in_float32_or_float64():
+    for dtype, expected in [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
+        point = [x.to(dtype) for x in random_point(8, 6, 2, 4)]
+        assert functional.decompose(*point).sigma.dtype == expected
+
+
+def test_columns_beyond_the_rank_are_exactly_zero():
+    step = functional.decompose(*random_point(12, 9, 3, 6))
+    U, S, V = functional.truncate(step, torch.tensor(2))
+    for zeros in (U[:, 2:], V[:, 2:], S[2:], S[:, 2:]):
+        assert torch.count_nonzero(zeros) == 0
+    assert torch.count_nonzero(S) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_dependent_directions_are_no_directions(dtype, scale):
+    """Increments within the span of the bases, and repeated ones, add nothing to the rank."""
+    U, S, V, K, L = random_point(64, 48, 3, 8, dtype, scale)
+    K[:, :3] = U[:, :3] @ torch.randn(3, 3, dtype=dtype) * scale
+    new = orthonormal(48, 1, dtype)
+    L[:, :3] = scale * new @ torch.ones(1, 3, dtype=dtype)
+    sigma = functional.decompose(U, S, V, K, L).sigma
+    rank = functional.ranks_by_tau(sigma, 0.0, functional.resolution(64, 48, dtype), 1, 8)
+    assert rank == torch.linalg.matrix_rank(dense(U, S, V, K, L).double() / scale, rtol=1e-5)
+    assert rank <= 4
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.05, 0.1, 0.5, 0.9])
+def test_ranks_by_tau_is_the_smallest_rank_within_tau(tau):
+    for _ in range(50):
+        sigma = torch.rand(8, dtype=torch.float64).pow(4).sort(descending=True).values
+        rank = int(functional.ranks_by_tau(sigma, tau, 1e-14, 0, 8))
+        assert sigma[rank:].norm() <= tau * sigma.norm()
+        assert rank == 0 or sigma[rank - 1 :].norm() > tau * sigma.norm()
+
+
+def test_ranks_by_tau_keeps_to_its_bounds():
+    sigma = torch.tensor([[1.0, 1e-3, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    assert functional.ranks_by_tau(sigma, 0.1, 1e-6, 2, 3).tolist() == [2, 3, 2]
+
+
+def brute_force_budget(sigmas, ranks, costs, budget, floors):
+    import itertools
+
+    options = itertools.product(*(range(f, r + 1) for f, r in zip(floors, ranks, strict=True)))
+    affordable = [o for o in options if sum(r * c for r, c in zip(o, costs, strict=True)) <= budget]
+    return max(sum(s**2 for sigma, r in zip(sigmas, o, strict=True) for s in sigma[:r]) for o in affordable)
+
+
+def test_budget_is_never_exceeded_and_keeps_most_energy_at_equal_costs():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        sigmas = [torch.rand(4, generator=generator).sort(descending=True).values.tolist() for _ in range(3)]
+        floors, ranks, costs = [1, 0, 1], [4, 3, 4], [10, 10, 10]
+        chosen = functional.ranks_by_budget(sigmas, ranks, costs, 60, floors)
+        assert sum(r * c for r, c in zip(chosen, costs, strict=True)) <= 60
+        assert all(f <= c <= r for f, c, r in zip(floors, chosen, ranks, strict=True))
+        kept = sum(s**2 for sigma, r in zip(sigmas, chosen, strict=True) for s in sigma[:r])
+        assert kept == pytest.approx(brute_force_budget(sigmas, ranks, costs, 60, floors))
+
+
+def test_budget_prefers_energy_per_parameter():
+    """The larger singular value sits in the layer that is eight times as expensive."""
+    assert functional.ranks_by_budget([[2.0], [1.9]], [1, 1], [80, 10], 80, [0, 0]) == [0, 1]
+
+
+def test_budget_below_the_floor_is_refused():
+    with pytest.raises(ValueError, match="budget=15 is below the floor of 20"):
+        functional.ranks_by_budget([[1.0], [1.0]], [1, 1], [10, 10], 15, [1, 1])
+
+
+@pytest.mark.parametrize(("m", "n", "r", "r_new"), [(20, 15, 3, 5), (15, 20, 4, 2), (6, 30, 6, 6), (9, 9, 1, 1)])
+def test_transport_is_the_best_approximation_of_the_tangent_vector(m, n, r, r_new):
+    R = max(r, r_new)
+    U, V = padded(orthonormal(m, r), R), padded(orthonormal(n, r), R)
+    U_new, V_new = padded(orthonormal(m, r_new), R), padded(orthonormal(n, r_new), R)
+    m_K, m_L = torch.zeros(m, R).double(), torch.zeros(n, R).double()
+    m_K[:, :r], m_L[:, :r] = torch.randn(m, r).double(), torch.randn(n, r).double()
+    xi = m_K @ V.T + U @ m_L.T
+    new_K, new_L = functional.transport_first_moment(m_K, m_L, U, V, U_new, V_new)
+    moved = new_K @ V_new.T + U_new @ new_L.T
+    projected = U_new @ U_new.T @ xi + xi @ V_new @ V_new.T - U_new @ U_new.T @ xi @ V_new @ V_new.T
+    torch.testing.assert_close(moved, projected, rtol=0, atol=1e-12)
+    assert (V_new.T @ new_L).abs().max() < 1e-12
+    assert torch.count_nonzero(new_K[:, r_new:]) == torch.count_nonzero(new_L[:, r_new:]) == 0
+
+
+def test_transport_to_the_same_bases_changes_nothing():
+    U, V = orthonormal(9, 3), orthonormal(7, 3)
+    m_K, m_L = torch.randn(9, 3).double(), functional.project_out(torch.randn(7, 3).double(), V)
+    new_K, new_L = functional.transport_first_moment(m_K, m_L, U, V, U, V)
+    torch.testing.assert_close(new_K, m_K)
+    torch.testing.assert_close(new_L, m_L)
+    v = torch.rand(9, 3).double()
+    torch.testing.assert_close(functional.transport_second_moment(v, V, V), v)
+
+
+def test_second_moments_of_new_columns_are_of_the_size_of_their_row():
+    basis = padded(orthonormal(30, 3), 6)
+    both = torch.linalg.qr(torch.cat([basis[:, :3], torch.randn(30, 2).double()], 1)).Q
+    v = padded(torch.rand(8, 3).double() + 0.5, 6)
+    moved = functional.transport_second_moment(v, basis, padded(both, 6))
+    torch.testing.assert_close(moved[:, :3], v[:, :3])
+    torch.testing.assert_close(moved[:, 3], v[:, :3].mean(1))
+    assert torch.count_nonzero(moved[:, 5]) == 0
+
+
+def test_svd_falls_back_before_it_gives_up(monkeypatch):
+    calls = []
+    real = functional._svd
+
+    def failing(matrix, driver=None):
+        calls.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix, driver)
+
+    monkeypatch.setattr(functional, "_svd", failing)
+    matrix = torch.randn(5, 4)
+    P, sigma, Qh = functional.svd(matrix)
+    assert calls == [torch.float32, torch.float64]
+    assert sigma.dtype == torch.float32
+    torch.testing.assert_close((P * sigma) @ Qh, matrix)
+
+
+def test_svd_of_what_is_not_finite_raises():
+    with pytest.raises(torch.linalg.LinAlgError):
+        functional.svd(torch.full((3, 3), float("nan")))
+
+
+def test_orthonormality_defect_sees_a_defect():
+    basis = padded(orthonormal(10, 3), 5)
+    assert functional.orthonormality_defect(basis) < 1e-14
+    basis[:, 1] *= 1.01
+    assert functional.orthonormality_defect(basis) > 0.02

@@ -1,0 +1,308 @@
+import gc
+import warnings
+
+import pytest
+import torch
+from reference import best_of_rank, one_layer
+from torch import nn
+
+from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, inject_adapters, parameter_groups
+from geolora_pl.integrator import _watch_optimizers
+
+
+def two_shapes(**settings):
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12), nn.Linear(12, 3))
+    adapters = inject_adapters(
+        model, AdapterConfig(init_rank=2, max_rank=6, target_modules=["0", "2", "4"], modules_to_save=["5"])
+    )
+    return model, adapters, RankAdaptiveIntegrator(model, **settings)
+
+
+def backward(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, 8, generator=generator)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), torch.arange(16) % 3).backward()
+
+
+def train(model, integrator, optimizer, steps, start=0):
+    for t in range(start, start + steps):
+        backward(model, t)
+        optimizer.step()
+        integrator.step(optimizer)
+
+
+def snapshot(model, optimizer):
+    values = [p.clone() for p in model.parameters()]
+    state = [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return values + state
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def optimizer_of(model, **settings):
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), **{"lr": 1e-2, **settings})
+
+
+def test_adapts_every_n_optimizer_steps():
+    model, adapters, integrator = two_shapes(adapt_every=3)
+    optimizer = optimizer_of(model)
+    adapted = []
+    for t in range(7):
+        backward(model, t)
+        optimizer.step()
+        adapted.append(integrator.step(optimizer))
+        pending = torch.count_nonzero(adapters["0"].K) > 0
+        assert pending == (not adapted[-1])
+    assert adapted == [False, False, True, False, False, True, False]
+    assert (integrator.adaptations, integrator.steps, integrator.total_steps) == (2, 1, 7)
+
+
+def test_step_without_an_optimizer_step_does_nothing():
+    model, _, integrator = two_shapes()
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 1)
+    before = snapshot(model, optimizer)
+    assert not integrator.step(optimizer)
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_batched_retraction_is_the_same_as_one_by_one():
+    model, adapters, integrator = two_shapes(tau=0.2)
+    for layer in adapters.values():
+        nn.init.normal_(layer.K[:, : layer.rank].data)
+        nn.init.normal_(layer.L[:, : layer.rank].data)
+    dense = {name: layer.delta_weight().detach() for name, layer in adapters.items()}
+    integrator.retract()
+    for name, layer in adapters.items():
+        sigma = torch.linalg.svdvals(dense[name])
+        rank = next(r for r in range(1, 7) if sigma[r:].norm() <= 0.2 * sigma.norm())
+        assert layer.rank == rank
+        torch.testing.assert_close(layer.delta_weight().detach(), best_of_rank(dense[name], rank))
+
+
+def test_nothing_pending_is_a_no_op_to_the_bit():
+    model, adapters, integrator = two_shapes(tau=0.3)
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 3)
+    with torch.no_grad():  # spectrum on which a second truncation would drop more
+        adapters["0"].S[:3, :3] = torch.diag(torch.tensor([1.0, 0.299, 0.05]))
+    before = snapshot(model, optimizer)
+    integrator.retract(optimizer)
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_adapters_without_a_gradient_are_left_alone_and_named():
+    model, adapters, integrator = two_shapes()
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 2)
+    before = [p.clone() for p in adapters["2"].parameters()]
+    for t in range(2):
+        backward(model, t)
+        adapters["2"].K.grad = adapters["2"].L.grad = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        messages = [str(w.message) for w in caught if w.category is GeoLoRAWarning]
+        assert [m.split(":")[0] for m in messages] == (["no gradient reaches the adapters 2"] if t == 0 else [])
+        integrator.step(optimizer)
+    assert_same(list(adapters["2"].parameters()), before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("place", ["adapter", "head"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("with_closure", [True, False])
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_whole(first, place, value, with_closure):
+    model, adapters, integrator = two_shapes(adapt_every=2)
+    optimizer = optimizer_of(model, weight_decay=0.1)
+    if not first:
+        train(model, integrator, optimizer, 3)
+    before, steps = snapshot(model, optimizer), integrator.steps
+
+    def broken():
+        backward(model, 99)
+        parameter = adapters["2"].K if place == "adapter" else model[5].weight
+        parameter.grad[0, 0] = value
+
+    with pytest.warns(GeoLoRAWarning, match="2.K is not finite" if place == "adapter" else "5.weight is not finite"):
+        if with_closure:
+            optimizer.step(broken)
+        else:
+            broken()
+            optimizer.step()
+    assert not integrator.step(optimizer)
+    assert_same(snapshot(model, optimizer), before)
+    assert (integrator.skipped_steps, integrator.steps) == (1, steps)
+    train(model, integrator, optimizer, 2)
+    assert integrator.total_steps == (2 if first else 5)
+
+
+def test_a_step_that_a_gradient_scaler_skips_does_not_count():
+    model, _, integrator = two_shapes()
+    optimizer = optimizer_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for t, overflow in enumerate([False, True, False]):
+        generator = torch.Generator().manual_seed(t)
+        model.zero_grad()
+        scaler.scale(model(torch.randn(4, 8, generator=generator)).square().mean()).backward()
+        if overflow:
+            model[5].weight.grad[0, 0] = float("inf")
+        before = snapshot(model, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert integrator.step(optimizer) == (not overflow)
+        if overflow:
+            assert_same(snapshot(model, optimizer), before)
+    assert (integrator.total_steps, integrator.skipped_steps) == (2, 0)
+
+
+@pytest.mark.parametrize("adapt_every", [1, 3])
+def test_weight_decay_decays_the_update_with_the_lr_of_each_step(adapt_every):
+    """With a gradient of zero, what is left of an AdamW step is its decay."""
+    _, adapter, integrator = one_layer(8, 6, 2, 4, tau=0.0, adapt_every=adapt_every)
+    with torch.no_grad():
+        adapter.S[:2, :2] = torch.diag(torch.tensor([2.0, 1.0]).double())
+        adapter.K[:, :2] = 1e-3
+    expected = adapter.delta_weight().detach()
+    optimizer = torch.optim.AdamW([adapter.K, adapter.L], lr=0.1, weight_decay=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (t + 1))
+    for t in range(3):
+        adapter.K.grad, adapter.L.grad = torch.zeros_like(adapter.K), torch.zeros_like(adapter.L)
+        optimizer.step()
+        scheduler.step()  # before the integrator, as Lightning does it
+        integrator.step(optimizer)
+        if adapt_every == 1 and t < 2:
+            with torch.no_grad():
+                adapter.K[:, :1] += 1e-9  # something must be pending for a retraction to happen
+        expected *= 1 - 0.1 / (t + 1) * 0.5
+    torch.testing.assert_close(adapter.delta_weight().detach(), expected, rtol=0, atol=1e-7)
+
+
+def test_ranks_stay_when_rank_changes_is_off():
+    model, _, integrator = two_shapes(tau=0.05)
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 3)
+    ranks = integrator.ranks()
+    integrator.rank_changes = False
+    train(model, integrator, optimizer, 5, start=3)
+    assert integrator.ranks() == ranks
+    assert integrator.adaptations == 8
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1])
+def test_the_budget_holds_exactly_and_min_rank_counts_inside_it(tau):
+    model, _, integrator = two_shapes(tau=tau, budget=100, min_rank=1)
+    optimizer = optimizer_of(model)
+    for t in range(6):
+        train(model, integrator, optimizer, 1, start=t)
+        assert integrator.adapter_parameters() <= 100
+        assert min(integrator.ranks().values()) >= 1
+    if tau == 0:
+        assert integrator.adapter_parameters() == 100
+
+
+def test_min_rank_zero_lets_the_budget_prune_and_rank_zero_keeps_working():
+    model, adapters, integrator = two_shapes(tau=0.0, budget=40, min_rank=0)
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 5)
+    assert integrator.adapter_parameters() == 40
+    assert 0 in integrator.ranks().values()
+    pruned = next(layer for layer in adapters.values() if layer.rank == 0)
+    assert torch.count_nonzero(pruned.delta_weight()) == 0
+
+
+def test_truncation_error_is_the_relative_norm_of_what_was_dropped():
+    _, adapter, integrator = one_layer(8, 6, 3, 3, tau=0.0)
+    nn.init.normal_(adapter.K)
+    nn.init.normal_(adapter.L)
+    before = adapter.delta_weight().detach()
+    integrator.retract()
+    error = (adapter.delta_weight().detach() - before).norm() / before.norm()
+    assert integrator.truncation_error == pytest.approx(float(error), rel=1e-9)
+
+
+def test_an_optimizer_without_the_factors_is_refused():
+    model, adapters, integrator = two_shapes()
+    with pytest.raises(ValueError, match="does not hold the factors of the adapter 0: make it after inject_adapters"):
+        integrator.step(torch.optim.SGD(model[5].parameters(), lr=0.1))
+    only_K = torch.optim.SGD([layer.K for layer in adapters.values()], lr=0.1)
+    with pytest.raises(ValueError, match="does not hold"):
+        integrator.step(only_K)
+
+
+def test_steps_of_other_optimizers_are_none_of_its_business():
+    model, _, integrator = two_shapes()
+    optimizer = optimizer_of(model)
+    other = nn.Linear(2, 2)
+    other(torch.full((1, 2), float("nan"))).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert not integrator.step(optimizer)
+    assert integrator.skipped_steps == 0
+
+
+def test_an_integrator_that_is_gone_watches_no_more():
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    gc.collect()
+    before = len(_global_optimizer_pre_hooks)
+    _, _, integrator = two_shapes()
+    assert len(_global_optimizer_pre_hooks) == before + 1
+    del integrator
+    gc.collect()
+    assert len(_global_optimizer_pre_hooks) == before
+    assert _watch_optimizers is not None
+
+
+def test_state_dict_resumes_cadence_and_pending_decay_exactly():
+    def fresh():
+        torch.manual_seed(3)
+        model, _, integrator = two_shapes(adapt_every=3)
+        return model, integrator, optimizer_of(model, weight_decay=0.1)
+
+    model, integrator, optimizer = fresh()
+    train(model, integrator, optimizer, 4)
+    saved = model.state_dict(), integrator.state_dict(), optimizer.state_dict()
+    saved = torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, saved)
+    train(model, integrator, optimizer, 4, start=4)
+
+    resumed, integrator2, optimizer2 = fresh()
+    for target, state in zip((resumed, integrator2, optimizer2), saved, strict=True):
+        target.load_state_dict(state)
+    train(resumed, integrator2, optimizer2, 4, start=4)
+    assert_same(list(resumed.parameters()), list(model.parameters()))
+    assert integrator2.ranks() == integrator.ranks()
+
+
+def test_works_with_parameter_groups_of_the_package():
+    model, _, integrator = two_shapes()
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1, momentum=0.9)
+    train(model, integrator, optimizer, 3)
+    assert integrator.adaptations == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tau": 1.0}, r"tau=1.0 must lie in \[0, 1\)"),
+        ({"tau": -0.1}, "tau=-0.1"),
+        ({"tau": float("nan")}, "tau=nan"),
+        ({"budget": 0}, "budget=0"),
+        ({"budget": 10.5}, "budget=10.5"),
+        ({"budget": 59}, "budget=59 is below the floor of 60 parameters that min_rank asks for"),
+        ({"min_rank": -1}, "min_rank=-1"),
+        ({"adapt_every": 0}, "adapt_every=0"),
+        ({"adapt_every": 1.5}, "adapt_every=1.5"),
+    ],
+)
+def test_bad_settings_are_refused_by_name_and_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        two_shapes(**settings)
+
+
+def test_a_model_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="no adapters: inject_adapters"):
+        RankAdaptiveIntegrator(nn.Linear(2, 2))

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from reference import one_layer
+
+from geolora_pl import GeoLoRAWarning, RankAdaptiveIntegrator
+from geolora_pl.functional import transport_first_moment, transport_second_moment
+
+
+def step(adapter, optimizer, integrator, seed):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(10, 7, generator=generator).double()
+    optimizer.zero_grad()
+    (0.5 * (adapter.delta_weight() - target).square().sum()).backward()
+    optimizer.step()
+    return integrator.step(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "second"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=0.1), "exp_avg", ["exp_avg_sq"]),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), "exp_avg", ["exp_avg_sq", "max_exp_avg_sq"]),
+        (lambda p: torch.optim.NAdam(p, lr=0.1), "exp_avg", ["exp_avg_sq"]),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum_buffer", []),
+    ],
+)
+def test_the_state_of_torchs_optimizers_is_transported(make, first, second):
+    _, adapter, integrator = one_layer(10, 7, 2, 5, tau=0.1)
+    optimizer = make([adapter.K, adapter.L])
+    integrator.adapt_every = 2
+    step(adapter, optimizer, integrator, 0)
+    backward_only(adapter, 1)
+    optimizer.step()
+    U, V = adapter.U.clone(), adapter.V.clone()
+    before = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in (adapter.K, adapter.L)}
+    assert integrator.step(optimizer)
+    assert adapter.rank > 2
+    bases = U, V, adapter.U, adapter.V
+    expected_K, expected_L = transport_first_moment(before[adapter.K][first], before[adapter.L][first], *bases)
+    torch.testing.assert_close(optimizer.state[adapter.K][first], expected_K)
+    torch.testing.assert_close(optimizer.state[adapter.L][first], expected_L)
+    for key in second:
+        expected = transport_second_moment(before[adapter.K][key], V, adapter.V)
+        torch.testing.assert_close(optimizer.state[adapter.K][key], expected)
+        assert (optimizer.state[adapter.K][key][:, : adapter.rank] > 0).all()
+    if second:
+        assert torch.equal(optimizer.state[adapter.K]["step"], before[adapter.K]["step"])
+
+
+def backward_only(adapter, seed):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(10, 7, generator=generator).double()
+    adapter.zero_grad()
+    (0.5 * (adapter.delta_weight() - target).square().sum()).backward()
+
+
+def test_state_without_a_rule_is_set_to_zero_and_named_once():
+    _, adapter, integrator = one_layer(10, 7, 2, 5)
+    optimizer = torch.optim.RMSprop([adapter.K, adapter.L], lr=0.01)
+    with pytest.warns(GeoLoRAWarning, match="the optimizer's state square_avg has no known rule") as caught:
+        for t in range(3):
+            step(adapter, optimizer, integrator, t)
+    assert len(caught) == 1
+    assert torch.count_nonzero(optimizer.state[adapter.K]["square_avg"]) == 0
+
+
+def test_plain_sgd_has_nothing_to_transport():
+    _, adapter, integrator = one_layer(10, 7, 2, 5)
+    step(adapter, torch.optim.SGD([adapter.K, adapter.L], lr=0.1), integrator, 0)
+    assert adapter.rank > 2
+
+
+def test_a_layer_of_one_by_one_keeps_the_sign_of_its_momentum():
+    _, adapter, integrator = one_layer(1, 1, 1, 1)
+    optimizer = torch.optim.SGD([adapter.K, adapter.L], lr=0.1, momentum=0.9)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (0.5 * (adapter.delta_weight() - 3.0).square().sum()).backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    assert adapter.delta_weight().item() == pytest.approx(3.0, abs=0.05)
+    assert isinstance(integrator, RankAdaptiveIntegrator)
