@@ -89,8 +89,6 @@ def main(args: ArgsType = None) -> None:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={
-            name: no_abbreviations | {"description": f"geolora_pl {name}"} for name in LightningCLI.subcommands()
-        },
+        parser_kwargs=no_abbreviations | dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
         args=args,
     )

@@ -49,7 +49,7 @@ class GeoLoRAModule(L.LightningModule):
 
     def __init__(
         self,
-        adapter: AdapterConfig | None = None,
+        adapter: AdapterConfig = AdapterConfig(),
         optimizer: OptimizerCallable = RiemannianAdam,
         lr_scheduler: LRSchedulerCallable | None = None,
         head_lr: float | None = 1e-3,
@@ -59,7 +59,7 @@ class GeoLoRAModule(L.LightningModule):
             raise ValueError(f"head_lr={head_lr!r} must be above 0")
         # A checkpoint must load with weights_only=True, so it holds the configuration as plain values, and from there
         # it comes back so; the factories of optimizer and scheduler cannot be saved at all.
-        self.adapter = AdapterConfig(**adapter) if isinstance(adapter, dict) else adapter or AdapterConfig()
+        self.adapter = AdapterConfig(**adapter) if isinstance(adapter, dict) else adapter
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.hparams["adapter"] = asdict(self.adapter)
         self.optimizer = optimizer

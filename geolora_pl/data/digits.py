@@ -23,5 +23,5 @@ class Digits(ImageDataModule):
         """Read the images and hold out the test images."""
         digits = load_digits()
         samples = ArrayImages((digits.images * (255 / 16)).astype(np.uint8), digits.target)
-        train, test = hold_out(samples, self.test_size / len(samples), self.seed)
+        train, test = hold_out(samples, self.test_size, self.seed)
         return {"train": train, "test": test}

@@ -112,7 +112,8 @@ class ImageDataModule(L.LightningDataModule):
             return
         splits = self.load_splits()
         if "val" not in splits:
-            splits["train"], splits["val"] = hold_out(splits["train"], self.val_fraction, self.seed)
+            count = round(self.val_fraction * len(splits["train"]))  # type: ignore[arg-type]  # sized, as above
+            splits["train"], splits["val"] = hold_out(splits["train"], count, self.seed)
         self.splits = splits
 
     def data_config(self) -> Mapping[str, Any]:
@@ -131,15 +132,14 @@ class ImageDataModule(L.LightningDataModule):
         return config
 
     def _loader(self, split: str) -> DataLoader[Any]:
+        if split not in self.splits:
+            raise ValueError(f"{type(self).__name__} has no {split} images: it has {', '.join(self.splits)}")
         training = split == "train"
-        config = dict(self.data_config())
-        channels = config["input_size"][0]
-        config.pop("crop_mode", None)
-        transform = create_transform(
-            **config, is_training=training, **(self.augment or {"no_aug": True} if training else {})
-        )
+        config = self.data_config()
+        augment = (self.augment or {"no_aug": True}) if training else {}
+        transform = create_transform(**config, is_training=training, **augment)
         return DataLoader(
-            _Transformed(self.splits[split], "L" if channels == 1 else "RGB", transform),
+            _Transformed(self.splits[split], "L" if config["input_size"][0] == 1 else "RGB", transform),
             batch_size=self.batch_size,
             shuffle=training,
             num_workers=self.num_workers,
@@ -164,6 +164,9 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader("test")
 
 
-def hold_out(samples: Dataset[Sample], fraction: float, seed: int) -> list[Subset[Sample]]:
-    """Split samples into a larger and a held-out part, the same for the same seed."""
-    return random_split(samples, [1 - fraction, fraction], torch.Generator().manual_seed(seed))
+def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sample]]:
+    """Split samples into the rest and ``count`` held out, the same for the same seed."""
+    rest = len(samples) - count  # type: ignore[arg-type]  # every source here is a sized data set
+    if not (count > 0 and rest > 0):
+        raise ValueError(f"{count} of {rest + count} images cannot be held out: both parts need at least one")
+    return random_split(samples, [rest, count], torch.Generator().manual_seed(seed))

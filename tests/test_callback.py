@@ -1,0 +1,342 @@
+import math
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAWarning, RankAdaptiveIntegrator, inject_adapters
+from geolora_pl.inject import find_adapters
+
+ADAPTER = AdapterConfig(init_rank=2, max_rank=5, target_modules=["body.0", "body.2"], modules_to_save=["head"])
+
+
+def loader(batch_size=8, batches=6):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size * batches, 10, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=batch_size)
+
+
+class Foreign(L.LightningModule):
+    """A LightningModule that knows nothing of us."""
+
+    def __init__(self, optimizer=torch.optim.AdamW):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh())
+        self.head = nn.Linear(8, 2)
+        self.make = optimizer
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.head(self.body(x)), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.head(self.body(x)), y))
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return self.make(self.parameters(), lr=1e-2)
+
+
+class Built(Foreign):
+    """The same, building its layers in configure_model."""
+
+    def __init__(self):
+        L.LightningModule.__init__(self)
+        self.make = torch.optim.AdamW
+        self.calls = 0
+
+    def configure_model(self):
+        if not hasattr(self, "body"):
+            self.calls += 1
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh())
+            self.head = nn.Linear(8, 2)
+
+
+def trainer(callback, *more, **settings):
+    defaults = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in more),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "callbacks": [callback, *more],
+    }
+    return L.Trainer(**{**defaults, **settings})
+
+
+@pytest.mark.parametrize("module_class", [Foreign, Built])
+def test_any_module_gets_adapters_and_moves_them(module_class):
+    module, callback = module_class(), GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback).fit(module, loader())
+    assert list(find_adapters(module)) == ["body.0", "body.2"]
+    assert callback.integrator.adaptations == callback.integrator.total_steps == 6
+    assert module.body[0].rank > 2
+    assert torch.count_nonzero(module.body[0].K) == 0
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {"body.0.K", "body.0.L", "body.2.K", "body.2.L", "head.weight", "head.bias"}
+    assert getattr(module, "calls", 1) == 1
+
+
+def test_it_is_the_same_as_the_plain_loop():
+    module, callback = Foreign(torch.optim.SGD), GeoLoRACallback(tau=0.05, adapter=ADAPTER)
+    torch.manual_seed(1)
+    trainer(callback).fit(module, loader())
+
+    plain = Foreign()
+    torch.manual_seed(1)
+    inject_adapters(plain, ADAPTER)
+    integrator = RankAdaptiveIntegrator(plain, tau=0.05)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-2)
+    for batch in loader():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain.head(plain.body(batch[0])), batch[1]).backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    for a, b in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulation_counts_optimizer_steps():
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=2)
+    trainer(callback, accumulate_grad_batches=2, max_epochs=2).fit(Foreign(), loader(batches=8))
+    assert (callback.integrator.total_steps, callback.integrator.adaptations) == (8, 4)
+
+
+class Manual(Foreign):
+    """Manual optimization with a second optimizer that holds no adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = nn.Linear(10, 1)
+
+    def training_step(self, batch, batch_idx):
+        ours, other = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        ours.zero_grad()
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            ours.step()
+        other.zero_grad()
+        self.manual_backward(self.critic(batch[0]).square().mean())
+        other.step()
+
+    def configure_optimizers(self):
+        self.critic.requires_grad_(True)
+        adapted = [p for n, p in self.named_parameters() if not n.startswith("critic")]
+        return torch.optim.AdamW(adapted, lr=1e-2), torch.optim.SGD(self.critic.parameters(), lr=1e-2)
+
+
+def test_manual_optimization_with_another_optimizer():
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback).fit(Manual(), loader())
+    assert callback.integrator.adaptations == 3
+
+
+class Split(Foreign):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("refused before the first step")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.body[0].parameters(), lr=0.1), torch.optim.SGD(self.body[2].parameters(), lr=0.1)
+
+
+def test_adapters_spread_over_two_optimizers_are_refused():
+    with pytest.raises(ValueError, match="2 of the 2 optimizers hold adapters, and exactly one must"):
+        trainer(GeoLoRACallback(adapter=ADAPTER)).fit(Split(), loader())
+
+
+def test_an_optimizer_made_before_the_adapters_is_refused():
+    class Early(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.early = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def configure_optimizers(self):
+            return self.early
+
+    with pytest.raises(ValueError, match="0 of the 1 optimizers hold adapters"):
+        trainer(GeoLoRACallback(adapter=ADAPTER)).fit(Early(), loader())
+
+
+@pytest.mark.parametrize("other", [StochasticWeightAveraging(0.1), EMAWeightAveraging()])
+def test_weight_averaging_is_refused_with_the_reason(other):
+    with pytest.raises(ValueError, match=f"{type(other).__name__} averages the orthonormal factors"):
+        trainer(GeoLoRACallback(adapter=ADAPTER), other).fit(Foreign(), loader())
+
+
+def test_ranks_are_logged_as_often_as_the_trainer_logs(tmp_path):
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    logger = CSVLogger(tmp_path, name="", version="")
+    runs = trainer(callback, logger=logger, log_every_n_steps=2)
+    runs.fit(Foreign(), loader())
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    names = header.split(",")
+    expected = {"rank/mean", "rank/body.0", "rank/body.2", "adapter_params", "truncation_error", "skipped_steps"}
+    assert expected <= set(names)
+    logged = [dict(zip(names, row.split(","), strict=True)) for row in rows]
+    assert len([row for row in logged if row["rank/mean"]]) == 3 + 1  # steps 2, 4, 6 and the epoch's end
+    assert float(logged[-1]["rank/body.0"]) == find_adapters(runs.lightning_module)["body.0"].rank
+    assert runs.callback_metrics["adapter_params"] == callback.integrator.adapter_parameters()
+
+
+def test_adapt_until_holds_the_ranks_for_the_rest_of_the_run():
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            seen.append([layer.rank for layer in find_adapters(module).values()])
+
+    callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER, adapt_until=0.5)
+    trainer(callback, Watch(), max_epochs=2).fit(Foreign(), loader())
+    assert len(seen) == 12
+    assert seen[0] != seen[5]
+    assert all(ranks == seen[5] for ranks in seen[5:])
+    assert callback.integrator.adaptations == 12
+
+
+@pytest.mark.parametrize("fit", [{"max_epochs": 2}, {"max_steps": 12, "max_epochs": -1}])
+def test_the_end_of_training_is_retracted(fit):
+    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER, adapt_every=5)
+    trainer(callback, **fit).fit(module, loader())
+    assert callback.integrator.total_steps == 12
+    assert callback.integrator.adaptations == 3
+    assert all(torch.count_nonzero(f) == 0 for a in find_adapters(module).values() for f in (a.K, a.L))
+
+
+def test_validation_between_two_adaptations_does_not_disturb_the_cadence():
+    modules = []
+    for interval in (1.0, 1 / 6):
+        torch.manual_seed(0)
+        module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
+        trainer(callback, max_epochs=2, val_check_interval=interval).fit(module, loader(), loader())
+        modules.append(module)
+    for a, b in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_without_one_adaptation_is_an_error():
+    class Broken(Foreign):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    with (
+        pytest.warns(GeoLoRAWarning, match="is not finite: this optimizer step is skipped whole"),
+        pytest.raises(RuntimeError, match=r"without one adaptation.*6 steps were skipped"),
+    ):
+        trainer(GeoLoRACallback(adapter=ADAPTER)).fit(Broken(), loader())
+
+
+def test_a_broken_batch_changes_nothing_and_the_run_goes_on():
+    class Once(Foreign):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 3 else loss
+
+    states = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            states.append([p.detach().clone() for p in module.parameters()])
+
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    with pytest.warns(GeoLoRAWarning, match="is not finite"):
+        trainer(callback, Watch()).fit(Once(), loader())
+    assert all(torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True))
+    assert (callback.integrator.skipped_steps, callback.integrator.total_steps) == (1, 5)
+
+
+def test_a_run_shorter_than_the_cadence_is_refused_before_it_starts():
+    with pytest.raises(ValueError, match="adapt_every=7 is longer than the run of 6 optimizer steps"):
+        trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=7)).fit(Foreign(), loader())
+    trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=7), fast_dev_run=True).fit(Foreign(), loader())
+
+
+def test_adapt_until_of_an_endless_run_is_refused():
+    with pytest.raises(ValueError, match=r"adapt_until=0.5 is a part of a run without an end"):
+        trainer(GeoLoRACallback(adapter=ADAPTER, adapt_until=0.5), max_epochs=-1).fit(Foreign(), loader())
+
+
+def test_two_places_that_say_what_to_adapt_are_refused():
+    module = Foreign()
+    inject_adapters(module, ADAPTER)
+    with pytest.raises(ValueError, match="say what to adapt in one of the two places"):
+        trainer(GeoLoRACallback(adapter=ADAPTER)).fit(module, loader())
+    trainer(GeoLoRACallback()).fit(module, loader())
+
+
+@pytest.mark.parametrize("adapt_every", [1, 5])  # with 5, two steps are pending in the checkpoint
+def test_resuming_equals_one_run(tmp_path, adapt_every):
+    def run(max_steps, ckpt_path=None, **more):
+        torch.manual_seed(0)
+        module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER, adapt_every=adapt_every)
+        checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+        runs = trainer(callback, checkpoint, max_epochs=-1, max_steps=max_steps)
+        runs.fit(module, loader(), ckpt_path=ckpt_path, **more)
+        return module, callback
+
+    whole, first = run(24)
+    resumed, second = run(24, tmp_path / "step=12.ckpt", weights_only=True)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert first.integrator.state_dict() == second.integrator.state_dict()
+    assert first.integrator.ranks() == second.integrator.ranks()
+
+
+def test_a_foreign_module_is_tested_from_its_checkpoint_at_its_ranks(tmp_path):
+    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER)
+    runs = trainer(callback, ModelCheckpoint(tmp_path, save_last=True))
+    runs.fit(module, loader(), loader())
+    expected = trainer(GeoLoRACallback()).test(module, loader(), verbose=False)[0]["val_loss"]
+    fresh = Foreign()
+    loaded = trainer(GeoLoRACallback(adapter=ADAPTER)).test(
+        fresh, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
+    )
+    assert loaded[0]["val_loss"] == pytest.approx(expected)
+    assert fresh.body[0].rank == module.body[0].rank
+
+
+def test_fit_twice_with_one_trainer_and_callback():
+    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER)
+    runs = trainer(callback)
+    runs.fit(module, loader())
+    runs.fit_loop.max_epochs = 2
+    runs.fit(module, loader())
+    assert callback.integrator.total_steps >= 6
+    assert math.isfinite(callback.integrator.truncation_error)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision):
+    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback, precision=precision, max_epochs=5).fit(module, loader())
+    adapter = module.body[0]
+    assert adapter.U.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    assert callback.integrator.adaptations == 30
+    basis = adapter.U[:, : adapter.rank]
+    assert (basis.T @ basis - torch.eye(adapter.rank)).norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"tau": 1.5}, "tau=1.5"), ({"adapt_until": 0.0}, "adapt_until=0.0"), ({"adapt_until": 1.1}, "adapt_until=1.1")],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GeoLoRACallback(**settings)

@@ -1,0 +1,148 @@
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from geolora_pl.cli import main, rank_table
+from geolora_pl.loggers import CSVLogger
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder that sees the project's configs and keeps its runs to itself."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command, *more, quick=QUICK):
+    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
+
+
+def test_fit_then_test_then_predict(folder, capfd):
+    run("fit", "--trainer.log_every_n_steps=2")
+    out = capfd.readouterr().out
+    assert re.search(r"test_accuracy: 0\.\d{4}", out)
+    assert re.search(r"adapter parameters: [\d,]+ \(\d+\.\d% of the 205,066", out)
+    assert "tensorboard --logdir lightning_logs/quickstart" in out
+    assert re.search(r"model\.blocks\.\*\.attn\.qkv\s*│ \d+ \d+ \d+ \d+ ", out)
+    logs = folder / "lightning_logs" / "quickstart"
+    assert list(logs.glob("events.out.tfevents.*"))
+    assert (logs / "config.yaml").is_file()
+    rows = list(csv.DictReader((logs / "metrics.csv").open()))
+    logged = {name for row in rows for name, value in row.items() if value}
+    assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
+    assert "rank/model.blocks.0.attn.qkv" in logged
+
+    saved = (logs / "config.yaml").read_text()
+    last = str(logs / "checkpoints" / "last.ckpt")
+    main(["test", "--config", "lightning_logs/quickstart/config.yaml", "--ckpt_path", last, *QUIET])
+    assert "test_accuracy" in capfd.readouterr().out
+    assert (logs / "config.yaml").read_text() == saved
+
+
+def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder, capfd):
+    run("fit")
+    capfd.readouterr()
+    first = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
+    run("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert "Restored all states" in "".join(capfd.readouterr())
+    second = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
+    assert (first["global_step"], second["global_step"]) == (4, 8)
+    state = next(v for k, v in second["callbacks"].items() if "GeoLoRA" in k)
+    assert state["total_steps"] == 8
+    kept = [path.name for path in Path("lightning_logs/quickstart").glob("metrics*.csv")]
+    assert sorted(kept) == ["metrics.1.csv", "metrics.csv"]
+
+
+def test_the_callbacks_settings_and_any_torch_optimizer_from_the_command_line(folder, capfd):
+    run(
+        "fit",
+        "--geolora.tau=0.3",
+        "--geolora.adapt_every=2",
+        "--model.init_args.adapter.max_rank=4",
+        "--model.init_args.adapter.rank_pattern={'qkv': 2}",
+        "--model.init_args.optimizer=torch.optim.SGD",
+        "--model.init_args.optimizer.init_args.lr=0.1",
+        "--trainer.logger=false",
+        "--test_after_fit=false",
+    )
+    out = capfd.readouterr().out
+    assert "test_accuracy" not in out
+    ranks = [int(r) for r in re.findall(r"│ ([\d ]+?) +│", out) for r in r.split()]
+    assert len(ranks) == 16
+    assert max(ranks) <= 4
+
+
+def test_print_config_and_help(folder, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "configs/quickstart.yaml", "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capfd.readouterr().out)
+    assert config["geolora"]["tau"] == 0.1
+    assert config["model"]["init_args"]["adapter"]["max_rank"] == 16
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    out = capfd.readouterr().out
+    assert "--geolora.tau" in out
+    assert "Relative truncation tolerance" in " ".join(out.split())
+
+
+def test_help_of_the_task(folder, capfd):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help=geolora_pl.tasks.ImageClassification"])
+    out = " ".join(capfd.readouterr().out.split())
+    assert "Part of the target spread over all classes" in out
+    assert "--model.adapter.max_rank" in out or "adapter.max_rank" in out
+    assert "Columns allocated for every adapter" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--geolora.ta=0.2"], "geolora.ta"),  # no abbreviations
+        (["--geolora.tau=high"], "geolora.tau"),
+        (["--geolora.tau=2"], "tau=2"),
+        (["--trainer.max_step=3"], "max_step"),
+        (["--model.init_args.label_smoothing=3"], "label_smoothing=3"),
+        (["--model.init_args.adapter.init_rank=0"], "init_rank=0"),
+        (["--geolora.budget=10"], "budget=10 is below the floor"),
+        (["--model.init_args.checkpoint_path=gone.pth"], "checkpoint_path='gone.pth' is no file"),
+        (["--data=geolora_pl.data.ImageFolder", "--data.init_args.folder=gone"], "folder='gone' must hold"),
+        (["--config=gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_bad_input_stops_before_training_and_says_why(folder, capfd, arguments, message):
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        run("fit", *arguments)
+    assert getattr(stop.value, "code", 1) != 0
+    captured = capfd.readouterr()
+    assert message in f"{stop.value} {captured.err}"
+    assert not list(folder.glob("lightning_logs/**/*.ckpt"))
+
+
+def test_the_quickstart_prints_no_warning_of_ours(folder, recwarn):
+    run("fit")
+    assert not [w for w in recwarn if "geolora" in w.filename or "GeoLoRA" in w.category.__name__]
+
+
+def test_rank_table_puts_depth_in_columns():
+    table = rank_table({"m.0.fc1": 3, "m.0.fc2": 4, "m.1.fc1": 5, "m.1.fc2": 6})
+    assert [list(column.cells) for column in table.columns] == [["m.*.fc1", "m.*.fc2"], ["3 5", "4 6"]]
+
+
+def test_the_csv_logger_keeps_what_was_there(tmp_path):
+    for value in range(3):
+        logger = CSVLogger(tmp_path, name="run", version="")
+        logger.log_metrics({"a": value})
+        logger.save()
+    contents = [next(csv.DictReader(path.open()))["a"] for path in sorted((tmp_path / "run").glob("metrics*.csv"))]
+    assert sorted(contents) == ["0", "1", "2"]

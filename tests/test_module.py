@@ -1,0 +1,114 @@
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
+from test_callback import loader, trainer
+from torch import nn
+
+from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
+
+
+class Small(GeoLoRAModule):
+    def __init__(self, width: int = 12, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+
+    def build_model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(10, self.width), nn.Tanh(), nn.Linear(self.width, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+
+    def new_modules(self):
+        return ["4"]
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self.model(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+
+def test_a_subclass_needs_only_its_model_and_steps():
+    module = Small()
+    trainer(GeoLoRACallback(), max_epochs=3).fit(module, loader())
+    assert module.model[0].rank > 0
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {
+        *(f"model.{i}.{f}" for i in (0, 2) for f in "KL"),
+        "model.4.weight",
+        "model.4.bias",
+    }
+
+
+def test_configure_model_is_idempotent():
+    module = Small()
+    module.configure_model()
+    model = module.model
+    module.configure_model()
+    assert module.model is model
+
+
+def test_new_modules_join_modules_to_save():
+    module = Small(adapter=AdapterConfig(target_modules=["0"], modules_to_save=["3"]))
+    module.configure_model()
+    assert {name.split(".")[1] for name, p in module.named_parameters() if p.requires_grad} == {"0", "3", "4"}
+
+
+def test_only_trained_parameters_reach_the_optimizer_with_their_own_lr_and_decay():
+    module = Small(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2), head_lr=0.01)
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in module.parameters() if p.requires_grad
+    }
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.1, 0.2), (0.01, 0.2), (0.01, 0.0)]
+
+
+def test_the_default_optimizer_is_riemannian_adam_without_scheduler():
+    module = Small()
+    module.configure_model()
+    assert isinstance(module.configure_optimizers(), RiemannianAdam)
+
+
+def test_schedulers_step_every_optimizer_step_and_plateau_every_epoch():
+    module = Small(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=12))
+    module.configure_model()
+    assert module.configure_optimizers()["lr_scheduler"]["interval"] == "step"
+    module = Small(lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val_loss", patience=0))
+    trainer(GeoLoRACallback(), max_epochs=2).fit(module, loader(), loader())
+
+
+def test_load_from_checkpoint_at_changed_ranks(tmp_path):
+    config = AdapterConfig(init_rank=1, max_rank=4, target_modules=["0", "2"], rank_pattern={"0": 2})
+    module = Small(width=14, adapter=config)
+    trainer(GeoLoRACallback(tau=0.01), ModelCheckpoint(tmp_path, save_last=True), max_epochs=2).fit(module, loader())
+    loaded = Small.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert loaded.adapter == config
+    assert [loaded.model[i].rank for i in (0, 2)] == [module.model[i].rank for i in (0, 2)]
+    x = torch.randn(3, 10)
+    assert torch.equal(loaded.model(x), module.model(x))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    trainer(GeoLoRACallback(), ModelCheckpoint(tmp_path, save_last=True)).fit(Small(), loader())
+    with pytest.raises(RuntimeError, match="size mismatch for model.0"):
+        Small.load_from_checkpoint(tmp_path / "last.ckpt", width=9)
+    with pytest.raises(RuntimeError, match=r"size mismatch for model.0.U.*\[12, 10\].*\[12, 3\]"):
+        Small.load_from_checkpoint(tmp_path / "last.ckpt", adapter=AdapterConfig(init_rank=1, max_rank=3))
+
+
+def test_without_build_model_the_message_says_what_to_write():
+    class Nothing(GeoLoRAModule):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Nothing must define build_model\(\)"):
+        Nothing().configure_model()
+
+
+def test_head_lr_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="head_lr=0"):
+        Small(head_lr=0)
+    assert isinstance(Small(), L.LightningModule)
