@@ -100,6 +100,10 @@ class _TangentGradient(torch.autograd.Function):
         return project_out(grad_outputs[0], V), None
 
 
+def _with_tangent_gradient(L: Tensor, V: Tensor) -> Tensor:
+    return _TangentGradient.apply(L, V)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class GeoLoRALinear(nn.Module):
     r"""A linear layer with a low-rank update in tangent coordinates.
 
@@ -160,7 +164,8 @@ class GeoLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The effective weight (out, in), for code that reads ``layer.weight`` instead of calling the layer."""
-        return self.base.weight + self.delta_weight().to(self.base.weight.dtype)
+        weight: Tensor = self.base.weight + self.delta_weight().to(self.base.weight.dtype)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -168,7 +173,7 @@ class GeoLoRALinear(nn.Module):
         return self.base.bias
 
     def _factored(self) -> tuple[Tensor, Tensor]:
-        return factored(self.U, self.S, self.V, self.K, _TangentGradient.apply(self.L, self.V))
+        return factored(self.U, self.S, self.V, self.K, _with_tangent_gradient(self.L, self.V))
 
     def delta_weight(self) -> Tensor:
         """The update of the weight, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending increments included."""
@@ -179,7 +184,8 @@ class GeoLoRALinear(nn.Module):
         """Apply the layer to x (..., in)."""
         A, B = self._factored()
         coordinates = F.linear(self.dropout(x), B.mT.to(x.dtype))
-        return self.base(x) + F.linear(coordinates, (self.scaling * A).to(x.dtype))
+        y: Tensor = self.base(x) + F.linear(coordinates, (self.scaling * A).to(x.dtype))
+        return y
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -201,7 +207,7 @@ class GeoLoRALinear(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
-        super()._apply(keep_precision, recurse=False)
+        super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

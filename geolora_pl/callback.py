@@ -112,7 +112,7 @@ class GeoLoRACallback(L.Callback):
             )
         integrator.check_optimizer(holders[0])
         steps = trainer.estimated_stepping_batches
-        if steps < self.adapt_every and not trainer.fast_dev_run:
+        if steps < self.adapt_every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"adapt_every={self.adapt_every} is longer than the run of {steps} optimizer steps: lower it to at "
                 f"most {steps}"
@@ -162,7 +162,7 @@ class GeoLoRACallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
         assert self.integrator is not None
-        if self.integrator.adaptations == 0 and not trainer.fast_dev_run:
+        if self.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"training ended after {self.integrator.total_steps} optimizer steps without one adaptation of the "
                 f"ranks: {self.integrator.skipped_steps} steps were skipped for gradients that are not finite; "

@@ -15,6 +15,7 @@ U is on the output side, as in StelLA; the authors of GeoLoRA put it on the inpu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -154,7 +155,7 @@ def resolution(m: int, n: int, dtype: torch.dtype) -> float:
     Rounding in inner products of length m grows like its square root; the factor 4 was enough in 2,000 random
     retractions from 1 x 1 to 4096 x 64 with planted dependent columns.
     """
-    return 4 * max(m, n) ** 0.5 * torch.finfo(dtype).eps
+    return 4 * math.sqrt(max(m, n)) * torch.finfo(dtype).eps
 
 
 def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int | Tensor, max_rank: int) -> Tensor:
@@ -303,4 +304,5 @@ def orthonormality_defect(basis: Tensor) -> Tensor:
         tensor(0.)
     """
     live = (basis != 0).any(-2).to(basis.dtype)
-    return torch.linalg.matrix_norm(basis.mT @ basis - torch.diag_embed(live))
+    defect: Tensor = torch.linalg.matrix_norm(basis.mT @ basis - torch.diag_embed(live))
+    return defect

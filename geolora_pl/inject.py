@@ -193,9 +193,7 @@ def _modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.
 
 def _head_modules(model: nn.Module) -> set[int]:
     """What timm and transformers call the classifier, and what goes by one of the usual names."""
-    heads: list[object] = [
-        module for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES
-    ]
+    heads: list[object] = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES]
     for module in model.modules():
         for getter in ("get_classifier", "get_output_embeddings"):
             if callable(getattr(module, getter, None)):

@@ -179,7 +179,9 @@ class RankAdaptiveIntegrator:
         for names, step in zip(groups, steps, strict=True):
             moved = [i for i, name in enumerate(names) if name in ranks]
             if moved:
-                self._move([names[i] for i in moved], functional.Decomposition(*(x[moved] for x in step)), ranks, optimizer)
+                self._move(
+                    [names[i] for i in moved], functional.Decomposition(*(x[moved] for x in step)), ranks, optimizer
+                )
         self.steps = 0
         self.adaptations += 1
         self._decay = dict.fromkeys(self.adapters, 1.0)
@@ -247,7 +249,9 @@ class RankAdaptiveIntegrator:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at the gradients when they are there: now, or after the closure that computes them."""
-        if not any(id(parameter) in self._adapter_names for group in optimizer.param_groups for parameter in group["params"]):
+        if not any(
+            id(parameter) in self._adapter_names for group in optimizer.param_groups for parameter in group["params"]
+        ):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -285,8 +289,8 @@ class RankAdaptiveIntegrator:
             decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
             if decay != 1.0:
                 for parameter in group["params"]:
-                    if name := self._adapter_names.get(id(parameter)):
-                        self._decay[name] *= decay
+                    if (adapter := self._adapter_names.get(id(parameter))) is not None:
+                        self._decay[adapter] *= decay
 
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:

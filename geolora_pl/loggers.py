@@ -33,5 +33,6 @@ class CSVLogger(loggers.CSVLogger):
                 metrics.rename(older)
             with warnings.catch_warnings():  # Lightning warns that the file will be deleted: it is safe by now
                 warnings.filterwarnings("ignore", message="Experiment logs directory")
-                return super().experiment
+                writer: _ExperimentWriter = super().experiment
+                return writer
         return self._experiment

@@ -135,7 +135,9 @@ class RiemannianAdam(Optimizer):
             parameters = group["params"]
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
-                self._step_adapters([p for pair in pairs if None not in (pair[0].grad, pair[1].grad) for p in pair], group)
+                self._step_adapters(
+                    [p for pair in pairs if None not in (pair[0].grad, pair[1].grad) for p in pair], group
+                )
             else:
                 self._step_others([p for p in parameters if p.grad is not None], group)
         return loss
@@ -150,13 +152,14 @@ class RiemannianAdam(Optimizer):
         steps = self._count(factors[::2])
         torch._foreach_lerp_(momenta, gradients, 1 - beta1)
 
+        bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
+        directions: Sequence[Tensor] = momenta
+
         if group["geometry"] == "isotropic":
             squared = self._states(factors[::2], "exp_avg_sq", lambda factor: factor.new_zeros(()))
             v = torch.stack(squared).lerp_(_pair_norms(gradients).square(), 1 - beta2)
             torch._foreach_copy_(squared, list(v.unbind()))
-            bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
             scale = 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
-            directions = momenta
         elif group["geometry"] == "spectral":
             directions = [polar_factor(momentum) for momentum in momenta]
             scale = 1 / _pair_norms(directions).clamp_min(group["eps"])
@@ -168,12 +171,11 @@ class RiemannianAdam(Optimizer):
             torch._foreach_add_(roots, group["eps"])
             directions = torch._foreach_div(momenta, roots)
             live = torch.stack([torch.count_nonzero(square) for square in squares]).view(-1, 2).sum(1)
-            bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
             scale = bias2.sqrt() / bias1 / live.clamp_min(1).sqrt()
         factor_of = (-group["lr"] * scale).repeat_interleave(2)
         if group["weight_decay"]:
             torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(factors, torch._foreach_mul(directions, list(factor_of.unbind())))
+        torch._foreach_add_(factors, torch._foreach_mul(list(directions), list(factor_of.unbind())))
 
     def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:
@@ -218,7 +220,8 @@ def polar_factor(matrix: Tensor) -> Tensor:
         (..., d, R), of the same rank, with every singular value one.
     """
     P, sigma, Qh = svd(matrix)
-    distinct = sigma > resolution(*matrix.shape[-2:], sigma.dtype) * sigma[..., :1]
+    rows, columns = matrix.shape[-2:]
+    distinct = sigma > resolution(rows, columns, sigma.dtype) * sigma[..., :1]
     return (P * distinct[..., None, :]) @ Qh
 
 
@@ -226,9 +229,10 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
 
 
-def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
+def _pair_norms(tensors: list[Tensor]) -> Tensor:
     """Frobenius norm of each K and L together."""
-    return torch.stack(torch._foreach_norm(tensors)).view(-1, 2).norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)).view(-1, 2), dim=1)
+    return norms
 
 
 def _zero_steps(parameter: Tensor) -> Tensor:

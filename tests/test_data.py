@@ -141,7 +141,11 @@ def test_cifar_through_torchvision(tmp_path, monkeypatch, source, classes):
     (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: names}))
     rng = np.random.default_rng(0)
     for name, _ in source._source.train_list + source._source.test_list:
-        batch = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10)), "fine_labels": list(range(10))}
+        batch = {
+            "data": rng.integers(0, 256, (10, 3072), dtype=np.uint8),
+            "labels": list(range(10)),
+            "fine_labels": list(range(10)),
+        }
         if classes == 10:
             del batch["fine_labels"]
         (folder / name).write_bytes(pickle.dumps(batch))
@@ -210,5 +214,5 @@ def test_workers_leave_two_cores_to_the_training(monkeypatch):
 
 def test_a_module_without_data_config_is_told_what_to_do():
     data = Digits()
-    with pytest.raises(ValueError, match="data_config = timm.data.resolve_model_data_config"):
+    with pytest.raises(ValueError, match=r"data_config = timm.data.resolve_model_data_config"):
         data.data_config()

@@ -78,12 +78,12 @@ def test_any_timm_model_knows_its_head():
 
 
 def test_weights_of_another_model_are_refused(weights):
+    deeper = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "depth": 3})
     with pytest.raises(ValueError, match=r"does not fit the model: .*blocks.2.* is missing"):
-        module = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "depth": 3})
-        module.configure_model()
+        deeper.configure_model()
+    larger = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "img_size": 32})
     with pytest.raises(ValueError, match=r"is \(1, 5, 24\) in the file and \(1, 17, 24\) in the model"):
-        module = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "img_size": 32})
-        module.configure_model()
+        larger.configure_model()
 
 
 def test_a_broken_file_of_weights_is_refused(tmp_path):

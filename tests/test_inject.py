@@ -96,12 +96,14 @@ def test_a_bert_leaves_out_its_classifier():
 
 
 def test_no_match_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"target_modules=\['q_proj'\] matches no linear layer.*blocks.0.query, .*pooler"):
+    with pytest.raises(
+        ValueError, match=r"target_modules=\['q_proj'\] matches no linear layer.*blocks.0.query, .*pooler"
+    ):
         inject_adapters(Model(), AdapterConfig(target_modules=["q_proj"]))
 
 
 def test_unknown_modules_to_save_are_refused():
-    with pytest.raises(ValueError, match="modules_to_save='head' matches no module.*classifier"):
+    with pytest.raises(ValueError, match=r"modules_to_save='head' matches no module.*classifier"):
         inject_adapters(Model(), AdapterConfig(modules_to_save=["head"]))
 
 

@@ -1,5 +1,6 @@
 """What the method promises, against dense float64 references."""
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,9 @@ def sgd_step(adapters, losses, integrator, optimizer):
     integrator.step(optimizer)
 
 
-@pytest.mark.parametrize(("m", "n", "r", "R"), [(12, 9, 3, 6), (9, 12, 3, 6), (40, 5, 2, 5), (5, 40, 5, 5), (1, 6, 1, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "r", "R"), [(12, 9, 3, 6), (9, 12, 3, 6), (40, 5, 2, 5), (5, 40, 5, 5), (1, 6, 1, 1)]
+)
 @pytest.mark.parametrize("zero_S", [True, False])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("count", [1, 3])
@@ -137,7 +140,7 @@ def test_first_order_accuracy_against_the_dense_gradient_flow():
         for _ in range(steps):
             sgd_step([adapter], [lambda a: quadratic(a, target)], integrator, optimizer)
         errors.append((adapter.delta_weight().detach() - exact).norm().item())
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 1.7 < coarse / fine < 2.3
 
 
@@ -165,7 +168,9 @@ def test_the_step_does_not_depend_on_small_singular_values():
 )
 def test_a_thousand_steps_with_weight_decay(settings, optimizer_class):
     """Bases stay orthonormal, unused columns zero, and no retraction moves the update more than it may."""
-    model = nn.Sequential(nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 14), nn.Linear(14, 3))
+    model = nn.Sequential(
+        nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 14), nn.Linear(14, 3)
+    )
     config = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2", "4"], modules_to_save=["5"])
     adapters = inject_adapters(model, config)
     integrator = RankAdaptiveIntegrator(model, **settings)

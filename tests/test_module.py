@@ -16,7 +16,9 @@ class Small(GeoLoRAModule):
 
     def build_model(self):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(10, self.width), nn.Tanh(), nn.Linear(self.width, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        return nn.Sequential(
+            nn.Linear(10, self.width), nn.Tanh(), nn.Linear(self.width, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+        )
 
     def new_modules(self):
         return ["4"]
@@ -94,7 +96,7 @@ def test_load_from_checkpoint_at_changed_ranks(tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     trainer(GeoLoRACallback(), ModelCheckpoint(tmp_path, save_last=True)).fit(Small(), loader())
-    with pytest.raises(RuntimeError, match="size mismatch for model.0"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for model\.0"):
         Small.load_from_checkpoint(tmp_path / "last.ckpt", width=9)
     with pytest.raises(RuntimeError, match=r"size mismatch for model.0.U.*\[12, 10\].*\[12, 3\]"):
         Small.load_from_checkpoint(tmp_path / "last.ckpt", adapter=AdapterConfig(init_rank=1, max_rank=3))

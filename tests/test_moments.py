@@ -57,10 +57,9 @@ def backward_only(adapter, seed):
 def test_state_without_a_rule_is_set_to_zero_and_named_once():
     _, adapter, integrator = one_layer(10, 7, 2, 5)
     optimizer = torch.optim.RMSprop([adapter.K, adapter.L], lr=0.01)
-    with pytest.warns(GeoLoRAWarning, match="the optimizer's state square_avg has no known rule") as caught:
-        for t in range(3):
-            step(adapter, optimizer, integrator, t)
-    assert len(caught) == 1
+    with pytest.warns(GeoLoRAWarning, match="the optimizer's state square_avg has no known rule"):
+        step(adapter, optimizer, integrator, 0)
+    step(adapter, optimizer, integrator, 1)  # a second warning would be an error here
     assert torch.count_nonzero(optimizer.state[adapter.K]["square_avg"]) == 0
 
 

@@ -99,9 +99,7 @@ def test_the_rest_follows_torchs_adamw():
 
 def test_parameter_groups():
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-    inject_adapters(
-        model, AdapterConfig(target_modules=["0"], modules_to_save=["1", "2"], train_bias=True, max_rank=4)
-    )
+    inject_adapters(model, AdapterConfig(target_modules=["0"], modules_to_save=["1", "2"], train_bias=True, max_rank=4))
     adapters, matrices, vectors = parameter_groups(model, head_lr=0.1)
     assert [id(p) for p in adapters["params"]] == [id(model[0].K), id(model[0].L)]
     assert {id(p) for p in matrices["params"]} == {id(model[2].weight)}

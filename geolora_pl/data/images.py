@@ -27,7 +27,9 @@ class ArrayImages(Dataset[Sample]):
 
     def __init__(self, images: np.ndarray[Any, Any], labels: Sequence[int]) -> None:
         if len(images) != len(labels):
-            raise ValueError(f"there are {len(images)} images and {len(labels)} labels: the files do not belong together")
+            raise ValueError(
+                f"there are {len(images)} images and {len(labels)} labels: the files do not belong together"
+            )
         self.images = images
         self.labels = [int(label) for label in labels]
 

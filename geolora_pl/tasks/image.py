@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -74,9 +73,7 @@ class ImageClassification(GeoLoRAModule):
         if not hasattr(self, "metrics"):
             assert self.num_classes is not None
             self.metrics = nn.ModuleDict(
-                {
-                    split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")
-                }
+                {split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")}
             )
 
     def _settle_num_classes(self) -> None:
