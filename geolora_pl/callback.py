@@ -149,14 +149,15 @@ class GeoLoRACallback(L.Callback):
     def _log(self, pl_module: L.LightningModule) -> None:
         assert self.integrator is not None
         ranks = self.integrator.ranks()
-        pl_module.log("rank/mean", sum(ranks.values()) / len(ranks), prog_bar=True)
+        pl_module.log("rank/mean", sum(ranks.values()) / len(ranks), prog_bar=True, rank_zero_only=True)
         pl_module.log_dict(
             {
                 **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
                 "adapter_params": float(self.integrator.adapter_parameters()),
                 "truncation_error": self.integrator.truncation_error,
                 "skipped_steps": float(self.integrator.skipped_steps),
-            }
+            },
+            rank_zero_only=True,
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

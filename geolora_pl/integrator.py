@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geolora_pl import functional
 from geolora_pl.adapters import FACTORS, GeoLoRALinear
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.moments import transport_moments
+from geolora_pl.watch import StepWatch
 
-_COUNTERS = ("steps", "total_steps", "adaptations", "skipped_steps", "truncation_error")
+_COUNTERS = ("steps", "total_steps", "adaptations", "truncation_error")
 
 
 class RankAdaptiveIntegrator:
@@ -44,7 +43,6 @@ class RankAdaptiveIntegrator:
         steps: Optimizer steps since the last retraction.
         total_steps: Optimizer steps in all.
         adaptations: Retractions so far.
-        skipped_steps: Optimizer steps that were skipped because a gradient was not finite.
         truncation_error: Relative Frobenius norm of what the last retraction dropped, over all adapters.
 
     Args:
@@ -92,20 +90,19 @@ class RankAdaptiveIntegrator:
         self.steps = 0
         self.total_steps = 0
         self.adaptations = 0
-        self.skipped_steps = 0
         self.truncation_error = 0.0
-        self._unseen_steps = 0  # taken by the optimizer, not yet seen by step()
-        self._decay = dict.fromkeys(self.adapters, 1.0)  # what S is multiplied by at the next retraction
-        self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._adapter_names = {id(layer.K): name for name, layer in self.adapters.items()}
-        self._without_gradient: set[str] = set()  # adapters already named
         self._reset_keys: set[str] = set()  # optimizer state already named
         if budget is not None:
             layers = self.adapters.values()
             costs = [layer.in_features + layer.out_features for layer in layers]
             floors = [min(min_rank, layer.max_rank) for layer in layers]
             functional.ranks_by_budget([[]] * len(costs), floors, costs, budget, floors)  # raises if they exceed it
-        _watch_optimizers(self)
+        self._watch = StepWatch(model, self.adapters)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped because a gradient was not finite."""
+        return self._watch.skipped_steps
 
     def ranks(self) -> dict[str, int]:
         """The live rank of every adapter by name."""
@@ -128,9 +125,9 @@ class RankAdaptiveIntegrator:
             ValueError: The optimizer does not hold K and L of the adapters.
         """
         self.check_optimizer(optimizer)
-        self.steps += self._unseen_steps
-        self.total_steps += self._unseen_steps
-        self._unseen_steps = 0
+        new_steps = self._watch.take()
+        self.steps += new_steps
+        self.total_steps += new_steps
         if self.steps < self.adapt_every:
             return False
         self.retract(optimizer)
@@ -149,13 +146,15 @@ class RankAdaptiveIntegrator:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
-        return {**{name: getattr(self, name) for name in _COUNTERS}, "decay": dict(self._decay)}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {**counters, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
         for name in _COUNTERS:
             setattr(self, name, state[name])
-        self._decay = dict(state["decay"])
+        self._watch.skipped_steps = state["skipped_steps"]
+        self._watch.decay = dict(state["decay"])
 
     @torch.no_grad()
     def retract(self, optimizer: Optimizer | None = None) -> None:
@@ -171,7 +170,7 @@ class RankAdaptiveIntegrator:
         steps, pending = [], []
         for names in groups:
             U, S, V, K, L = self._stack(names)
-            decay = torch.tensor([self._decay[name] for name in names], dtype=S.dtype, device=S.device)
+            decay = torch.tensor([self._watch.decay[name] for name in names], dtype=S.dtype, device=S.device)
             steps.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
             pending.append((K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1))
         ranks = self._choose_ranks(groups, steps, pending)
@@ -184,7 +183,7 @@ class RankAdaptiveIntegrator:
                 )
         self.steps = 0
         self.adaptations += 1
-        self._decay = dict.fromkeys(self.adapters, 1.0)
+        self._watch.forget_decay()
 
     def _stack(self, names: Sequence[str]) -> list[Tensor]:
         return [torch.stack([getattr(self.adapters[name], factor) for name in names]) for factor in FACTORS]
@@ -247,51 +246,6 @@ class RankAdaptiveIntegrator:
         for layer, rank in zip(layers, chosen, strict=True):
             layer.rank = rank
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look at the gradients when they are there: now, or after the closure that computes them."""
-        if not any(
-            id(parameter) in self._adapter_names for group in optimizer.param_groups for parameter in group["params"]
-        ):
-            return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._see_gradients(optimizer)
-            return None
-
-        def seen_closure() -> Any:
-            loss = closure()
-            self._see_gradients(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": seen_closure}
-
-    def _see_gradients(self, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if (broken := _first_non_finite(parameters)) is not None:
-            for parameter in parameters:
-                parameter.grad = None
-            self.skipped_steps += 1
-            name = self._parameter_names.get(id(broken), "a parameter")
-            warnings.warn(
-                f"the gradient of {name} is not finite: this optimizer step is skipped whole and nothing has changed; "
-                "skipped_steps counts such steps",
-                GeoLoRAWarning,
-                stacklevel=2,
-            )
-            return
-        trained = {name for name, layer in self.adapters.items() if layer.K.requires_grad}
-        missing = {name for name in trained if self.adapters[name].K.grad is None}
-        if missing == trained:
-            return
-        self._name_missing(missing)
-        self._unseen_steps += 1
-        for group in optimizer.param_groups:
-            decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
-            if decay != 1.0:
-                for parameter in group["params"]:
-                    if (adapter := self._adapter_names.get(id(parameter))) is not None:
-                        self._decay[adapter] *= decay
-
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:
             self._reset_keys |= new
@@ -299,16 +253,6 @@ class RankAdaptiveIntegrator:
                 f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: it is "
                 "set to zero for the adapters at every retraction; raise adapt_every, or use an optimizer of the Adam "
                 "family or SGD",
-                GeoLoRAWarning,
-                stacklevel=2,
-            )
-
-    def _name_missing(self, missing: set[str]) -> None:
-        if new := missing - self._without_gradient:
-            self._without_gradient |= new
-            warnings.warn(
-                f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
-                "exclude_modules if the model never uses these layers",
                 GeoLoRAWarning,
                 stacklevel=2,
             )
@@ -331,24 +275,3 @@ def _group_by_shape(adapters: Mapping[str, GeoLoRALinear]) -> list[list[str]]:
         key = (layer.out_features, layer.in_features, layer.max_rank, layer.U.dtype, layer.U.device)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
-
-
-def _first_non_finite(parameters: Sequence[Tensor]) -> Tensor | None:
-    """The first parameter whose gradient has an entry that is not finite; one wait for the device if all are."""
-    gradients = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
-    if not gradients:
-        return None
-    largest = torch._foreach_norm(gradients, ord=math.inf)
-    finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
-    return None if finite.all() else parameters[int(finite.logical_not().int().argmax())]
-
-
-def _watch_optimizers(integrator: RankAdaptiveIntegrator) -> None:
-    """Call ``_before_step`` before the step of every optimizer, for as long as the integrator lives."""
-    reference = weakref.ref(integrator)
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        watching = reference()
-        return None if watching is None else watching._before_step(optimizer, args, kwargs)
-
-    weakref.finalize(integrator, register_optimizer_step_pre_hook(hook).remove)

@@ -85,13 +85,13 @@ class RiemannianAdam(Optimizer):
         >>> from geolora_pl import inject_adapters
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> _ = inject_adapters(model)
-        >>> optimizer = RiemannianAdam(model, lr=0.05)
+        >>> optimizer = RiemannianAdam(model, lr=0.1)
     """
 
     def __init__(
         self,
         params: nn.Module | Iterable[dict[str, Any]],
-        lr: float = 0.05,
+        lr: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

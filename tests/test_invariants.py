@@ -185,7 +185,7 @@ def test_a_thousand_steps_with_weight_decay(settings, optimizer_class):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), (x @ teacher).argmax(1)).backward()
         optimizer.step()
-        decay = dict(integrator._decay)
+        decay = dict(integrator._watch.decay)
         pending = {}
         for name, layer in adapters.items():
             U, S, V, K, L = (getattr(layer, f).detach().double() for f in "USVKL")

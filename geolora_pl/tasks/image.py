@@ -32,6 +32,7 @@ class ImageClassification(GeoLoRAModule):
         ValueError: An argument is out of range, the model or file is unknown, or the classes do not fit the data.
 
     Example:
+        >>> import torch
         >>> task = ImageClassification("vit_tiny_patch16_224", pretrained=False, num_classes=3)
         >>> task.configure_model()
         >>> task(torch.zeros(2, 3, 224, 224)).shape

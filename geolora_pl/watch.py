@@ -1,0 +1,135 @@
+"""Look at the gradients just before every optimizer step: skip what is broken, count what is taken."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from geolora_pl.adapters import GeoLoRALinear
+from geolora_pl.errors import GeoLoRAWarning
+
+
+class StepWatch:
+    """Sees the steps of every torch optimizer that holds an adapter, from the first one on, without being told.
+
+    A step with a gradient that is not finite is skipped whole: the gradients of all the optimizer's parameters are set
+    to ``None`` just before it. A step that never happens, as when a gradient scaler skips it, is not counted.
+
+    Attributes:
+        new_steps: Steps taken since :meth:`take`.
+        decay: For each adapter, the product of ``1 - lr * weight_decay`` since :meth:`forget_decay`, with the lr of
+            each step.
+        skipped_steps: Steps skipped because a gradient was not finite.
+
+    Args:
+        model: The model, for the names of its parameters.
+        adapters: Its adapters by name.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Mapping[str, GeoLoRALinear]) -> None:
+        self.adapters = adapters
+        self.new_steps = 0
+        self.skipped_steps = 0
+        self.decay: dict[str, float] = {}
+        self.forget_decay()
+        self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._adapter_names = {id(layer.K): name for name, layer in adapters.items()}
+        self._without_gradient: set[str] = set()  # adapters already named
+        _call_before_every_step(self)
+
+    def take(self) -> int:
+        """Return the number of new steps and start again from zero."""
+        taken, self.new_steps = self.new_steps, 0
+        return taken
+
+    def forget_decay(self) -> None:
+        """Start again from a decay of one."""
+        self.decay = dict.fromkeys(self.adapters, 1.0)
+
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at the gradients when they are there: now, or after the closure that computes them.
+
+        Args:
+            optimizer: About to step.
+            args: The optimizer itself and what its ``step`` was called with.
+            kwargs: Likewise.
+
+        Returns:
+            ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
+        """
+        if not any(id(p) in self._adapter_names for group in optimizer.param_groups for p in group["params"]):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._see_gradients(optimizer)
+            return None
+
+        def seen_closure() -> Any:
+            loss = closure()
+            self._see_gradients(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": seen_closure}
+
+    def _see_gradients(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if (broken := _first_non_finite(parameters)) is not None:
+            for parameter in parameters:
+                parameter.grad = None
+            self.skipped_steps += 1
+            _warn(
+                f"the gradient of {self._parameter_names.get(id(broken), 'a parameter')} is not finite: this optimizer "
+                "step is skipped whole and nothing has changed; skipped_steps counts such steps"
+            )
+            return
+        trained = {name for name, layer in self.adapters.items() if layer.K.requires_grad}
+        missing = {name for name in trained if self.adapters[name].K.grad is None}
+        if missing == trained:
+            return
+        if new := missing - self._without_gradient:
+            self._without_gradient |= new
+            _warn(
+                f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
+                "exclude_modules if the model never uses these layers"
+            )
+        self.new_steps += 1
+        for group in optimizer.param_groups:
+            decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
+            if decay != 1.0:
+                for parameter in group["params"]:
+                    adapter = self._adapter_names.get(id(parameter))
+                    if adapter is not None and parameter.grad is not None:
+                        self.decay[adapter] *= decay
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, GeoLoRAWarning, stacklevel=3)
+
+
+def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
+    """The first parameter with a gradient that is not finite; one wait for the device if all are."""
+    gradients = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
+    if not gradients:
+        return None
+    largest = torch._foreach_norm(gradients, ord=math.inf)
+    finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
+    return None if finite.all() else parameters[int(finite.logical_not().int().argmax())]
+
+
+def _call_before_every_step(watch: StepWatch) -> None:
+    """A hook for all optimizers, because one on a single optimizer would come too late for its first step."""
+    reference = weakref.ref(watch)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive.before_step(optimizer, args, kwargs)
+
+    weakref.finalize(watch, register_optimizer_step_pre_hook(hook).remove)

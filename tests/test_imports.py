@@ -1,0 +1,70 @@
+"""The layering of the package: imports go down only, and each library stays in its rooms."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "geolora_pl"
+# A module may import those on lines above its own.
+LAYERS = [
+    ["errors", "functional", "loggers"],
+    ["adapters"],
+    ["inject", "moments", "watch"],
+    ["optim", "integrator"],
+    ["callback", "module"],
+    ["tasks", "cli"],
+    ["__init__", "__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    here = room(path)
+    for name in imports(path):
+        if not name.startswith("geolora_pl."):
+            continue
+        there = name.split(".")[1]
+        if here == "data":
+            assert there == "data", "data stands apart"
+        elif there == here == "tasks":
+            continue
+        else:
+            assert LEVEL[there] < LEVEL[here], f"{here} imports {there}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_each_library_stays_in_its_rooms(path):
+    used = {name.partition(".")[0] for name in imports(path)}
+    here = room(path)
+    if here not in {"callback", "module", "tasks", "cli", "data", "loggers"}:
+        assert "lightning" not in used
+    if here not in {"tasks", "data"}:
+        assert not used & {"timm", "transformers", "sklearn", "torchvision"}
+
+
+def test_importing_the_package_prints_nothing_and_leaves_tasks_alone():
+    code = "import sys, geolora_pl; assert not {'timm', 'sklearn'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_no_file_is_much_longer_than_300_lines():
+    long = {str(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 330}
+    assert not long
