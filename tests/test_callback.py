@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -340,3 +341,29 @@ def test_precisions(precision):
 def test_bad_settings_are_refused_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
         GeoLoRACallback(**settings)
+
+
+@pytest.mark.parametrize("overflow", [3, None])
+def test_steps_that_a_gradient_scaler_skips_are_not_counted_and_change_nothing(overflow):
+    """Lightning's 16-mixed with its scaler, on a CPU, with a planted overflow."""
+
+    class Overflows(Foreign):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == overflow else loss
+
+    states = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            moments = [v for s in trainer.optimizers[0].state.values() for v in s.values()]
+            states.append([t.detach().clone() for t in (*module.parameters(), *moments)])
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback, Watch(), plugins=[plugin]).fit(Overflows(), loader())
+    if overflow is None:
+        assert callback.integrator.total_steps == 6
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
+        assert (callback.integrator.total_steps, callback.integrator.adaptations) == (5, 5)

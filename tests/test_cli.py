@@ -48,6 +48,16 @@ def test_fit_then_test_then_predict(folder, capfd):
     assert (logs / "config.yaml").read_text() == saved
 
 
+def test_validate_and_predict(folder, capfd):
+    run("fit", "--trainer.logger=false", "--test_after_fit=false", "--trainer.default_root_dir=run")
+    (last,) = Path("run").rglob("last.ckpt")
+    for command, expected in (("validate", "val_accuracy"), ("predict", "")):
+        run(
+            command, f"--ckpt_path={last}", quick=["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
+        )
+        assert expected in capfd.readouterr().out
+
+
 def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder, capfd):
     run("fit")
     capfd.readouterr()

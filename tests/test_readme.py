@@ -1,0 +1,64 @@
+"""The README's snippets run and its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from geolora_pl.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about loaders without workers
+def test_the_python_snippets_run_one_after_the_other(monkeypatch):
+    from lightning.pytorch import Trainer
+
+    original = Trainer.__init__
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    monkeypatch.setattr(Trainer, "__init__", lambda self, **kwargs: original(self, **{**quiet, **kwargs}))
+    names: dict[str, object] = {}
+    snippets = blocks("python")
+    assert len(snippets) == 4
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert set(names["integrator"].ranks()) == {"0"}
+
+
+def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
+    makefile = (ROOT / "Makefile").read_text()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) == 7
+    for program, *arguments in commands:
+        if program == "make":
+            assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
+            continue
+        assert arguments[:2] == ["-m", "geolora_pl"]
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments[2:], "--print_config"])
+        assert stop.value.code == 0, capfd.readouterr().err
+
+
+def test_the_yaml_for_own_images_is_a_configuration(tmp_path, monkeypatch, capfd):
+    config = yaml.safe_load(blocks("yaml")[0])
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "own.yaml", "--print_config"])
+    assert stop.value.code == 0, capfd.readouterr().err
+
+
+def test_the_promised_tests_exist():
+    promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+    assert len(promised) >= 10
+    for file, name in promised:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
