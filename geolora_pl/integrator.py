@@ -167,20 +167,19 @@ class RankAdaptiveIntegrator:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
         groups = _group_by_shape(self.adapters)
-        steps, pending = [], []
+        decompositions, pending = [], []
         for names in groups:
             U, S, V, K, L = self._stack(names)
             decay = torch.tensor([self._watch.decay[name] for name in names], dtype=S.dtype, device=S.device)
-            steps.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
+            decompositions.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
             pending.append((K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1))
-        ranks = self._choose_ranks(groups, steps, pending)
+        ranks = self._choose_ranks(groups, decompositions, pending)
 
-        for names, step in zip(groups, steps, strict=True):
+        for names, decomposition in zip(groups, decompositions, strict=True):
             moved = [i for i, name in enumerate(names) if name in ranks]
             if moved:
-                self._move(
-                    [names[i] for i in moved], functional.Decomposition(*(x[moved] for x in step)), ranks, optimizer
-                )
+                of_moved = functional.Decomposition(*(values[moved] for values in decomposition))
+                self._move([names[i] for i in moved], of_moved, ranks, optimizer)
         self.steps = 0
         self.adaptations += 1
         self._watch.forget_decay()
@@ -189,22 +188,28 @@ class RankAdaptiveIntegrator:
         return [torch.stack([getattr(self.adapters[name], factor) for name in names]) for factor in FACTORS]
 
     def _choose_ranks(
-        self, groups: Sequence[Sequence[str]], steps: Sequence[functional.Decomposition], pending: Sequence[Tensor]
+        self,
+        groups: Sequence[Sequence[str]],
+        decompositions: Sequence[functional.Decomposition],
+        pending: Sequence[Tensor],
     ) -> dict[str, int]:
         """The new rank of every adapter that moves: by tau or as it is, then by the budget."""
         # One transfer to the host an adaptation: all singular values, and which adapters have something pending.
-        device = steps[0].sigma.device
-        facts = [torch.cat([p[:, None], s.sigma.double()], 1).to(device) for p, s in zip(pending, steps, strict=True)]
+        device = decompositions[0].sigma.device
+        facts = [
+            torch.cat([p[:, None], decomposition.sigma.double()], 1).to(device)
+            for p, decomposition in zip(pending, decompositions, strict=True)
+        ]
         on_host = torch.cat([fact.flatten() for fact in facts]).cpu().split([fact.numel() for fact in facts])
 
         ranks: dict[str, int] = {}
         floors: dict[str, int] = {}
         sigmas: dict[str, list[float]] = {}
         is_pending: dict[str, bool] = {}
-        for names, fact, step in zip(groups, on_host, steps, strict=True):
+        for names, fact, decomposition in zip(groups, on_host, decompositions, strict=True):
             sigma = fact.view(len(names), -1)[:, 1:]
             layer = self.adapters[names[0]]
-            resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
+            resolution = functional.resolution(layer.out_features, layer.in_features, decomposition.sigma.dtype)
             floor = min(self.min_rank, layer.max_rank)
             by_tau = functional.ranks_by_tau(sigma, self.tau, resolution, floor, layer.max_rank).tolist()
             for i, name in enumerate(names):
@@ -229,7 +234,7 @@ class RankAdaptiveIntegrator:
     def _move(
         self,
         names: Sequence[str],
-        step: functional.Decomposition,
+        decomposition: functional.Decomposition,
         ranks: Mapping[str, int],
         optimizer: Optimizer | None,
     ) -> None:
@@ -237,7 +242,7 @@ class RankAdaptiveIntegrator:
         layers = [self.adapters[name] for name in names]
         chosen = [ranks[name] for name in names]
         U, _, V, _, _ = self._stack(names)
-        U_new, S_new, V_new = functional.truncate(step, torch.tensor(chosen, device=U.device))
+        U_new, S_new, V_new = functional.truncate(decomposition, torch.tensor(chosen, device=U.device))
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new)))
         for factor, value in (("U", U_new), ("S", S_new), ("V", V_new)):

@@ -1,5 +1,6 @@
 """The README's snippets run and its commands exist."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -62,3 +63,11 @@ def test_the_promised_tests_exist():
     assert len(promised) >= 10
     for file, name in promised:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert "| geolora_pl |" in README
+    assert tables.with_tables(README) == README
