@@ -112,7 +112,7 @@ class GeoLoRACallback(L.Callback):
             )
         integrator.check_optimizer(holders[0])
         steps = trainer.estimated_stepping_batches
-        if steps < self.adapt_every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if 0 < steps < self.adapt_every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"adapt_every={self.adapt_every} is longer than the run of {steps} optimizer steps: lower it to at "
                 f"most {steps}"

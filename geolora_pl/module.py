@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters import AdapterConfig
 from geolora_pl.inject import has_adapters, inject_adapters
-from geolora_pl.optim import RiemannianAdam, parameter_groups
+from geolora_pl.optim import RiemannianAdam, parameter_groups, warmup_cosine
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -28,11 +28,12 @@ class GeoLoRAModule(L.LightningModule):
         adapter: What to adapt; by default every linear layer but the head, at ranks up to 16.
         optimizer: Makes the optimizer from parameter groups; any torch optimizer.
         lr_scheduler: Makes a scheduler from the optimizer, stepped after every optimizer step (``ReduceLROnPlateau``
-            once an epoch); none by default.
+            once an epoch); by default a linear warm-up and half a cosine to zero at the end of the run.
+        warmup: Length of that warm-up: a part of the run below 1, a number of steps from 1 on; at least 0.
         head_lr: Learning rate of what is trained in full (head, biases), above 0; ``None`` for that of the adapters.
 
     Raises:
-        ValueError: ``head_lr`` is out of range.
+        ValueError: ``warmup`` or ``head_lr`` is out of range.
 
     Example:
         >>> class Regression(GeoLoRAModule):
@@ -52,9 +53,12 @@ class GeoLoRAModule(L.LightningModule):
         adapter: AdapterConfig = AdapterConfig(),
         optimizer: OptimizerCallable = RiemannianAdam,
         lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: float = 0.06,
         head_lr: float | None = 1e-3,
     ) -> None:
         super().__init__()
+        if not warmup >= 0:
+            raise ValueError(f"warmup={warmup!r} must be at least 0: a part of the run below 1, else a number of steps")
         if head_lr is not None and not head_lr > 0:
             raise ValueError(f"head_lr={head_lr!r} must be above 0")
         # A checkpoint must load with weights_only=True, so it holds the configuration as plain values, and from there
@@ -64,6 +68,7 @@ class GeoLoRAModule(L.LightningModule):
         self.hparams["adapter"] = asdict(self.adapter)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
         self.head_lr = head_lr
 
     def build_model(self) -> nn.Module:
@@ -86,8 +91,10 @@ class GeoLoRAModule(L.LightningModule):
         """Give the optimizer what is trained: adapters, then matrices with and vectors without weight decay."""
         optimizer = self.optimizer(parameter_groups(self.model, head_lr=self.head_lr))
         if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+            steps = self.trainer.estimated_stepping_batches
+            scheduler: Any = warmup_cosine(optimizer, self.warmup, steps)
+        else:
+            scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -7,6 +7,7 @@ from test_callback import loader, trainer
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
+from geolora_pl.optim import warmup_cosine
 
 
 class Small(GeoLoRAModule):
@@ -60,25 +61,49 @@ def test_new_modules_join_modules_to_save():
 
 
 def test_only_trained_parameters_reach_the_optimizer_with_their_own_lr_and_decay():
-    module = Small(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2), head_lr=0.01)
-    module.configure_model()
-    optimizer = module.configure_optimizers()
+    module = Small(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2), head_lr=0.01, warmup=0)
+    trainer(GeoLoRACallback(), max_steps=0).fit(module, loader())
+    optimizer = module.optimizers()
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
         id(p) for p in module.parameters() if p.requires_grad
     }
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.1, 0.2), (0.01, 0.2), (0.01, 0.0)]
 
 
-def test_the_default_optimizer_is_riemannian_adam_without_scheduler():
-    module = Small()
-    module.configure_model()
-    assert isinstance(module.configure_optimizers(), RiemannianAdam)
+@pytest.mark.parametrize(("warmup", "steps"), [(0.25, 3), (3, 3), (0, 0)])
+def test_by_default_riemannian_adam_warms_up_and_ends_at_zero(warmup, steps):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    module = Small(warmup=warmup)
+    trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, loader())
+    assert isinstance(module.optimizers(), RiemannianAdam)
+    adapters, head = ([row[i] for row in rates] for i in (0, 1))
+    assert adapters == pytest.approx([100 * lr for lr in head])
+    assert adapters[:steps] == pytest.approx([0.1 * (t + 1) / 3 for t in range(steps)])
+    assert max(adapters) == pytest.approx(0.1)
+    assert adapters[steps:] == sorted(adapters[steps:], reverse=True)
+    assert adapters[-1] < 0.01
+
+
+def test_a_run_without_an_end_stays_at_its_lr():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = warmup_cosine(optimizer, 2, float("inf"))
+    rates = []
+    for _ in range(4):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_schedulers_step_every_optimizer_step_and_plateau_every_epoch():
     module = Small(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=12))
-    module.configure_model()
-    assert module.configure_optimizers()["lr_scheduler"]["interval"] == "step"
+    trainer(GeoLoRACallback(), max_epochs=2).fit(module, loader())
+    assert module.lr_schedulers().last_epoch == 12
     module = Small(lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val_loss", patience=0))
     trainer(GeoLoRACallback(), max_epochs=2).fit(module, loader(), loader())
 
@@ -110,7 +135,9 @@ def test_without_build_model_the_message_says_what_to_write():
         Nothing().configure_model()
 
 
-def test_head_lr_out_of_range_is_refused():
+def test_learning_rates_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="warmup=-1"):
+        Small(warmup=-1)
     with pytest.raises(ValueError, match="head_lr=0"):
         Small(head_lr=0)
     assert isinstance(Small(), L.LightningModule)
