@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,14 +68,29 @@ class AdapterConfig:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if not self.target_modules:
             raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
-        if isinstance(self.modules_to_save, str):
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(self, name), str):
+                _check_expression(name, expression)
+        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
             raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
+        if not isinstance(self.rank_pattern, Mapping):
+            raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
         for pattern, rank in self.rank_pattern.items():
+            _check_expression("rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{name}={expression!r} is no regular expression: {error}; a list holds plain names"
+        ) from error
 
 
 def _check_rank(name: str, rank: object) -> None:
@@ -97,7 +113,8 @@ class _TangentGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (V,) = ctx.saved_tensors
-        return project_out(grad_outputs[0], V), None
+        with torch.autocast(V.device.type, enabled=False):  # a backward pass may be run inside autocast
+            return project_out(grad_outputs[0], V), None
 
 
 def _with_tangent_gradient(L: Tensor, V: Tensor) -> Tensor:
@@ -177,8 +194,9 @@ class GeoLoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """The update of the weight, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending increments included."""
-        A, B = self._factored()
-        return self.scaling * (A @ B.mT)
+        with torch.autocast(self.U.device.type, enabled=False):
+            A, B = self._factored()
+            return self.scaling * (A @ B.mT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., in)."""
@@ -189,6 +207,11 @@ class GeoLoRALinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        for name in FACTORS:  # load_state_dict(assign=True) may have brought them in low precision
+            factor = getattr(self, name)
+            if factor.dtype != working_dtype(factor.dtype):
+                wide = factor.detach().to(working_dtype(factor.dtype))
+                setattr(self, name, nn.Parameter(wide, requires_grad=factor.requires_grad))
         self.read_rank()
 
     def read_rank(self) -> None:

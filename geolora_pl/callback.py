@@ -124,9 +124,17 @@ class GeoLoRACallback(L.Callback):
         self._last_adapting_step = self.adapt_until * steps
         for layer in integrator.adapters.values():
             layer.read_rank()  # another process's factors may have been broadcast to this one
+        optimizer_name = type(holders[0]).__name__
         if self._restored is not None:
-            integrator.load_state_dict(self._restored)
+            if (theirs := self._restored["optimizer"]) != optimizer_name:
+                raise ValueError(
+                    f"the checkpoint was made with the optimizer {theirs} and this run has {optimizer_name}, which "
+                    "cannot take up its state: use the same one, or start a new run from the weights"
+                )
+            integrator.load_state_dict(self._restored["integrator"])
             self._restored = None
+        elif self.integrator is not None and self.integrator.adapters == integrator.adapters:
+            integrator.load_state_dict(self.integrator.state_dict())  # a second fit of the same module goes on
         self.integrator, self._optimizer = integrator, holders[0]
         self._hook = holders[0].register_step_post_hook(self._after_optimizer_step)
 
@@ -167,20 +175,39 @@ class GeoLoRACallback(L.Callback):
             raise RuntimeError(
                 f"training ended after {self.integrator.total_steps} optimizer steps without one adaptation of the "
                 f"ranks: {self.integrator.skipped_steps} steps were skipped for gradients that are not finite; "
-                f"adapt_every={self.adapt_every} must be at most the number of the others"
+                f"adapt_every={self.adapt_every} must be at most the number of the others; a step in which no adapter "
+                "has a gradient does not count"
             )
-        if self.integrator.steps:
+        self._retract_pending()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same where a run that had ended was resumed and no training took place."""
+        self._retract_pending()
+
+    def _retract_pending(self) -> None:
+        if self.integrator is not None and self.integrator.steps:
             self.integrator.retract(self._optimizer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop following the optimizer."""
+        self._let_go()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Stop following the optimizer."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        if self.integrator is not None:
+            self.integrator.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The integrator's counters, for a run that is resumed."""
-        return {} if self.integrator is None else self.integrator.state_dict()
+        if self.integrator is None:
+            return {}
+        return {"integrator": self.integrator.state_dict(), "optimizer": type(self._optimizer).__name__}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the counters until the integrator is made."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,8 +19,10 @@ class SaveFitConfig(SaveConfigCallback):
     """Save the configuration of a fit beside the run; a later test in the same folder leaves it alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save for ``fit`` only."""
-        if stage == "fit":
+        """Save for ``fit`` only, and never over the file that the configuration was read from."""
+        target = Path(trainer.log_dir or ".") / self.config_filename
+        sources = [Path(str(source)) for source in self.config.get("config") or []]
+        if stage == "fit" and not any(source.resolve() == target.resolve() for source in sources):
             super().setup(trainer, pl_module, stage)
 
 
@@ -42,8 +45,7 @@ class GeoLoRACLI(LightningCLI):
     def _print_summary(self, results: dict[str, float]) -> None:
         callback = next(c for c in self.trainer.callbacks if isinstance(c, GeoLoRACallback))  # type: ignore[attr-defined]
         integrator = callback.integrator
-        if integrator is None:  # the run had ended before it was resumed
-            return
+        assert integrator is not None, "fit makes it"
         console = Console()
         console.print(rank_table(integrator.ranks()))
         padded = sum(f.numel() for layer in integrator.adapters.values() for f in layer.parameters(recurse=False))

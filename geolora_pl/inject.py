@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,8 +41,12 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
     config = config or AdapterConfig()
     if has_adapters(model):
         raise ValueError("the model already has adapters: merge_adapters(model) first, or inject into a fresh model")
+    if isinstance(model, (nn.Linear, GeoLoRALinear)):
+        raise ValueError("the model is itself a linear layer and cannot be replaced in place: wrap it in nn.Sequential")
     saved = _modules_to_save(model, config.modules_to_save)
     targets = _find_targets(model, config, saved)
+
+    _check_rank_pattern(config, targets)
 
     model.requires_grad_(False)
     adapters: dict[str, GeoLoRALinear] = {}
@@ -97,21 +101,25 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
         {'0': 0.0}
     """
     adapters = find_adapters(model)
-    if not adapters:
-        raise ValueError("the model has no adapters: there is nothing to merge")
+    if not adapters or isinstance(model, GeoLoRALinear):
+        raise ValueError("the model holds no adapters: there is nothing to merge in it")
     merged: dict[str, Tensor] = {}
     for name, layer in adapters.items():
         delta = layer.delta_weight()
-        merged[name] = layer.base.weight.to(delta.dtype) + delta
+        weight = layer.base.weight
+        merged[name] = (weight.to(delta.dtype) + delta).to(weight.dtype)
         if not merged[name].isfinite().all():
-            raise ValueError(f"the update of {name} is not finite: go back to a checkpoint before it broke")
+            raise ValueError(
+                f"the merged weight of {name} is not finite in {weight.dtype}: go back to a checkpoint before the "
+                "update broke, or cast the model to a wider type"
+            )
     changes: dict[str, float] = {}
     names = _all_names(model)
     for name, layer in adapters.items():
         base = layer.base
-        norm = torch.linalg.matrix_norm(base.weight.to(merged[name].dtype))
+        norm = torch.linalg.matrix_norm(base.weight.to(layer.U.dtype))
         changes[name] = float(torch.linalg.matrix_norm(layer.delta_weight()) / norm.clamp_min(1e-30))
-        base.weight = nn.Parameter(merged[name].to(base.weight.dtype), requires_grad=base.weight.requires_grad)
+        base.weight = nn.Parameter(merged[name], requires_grad=base.weight.requires_grad)
         for alias in names[id(layer)]:
             model.set_submodule(alias, base)
     return changes
@@ -159,14 +167,38 @@ def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.M
                 "exclude_modules, or use attention that calls its linear layers"
             )
         targets[name] = layer
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not targets:
-        linear = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
         raise ValueError(
             f"target_modules={config.target_modules!r} matches no linear layer (exclude_modules="
             f"{config.exclude_modules!r}); the model has {', '.join(linear) if linear else 'none at all'}"
         )
+    _refuse_patterns_without_match("target_modules", config.target_modules, linear)
+    _refuse_patterns_without_match("exclude_modules", config.exclude_modules, dict(model.named_modules()))
     _refuse_tied_weights_with_two_biases(targets)
     return targets
+
+
+def _refuse_patterns_without_match(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> None:
+    """An entry of a list that means nothing is a slip of the pen."""
+    names = list(names)
+    for pattern in [] if isinstance(patterns, str) else patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"{argument}={pattern!r} matches none of {', '.join(filter(None, names))}: drop or mend it"
+            )
+
+
+def _check_rank_pattern(config: AdapterConfig, targets: Iterable[str]) -> None:
+    names = list(targets)
+    for pattern in config.rank_pattern:
+        if not any(_means(pattern, name) for name in names):
+            raise ValueError(f"rank_pattern={pattern!r} matches none of the adapted layers {', '.join(names)}")
+
+
+def _means(pattern: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` means a layer: as a name, or as a regular expression."""
+    return matches(name, [pattern]) or matches(name, pattern)
 
 
 def _refuse_tied_weights_with_two_biases(targets: dict[str, nn.Linear]) -> None:
@@ -193,7 +225,11 @@ def _modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.
 
 def _head_modules(model: nn.Module) -> set[int]:
     """What timm and transformers call the classifier, and what goes by one of the usual names."""
-    heads: list[object] = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES]
+    heads: list[object] = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in _HEAD_NAMES and not re.search(r"(^|\.)\d+\.", name)  # not inside a block
+    ]
     for module in model.modules():
         for getter in ("get_classifier", "get_output_embeddings"):
             if callable(getattr(module, getter, None)):
@@ -204,6 +240,6 @@ def _head_modules(model: nn.Module) -> set[int]:
 
 def _config_for(name: str, config: AdapterConfig) -> AdapterConfig:
     for pattern, rank in config.rank_pattern.items():
-        if matches(name, [pattern]) or matches(name, pattern):
+        if _means(pattern, name):
             return replace(config, init_rank=rank, max_rank=max(rank, config.max_rank))
     return config

@@ -18,7 +18,8 @@ from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.moments import transport_moments
 from geolora_pl.watch import StepWatch
 
-_COUNTERS = ("steps", "total_steps", "adaptations", "truncation_error")
+_REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
+_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error")
 
 
 class RankAdaptiveIntegrator:
@@ -82,6 +83,8 @@ class RankAdaptiveIntegrator:
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
+        if min_rank > (largest := max(layer.max_rank for layer in self.adapters.values())):
+            raise ValueError(f"min_rank={min_rank} is above the largest max_rank, {largest}: lower it")
         self.tau = tau
         self.budget = budget
         self.min_rank = min_rank
@@ -133,10 +136,21 @@ class RankAdaptiveIntegrator:
         self.retract(optimizer)
         return True
 
+    def close(self) -> None:
+        """Stop watching the optimizer; the integrator is of no use after it."""
+        self._watch.close()
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise a ValueError unless the optimizer holds K and L of every adapter that is trained."""
+        """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
+        if isinstance(optimizer, _REFUSED):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
+                "optimizer of the Adam family, or SGD"
+            )
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in self.adapters.items():
+            if layer.K.requires_grad != layer.L.requires_grad:
+                raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
             for factor in (layer.K, layer.L):
                 if factor.requires_grad and id(factor) not in held:
                     raise ValueError(
@@ -146,12 +160,12 @@ class RankAdaptiveIntegrator:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
-        counters = {name: getattr(self, name) for name in _COUNTERS}
-        return {**counters, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
+        state = {name: getattr(self, name) for name in _STATE}
+        return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
-        for name in _COUNTERS:
+        for name in _STATE:
             setattr(self, name, state[name])
         self._watch.skipped_steps = state["skipped_steps"]
         self._watch.decay = dict(state["decay"])

@@ -12,8 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from geolora_pl.adapters import AdapterConfig
+from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.optim import RiemannianAdam, parameter_groups, warmup_cosine
+
+_MAY_DIFFER = ("init_rank", "dropout")  # of adapters that are loaded
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -22,7 +25,7 @@ class GeoLoRAModule(L.LightningModule):
     """A LightningModule with adapters: subclass it, write :meth:`build_model` and the usual steps.
 
     The model is built in ``configure_model``, so that a checkpoint finds the adapters it belongs to, and lies in
-    ``self.model``. Add a :class:`GeoLoRACallback` to the trainer; the command line always has one.
+    ``self.model``. A trainer without a :class:`GeoLoRACallback` gets one with its defaults.
 
     Args:
         adapter: What to adapt; by default every linear layer but the head, at ranks up to 16.
@@ -87,9 +90,31 @@ class GeoLoRAModule(L.LightningModule):
             saved = (*self.adapter.modules_to_save, *self.new_modules())
             inject_adapters(self.model, replace(self.adapter, modules_to_save=saved))
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A callback with its defaults, unless the trainer has one."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        return [] if any(isinstance(callback, GeoLoRACallback) for callback in callbacks) else [GeoLoRACallback()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose adapters are not those of this module.
+
+        Raises:
+            ValueError: The checkpoint was made with other adapters.
+        """
+        theirs = checkpoint.get("hyper_parameters", {}).get("adapter")
+        if not isinstance(theirs, dict):  # load_from_checkpoint was given another one on purpose
+            return
+        for name, ours in asdict(self.adapter).items():
+            if name in _MAY_DIFFER or name not in theirs or _plain(ours) == _plain(theirs[name]):
+                continue
+            raise ValueError(
+                f"adapter.{name}={ours!r} does not fit the checkpoint, which was made with {theirs[name]!r}: set it to "
+                "that, or start a new run"
+            )
+
     def configure_optimizers(self) -> Any:
         """Give the optimizer what is trained: adapters, then matrices with and vectors without weight decay."""
-        optimizer = self.optimizer(parameter_groups(self.model, head_lr=self.head_lr))
+        optimizer = self.optimizer(parameter_groups(self, head_lr=self.head_lr))
         if self.lr_scheduler is None:
             steps = self.trainer.estimated_stepping_batches
             scheduler: Any = warmup_cosine(optimizer, self.warmup, steps)
@@ -98,3 +123,8 @@ class GeoLoRAModule(L.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _plain(value: object) -> object:
+    """A setting as it is after a checkpoint: tuples may have become lists."""
+    return list(value) if isinstance(value, tuple) else value

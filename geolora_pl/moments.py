@@ -37,6 +37,12 @@ def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALinear], old
     states = [(optimizer.state.get(layer.K, {}), optimizer.state.get(layer.L, {})) for layer in layers]
     reset = set()
     for key in sorted({key for pair in states for state in pair for key in state}):
+        if key not in (*_FIRST, *_SECOND):
+            unknown = [state[key] for pair in states for state in pair if _depends_on_basis(state.get(key))]
+            if unknown:
+                torch._foreach_zero_(unknown)
+                reset.add(key)
+            continue
         having = [i for i, pair in enumerate(states) if all(_depends_on_basis(state.get(key)) for state in pair)]
         if not having:
             continue
@@ -45,13 +51,9 @@ def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALinear], old
             new_K, new_L = transport_first_moment(
                 torch.stack(of_K), torch.stack(of_L), U[having], V[having], U_new[having], V_new[having]
             )
-        elif key in _SECOND:
+        else:
             new_K = transport_second_moment(torch.stack(of_K), V[having], V_new[having])
             new_L = transport_second_moment(torch.stack(of_L), U[having], U_new[having])
-        else:
-            torch._foreach_zero_(of_K + of_L)
-            reset.add(key)
-            continue
         torch._foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
     return reset
 

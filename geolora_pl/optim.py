@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, head_lr: float | None = 1e-3) -> list[dic
         >>> [len(group["params"]) for group in parameter_groups(model)]
         [2, 1, 1]
     """
-    factors = [p for layer in find_adapters(model).values() for p in (layer.K, layer.L) if p.requires_grad]
+    factors = [p for layer in find_adapters(model).values() for p in (layer.K, layer.L) if layer.K.requires_grad]
     of_adapters = {id(p) for p in factors}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in of_adapters]
     lr = {} if head_lr is None else {"lr": head_lr}
@@ -92,9 +92,9 @@ class RiemannianAdam(Optimizer):
     A scalar v does not depend on the bases, so a momentum of low rank stays a step of low rank. (Adam's entrywise
     division makes it a step of full rank, and the adapters fill up with noise.)
 
-    **What lr means.** One step moves the update of every adapter by a Frobenius norm of about lr, in every geometry (a
-    little less where the gradients disagree). The norm is a sum over the entries of K and L, so neither the live rank
-    nor ``max_rank`` nor the size of the layer changes its meaning.
+    **What lr means.** One step moves the update of every adapter by a Frobenius norm of about ``alpha * lr``, in every
+    geometry (less where the gradients disagree). The norm is a sum over the entries of K and L, so neither the live
+    rank nor ``max_rank`` nor the size of the layer changes its meaning.
 
     Args:
         params: The model, or groups from :func:`parameter_groups`, or groups of your own in which those with K and L

@@ -40,10 +40,30 @@ class StepWatch:
         self.skipped_steps = 0
         self.decay: dict[str, float] = {}
         self.forget_decay()
-        self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._adapter_names = {id(layer.K): name for name, layer in adapters.items()}
+        self._model = model
         self._without_gradient: set[str] = set()  # adapters already named
-        _call_before_every_step(self)
+        self._register()
+
+    def _register(self) -> None:
+        """Hook into all optimizers: a hook on a single one would come too late for its first step."""
+        reference = weakref.ref(self)
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            watch = reference()
+            return None if watch is None else watch.before_step(optimizer, args, kwargs)
+
+        self._finalizer = weakref.finalize(self, register_optimizer_step_pre_hook(hook).remove)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._finalizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
 
     def take(self) -> int:
         """Return the number of new steps and start again from zero."""
@@ -65,7 +85,8 @@ class StepWatch:
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
         """
-        if not any(id(p) in self._adapter_names for group in optimizer.param_groups for p in group["params"]):
+        factors = {id(factor) for layer in self.adapters.values() for factor in (layer.K, layer.L)}
+        if not any(id(p) in factors for group in optimizer.param_groups for p in group["params"]):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -82,32 +103,46 @@ class StepWatch:
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if (broken := _first_non_finite(parameters)) is not None:
+            names = {id(parameter): name for name, parameter in self._model.named_parameters()}
             for parameter in parameters:
                 parameter.grad = None
             self.skipped_steps += 1
             _warn(
-                f"the gradient of {self._parameter_names.get(id(broken), 'a parameter')} is not finite: this optimizer "
-                "step is skipped whole and nothing has changed; skipped_steps counts such steps"
+                f"the gradient of {names.get(id(broken), 'a parameter')} is not finite: this optimizer step is skipped "
+                "whole and nothing has changed; skipped_steps counts such steps"
             )
             return
         trained = {name for name, layer in self.adapters.items() if layer.K.requires_grad}
         missing = {name for name in trained if self.adapters[name].K.grad is None}
+        if parameters:
+            self._name_missing(missing, trained)
         if missing == trained:
             return
-        if new := missing - self._without_gradient:
-            self._without_gradient |= new
-            _warn(
-                f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
-                "exclude_modules if the model never uses these layers"
-            )
         self.new_steps += 1
+        adapter_names = {id(layer.K): name for name, layer in self.adapters.items()}
         for group in optimizer.param_groups:
             decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
             if decay != 1.0:
                 for parameter in group["params"]:
-                    adapter = self._adapter_names.get(id(parameter))
+                    adapter = adapter_names.get(id(parameter))
                     if adapter is not None and parameter.grad is not None:
                         self.decay[adapter] *= decay
+
+    def _name_missing(self, missing: set[str], trained: set[str]) -> None:
+        new = missing - self._without_gradient
+        if not new:
+            return
+        self._without_gradient |= new
+        if missing == trained:
+            _warn(
+                "no gradient reaches any adapter in this step, though other parameters have theirs: with activation "
+                "checkpointing, use use_reentrant=False"
+            )
+        else:
+            _warn(
+                f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
+                "exclude_modules if the model never uses these layers"
+            )
 
 
 def _warn(message: str) -> None:
@@ -116,20 +151,10 @@ def _warn(message: str) -> None:
 
 def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     """The first parameter with a gradient that is not finite; one wait for the device if all are."""
+    parameters = [p for p in parameters if p.numel()]
     gradients = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
     if not gradients:
         return None
     largest = torch._foreach_norm(gradients, ord=math.inf)
     finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
     return None if finite.all() else parameters[int(finite.logical_not().int().argmax())]
-
-
-def _call_before_every_step(watch: StepWatch) -> None:
-    """A hook for all optimizers, because one on a single optimizer would come too late for its first step."""
-    reference = weakref.ref(watch)
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        alive = reference()
-        return None if alive is None else alive.before_step(optimizer, args, kwargs)
-
-    weakref.finalize(watch, register_optimizer_step_pre_hook(hook).remove)

@@ -147,6 +147,23 @@ def test_the_rank_travels_with_the_state_dict():
     assert torch.equal(target(x), source(x))
 
 
+def test_loading_with_assign_keeps_the_factors_wide():
+    layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
+    rounded = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(rounded, assign=True)
+    assert {getattr(layer, f).dtype for f in "USVKL"} == {torch.float32}
+    assert [f for f in "USVKL" if getattr(layer, f).requires_grad] == ["K", "L"]
+
+
+def test_projection_and_delta_weight_are_exact_inside_autocast():
+    layer = trained(GeoLoRALinear(nn.Linear(40, 30), AdapterConfig(init_rank=8)))
+    exact = layer.delta_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.delta_weight(), exact)
+        layer(torch.randn(20, 40)).square().sum().backward()
+    assert (layer.V.T @ layer.L.grad).norm() < 1e-5 * layer.L.grad.norm()
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_deepcopy_and_pickle(copy_of):
     layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
@@ -217,6 +234,10 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes():
         ({"dropout": -0.1}, "dropout=-0.1 must lie"),
         ({"target_modules": []}, "target_modules=.* is empty"),
         ({"modules_to_save": "head"}, "modules_to_save='head' must be a list"),
+        ({"modules_to_save": None}, "modules_to_save=None must be a list"),
+        ({"target_modules": "*qkv"}, r"target_modules='\*qkv' is no regular expression: nothing to repeat"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern='\(' is no regular expression"),
+        ({"rank_pattern": ["query"]}, r"rank_pattern=\['query'\] must map"),
         ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\]=0 must be"),
     ],
 )

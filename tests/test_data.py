@@ -201,6 +201,11 @@ def test_bad_settings_are_refused(settings, message):
         Digits(**settings)
 
 
+def test_a_validation_part_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"val_fraction=0.0001 of 1297 images is 0: choose it"):
+        Digits(val_fraction=0.0001).setup("fit")
+
+
 def test_images_and_labels_of_different_number_are_refused():
     with pytest.raises(ValueError, match="3 images and 2 labels"):
         ArrayImages(np.zeros((3, 4, 4), np.uint8), [0, 1])

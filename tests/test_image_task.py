@@ -1,4 +1,3 @@
-import lightning as L
 import pytest
 import timm
 import torch
@@ -72,6 +71,27 @@ def test_a_checkpoint_is_loaded_without_the_data(tmp_path):
     assert loaded.loss.label_smoothing == 0.1
 
 
+def test_a_checkpoint_needs_neither_the_file_nor_the_hub(tmp_path, weights):
+    runs = trainer(GeoLoRACallback(), max_steps=2)
+    runs.fit(task(checkpoint_path=str(weights)), Digits())
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    weights.unlink()
+    loaded = ImageClassification.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert loaded.num_classes == 10
+
+
+def test_size_and_channels_of_the_model_reach_the_images_without_an_overlay():
+    module = task(model_args=SMALL, num_classes=2)
+    module.configure_model()
+    assert module.data_config["input_size"] == (1, 16, 16)
+    assert module.data_config["mean"] == (0.5,)
+
+
+def test_a_file_of_weights_that_is_not_there_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"checkpoint_path='nowhere.safetensors' is no file"):
+        trainer(GeoLoRACallback()).fit(task(checkpoint_path="nowhere.safetensors"), Digits())
+
+
 def test_any_timm_model_knows_its_head():
     for name, heads in (("resnet18", ("fc",)), ("deit_tiny_distilled_patch16_224", ("head", "head_dist"))):
         assert head_names(timm.create_model(name)) == heads
@@ -96,7 +116,6 @@ def test_a_broken_file_of_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"checkpoint_path": "nowhere.safetensors"}, "checkpoint_path='nowhere.safetensors' is no file"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
     ],
@@ -119,4 +138,3 @@ def test_a_class_count_that_does_not_fit_is_refused_before_training():
 def test_no_class_count_at_all_is_refused():
     with pytest.raises(ValueError, match="num_classes=None"):
         task().configure_model()
-    assert issubclass(ImageClassification, L.LightningModule)

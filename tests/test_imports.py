@@ -14,7 +14,8 @@ LAYERS = [
     ["adapters"],
     ["inject", "moments", "watch"],
     ["optim", "integrator"],
-    ["callback", "module"],
+    ["callback"],
+    ["module"],
     ["tasks", "cli"],
     ["__init__", "__main__"],
 ]
@@ -30,7 +31,9 @@ def room(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    source = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    package = {f"geolora_pl.{alias.name}" for node in source if node.module == "geolora_pl" for alias in node.names}
+    return plain | package | {node.module for node in source if node.module != "geolora_pl"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

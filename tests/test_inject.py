@@ -37,7 +37,6 @@ ALL = ["blocks.0.query", "blocks.0.value", "blocks.1.query", "blocks.1.value", "
         ({}, ALL),
         ({"target_modules": ["query"]}, ["blocks.0.query", "blocks.1.query"]),
         ({"target_modules": ["0.query", "pooler"]}, ["blocks.0.query", "pooler"]),
-        ({"target_modules": ["uery", "pooler"]}, ["pooler"]),
         ({"target_modules": r".*\.(query|value)"}, ALL[:4]),
         ({"target_modules": ["classifier"]}, ["classifier"]),
         ({"exclude_modules": ["value"]}, ["blocks.0.query", "blocks.1.query", "pooler"]),
@@ -100,6 +99,33 @@ def test_no_match_lists_what_there_is():
         ValueError, match=r"target_modules=\['q_proj'\] matches no linear layer.*blocks.0.query, .*pooler"
     ):
         inject_adapters(Model(), AdapterConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["pooler", "uery"]}, "target_modules='uery' matches none of blocks.0.query, "),
+        ({"exclude_modules": ["quary"]}, "exclude_modules='quary' matches none of"),
+        ({"rank_pattern": {"classifier": 2}}, "rank_pattern='classifier' matches none of the adapted layers blocks.0"),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_refused_before_anything_changes(settings, message):
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        inject_adapters(model, AdapterConfig(**settings))
+    assert not find_adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_bare_linear_layer_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
+        inject_adapters(nn.Linear(4, 4))
+
+
+def test_names_of_heads_inside_a_block_are_no_task_head():
+    attention = nn.ModuleDict({"heads": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([attention]), "head": nn.Linear(8, 2)})
+    assert list(inject_adapters(model)) == ["blocks.0.heads", "blocks.0.proj"]
 
 
 def test_unknown_modules_to_save_are_refused():
@@ -188,9 +214,20 @@ def test_merge_refuses_what_is_not_finite_before_it_changes_anything():
     adapters = inject_adapters(model)
     with torch.no_grad():
         adapters["pooler"].K[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="the update of pooler is not finite"):
+    with pytest.raises(ValueError, match="the merged weight of pooler is not finite"):
         merge_adapters(model)
     assert list(find_adapters(model)) == ALL
+
+
+def test_merge_refuses_what_overflows_in_the_precision_of_the_base():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float16))
+    nn.init.constant_(model[0].weight, 6e4)
+    adapter = inject_adapters(model)["0"]
+    with torch.no_grad():
+        adapter.V[0, 0] = 1.0
+        adapter.K[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"not finite in torch.float16: .*cast the model to a wider type"):
+        merge_adapters(model)
 
 
 def test_merge_without_adapters_is_refused():

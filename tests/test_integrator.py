@@ -1,4 +1,6 @@
+import copy
 import gc
+import pickle
 import warnings
 
 import pytest
@@ -254,6 +256,55 @@ def test_an_integrator_that_is_gone_watches_no_more():
     assert len(_global_optimizer_pre_hooks) == before
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_model_and_integrator_adapts(copied):
+    model, _, integrator = two_shapes()
+    model, integrator = copied((model, integrator))
+    train(model, integrator, optimizer_of(model), 3)
+    assert integrator.adaptations == 3
+
+
+def test_parameters_replaced_by_load_state_dict_are_followed():
+    model, adapters, integrator = two_shapes()
+    old = [p for layer in adapters.values() for p in (layer.K, layer.L)]
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    train(model, integrator, optimizer_of(model), 2)
+    assert integrator.adaptations == 2
+    assert all(p is not layer.K for p in old for layer in adapters.values())
+
+
+def test_a_step_in_which_no_adapter_has_a_gradient_is_named():
+    model, _, integrator = two_shapes()
+    optimizer = optimizer_of(model)
+    model[5](torch.randn(4, 12)).sum().backward()
+    with pytest.warns(GeoLoRAWarning, match="no gradient reaches any adapter.*use_reentrant=False"):
+        optimizer.step()
+    assert not integrator.step(optimizer)
+
+
+@pytest.mark.parametrize("refused", [torch.optim.LBFGS, torch.optim.Rprop])
+def test_optimizers_that_cannot_move_with_the_bases_are_refused(refused):
+    model, _, integrator = two_shapes()
+    with pytest.raises(ValueError, match=f"{refused.__name__} keeps a history"):
+        integrator.step(refused([p for p in model.parameters() if p.requires_grad]))
+
+
+def test_a_half_frozen_adapter_is_refused():
+    model, adapters, integrator = two_shapes()
+    adapters["2"].K.requires_grad_(False)
+    with pytest.raises(ValueError, match="one of K and L of the adapter 2 is frozen"):
+        integrator.step(optimizer_of(model))
+
+
+def test_a_closed_integrator_watches_no_more():
+    model, _, integrator = two_shapes()
+    integrator.close()
+    backward(model)
+    optimizer = optimizer_of(model)
+    optimizer.step()
+    assert not integrator.step(optimizer)
+
+
 def test_state_dict_resumes_cadence_and_pending_decay_exactly():
     def fresh():
         torch.manual_seed(3)
@@ -291,6 +342,7 @@ def test_works_with_parameter_groups_of_the_package():
         ({"budget": 10.5}, "budget=10.5"),
         ({"budget": 59}, "budget=59 is below the floor of 60 parameters that min_rank asks for"),
         ({"min_rank": -1}, "min_rank=-1"),
+        ({"min_rank": 7}, "min_rank=7 is above the largest max_rank, 6"),
         ({"adapt_every": 0}, "adapt_every=0"),
         ({"adapt_every": 1.5}, "adapt_every=1.5"),
     ],

@@ -46,6 +46,30 @@ def test_a_subclass_needs_only_its_model_and_steps():
     }
 
 
+def test_a_trainer_without_the_callback_gets_one_and_one_with_keeps_its_own():
+    for callbacks in ([], [GeoLoRACallback(tau=0.3)]):
+        runs = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=callbacks)
+        module = Small()
+        runs.fit(module, loader())
+        (callback,) = (c for c in runs.callbacks if isinstance(c, GeoLoRACallback))
+        assert callback.integrator.adaptations == 6
+        assert callback.tau == (0.3 if callbacks else 0.1)
+
+
+def test_a_parameter_of_the_module_itself_is_trained():
+    class Tempered(Small):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.model(batch[0]) * self.temperature, batch[1])
+
+    module = Tempered()
+    trainer(GeoLoRACallback()).fit(module, loader())
+    assert module.temperature != 1
+
+
 def test_configure_model_is_idempotent():
     module = Small()
     module.configure_model()
@@ -123,8 +147,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     trainer(GeoLoRACallback(), ModelCheckpoint(tmp_path, save_last=True)).fit(Small(), loader())
     with pytest.raises(RuntimeError, match=r"size mismatch for model\.0"):
         Small.load_from_checkpoint(tmp_path / "last.ckpt", width=9)
-    with pytest.raises(RuntimeError, match=r"size mismatch for model.0.U.*\[12, 10\].*\[12, 3\]"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for model\.0\.U.*\[12, 10\].*\[12, 3\]"):
         Small.load_from_checkpoint(tmp_path / "last.ckpt", adapter=AdapterConfig(init_rank=1, max_rank=3))
+    for other, message in (({"max_rank": 3, "init_rank": 1}, "max_rank=3"), ({"alpha": 2.0}, "alpha=2.0")):
+        resumed = Small(adapter=AdapterConfig(**other))
+        with pytest.raises(ValueError, match=rf"adapter.{message} does not fit the checkpoint, which was made with 1"):
+            trainer(GeoLoRACallback(), max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_without_build_model_the_message_says_what_to_write():
@@ -140,4 +168,3 @@ def test_learning_rates_out_of_range_are_refused():
         Small(warmup=-1)
     with pytest.raises(ValueError, match="head_lr=0"):
         Small(head_lr=0)
-    assert isinstance(Small(), L.LightningModule)

@@ -114,7 +114,13 @@ class ImageDataModule(L.LightningDataModule):
             return
         splits = self.load_splits()
         if "val" not in splits:
-            count = round(self.val_fraction * len(splits["train"]))  # type: ignore[arg-type]  # sized, as above
+            total = len(splits["train"])  # type: ignore[arg-type]  # every source here is a sized data set
+            count = round(self.val_fraction * total)
+            if not 0 < count < total:
+                raise ValueError(
+                    f"val_fraction={self.val_fraction} of {total} images is {count}: choose it so that training and "
+                    "validation both have images"
+                )
             splits["train"], splits["val"] = hold_out(splits["train"], count, self.seed)
         self.splits = splits
 
@@ -169,6 +175,4 @@ class ImageDataModule(L.LightningDataModule):
 def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sample]]:
     """Split samples into the rest and ``count`` held out, the same for the same seed."""
     rest = len(samples) - count  # type: ignore[arg-type]  # every source here is a sized data set
-    if not (count > 0 and rest > 0):
-        raise ValueError(f"{count} of {rest + count} images cannot be held out: both parts need at least one")
     return random_split(samples, [rest, count], torch.Generator().manual_seed(seed))

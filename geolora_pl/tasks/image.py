@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -53,8 +53,6 @@ class ImageClassification(GeoLoRAModule):
         if not timm.is_model(model_name.partition(".")[0]):
             near = ", ".join(timm.list_models(f"*{model_name.partition('.')[0].split('_')[0]}*")[:5]) or "none alike"
             raise ValueError(f"model_name={model_name!r} is not known to timm; there are, for one: {near}")
-        if checkpoint_path is not None and not Path(checkpoint_path).is_file():
-            raise ValueError(f"checkpoint_path={checkpoint_path!r} is no file (from {Path.cwd()})")
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
         if not 0 <= label_smoothing < 1:
@@ -91,11 +89,15 @@ class ImageClassification(GeoLoRAModule):
     def build_model(self) -> nn.Module:
         """Create the timm model with a new head and pretrained weights in the rest."""
         local = self.checkpoint_path is not None
+        if self.checkpoint_path is not None and not Path(self.checkpoint_path).is_file():
+            raise ValueError(f"checkpoint_path={self.checkpoint_path!r} is no file (from {Path.cwd()})")
         model: nn.Module = timm.create_model(
             self.model_name, pretrained=self.pretrained and not local, num_classes=self.num_classes, **self.model_args
         )
         if self.checkpoint_path is not None:
             load_backbone(model, self.checkpoint_path)
+        # From now on the weights are in the checkpoints, which must load where neither file nor hub is at hand.
+        self.hparams["checkpoint_path"], self.hparams["pretrained"] = None, False
         return model
 
     def new_modules(self) -> Sequence[str]:
@@ -105,7 +107,12 @@ class ImageClassification(GeoLoRAModule):
     @property
     def data_config(self) -> Mapping[str, Any]:
         """Input size, normalisation and interpolation that the model was pretrained with."""
-        config: Mapping[str, Any] = resolve_model_data_config(self.model)
+        size = {key: self.model_args[key] for key in ("img_size", "in_chans") if key in self.model_args}
+        config: dict[str, Any] = resolve_data_config(size, model=self.model)
+        channels = config["input_size"][0]
+        for name in ("mean", "std"):
+            if len(config[name]) != channels:  # pretrained on colour, used on another number of channels
+                config[name] = (sum(config[name]) / len(config[name]),) * channels
         return config
 
     def forward(self, images: Tensor) -> Tensor:
