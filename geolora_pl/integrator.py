@@ -129,6 +129,8 @@ class RankAdaptiveIntegrator:
         """
         self.check_optimizer(optimizer)
         new_steps = self._watch.take()
+        if not new_steps and not self.steps and self._anything_pending():
+            new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
         self.steps += new_steps
         self.total_steps += new_steps
         if self.steps < self.adapt_every:
@@ -197,6 +199,9 @@ class RankAdaptiveIntegrator:
         self.steps = 0
         self.adaptations += 1
         self._watch.forget_decay()
+
+    def _anything_pending(self) -> bool:
+        return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))
 
     def _stack(self, names: Sequence[str]) -> list[Tensor]:
         return [torch.stack([getattr(self.adapters[name], factor) for name in names]) for factor in FACTORS]
