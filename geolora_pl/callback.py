@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -78,6 +79,12 @@ class GeoLoRACallback(L.Callback):
                     f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
                     "them: remove it, or merge the adapters before weights are averaged"
                 )
+        if not has_adapters(pl_module) and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                f"{type(pl_module).__name__} would get its adapters in a forked or spawned process, and the process "
+                "that started it would never see them: use strategy='ddp', or before trainer.fit call "
+                "module.configure_model() of a GeoLoRAModule, or inject_adapters(module, config)"
+            )
         if not has_adapters(pl_module) and is_overridden("configure_model", pl_module):
             # Lightning builds such a module only after this hook; its configure_model must be idempotent.
             with (
@@ -146,27 +153,27 @@ class GeoLoRACallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the ranks as often as the trainer logs."""
-        if trainer._logger_connector.should_update_logs:  # as Lightning's own monitors decide it
-            self._log(pl_module)
+        """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
+        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:  # as Lightning's own monitors do
+            metrics = self._metrics()
+            pl_module.log("rank/mean", metrics.pop("rank/mean"), prog_bar=True, rank_zero_only=True)
+            pl_module.log_dict(metrics, rank_zero_only=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the ranks once an epoch, however short it is."""
-        self._log(pl_module)
+        """Give the loggers the ranks once an epoch, whatever their cadence."""
+        for logger in trainer.loggers:
+            logger.log_metrics(self._metrics(), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _log(self, pl_module: L.LightningModule) -> None:
+    def _metrics(self) -> dict[str, float]:
         assert self.integrator is not None
         ranks = self.integrator.ranks()
-        pl_module.log("rank/mean", sum(ranks.values()) / len(ranks), prog_bar=True, rank_zero_only=True)
-        pl_module.log_dict(
-            {
-                **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
-                "adapter_params": float(self.integrator.adapter_parameters()),
-                "truncation_error": self.integrator.truncation_error,
-                "skipped_steps": float(self.integrator.skipped_steps),
-            },
-            rank_zero_only=True,
-        )
+        return {
+            "rank/mean": sum(ranks.values()) / len(ranks),
+            **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
+            "adapter_params": float(self.integrator.adapter_parameters()),
+            "truncation_error": self.integrator.truncation_error,
+            "skipped_steps": float(self.integrator.skipped_steps),
+        }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from geolora_pl.callback import GeoLoRACallback
+from geolora_pl.inject import adapter_parameters, find_adapters
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -39,23 +40,22 @@ class GeoLoRACLI(LightningCLI):
         results: dict[str, float] = {}
         if self.config["fit"]["test_after_fit"]:
             results = dict(self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0])
-        self._print_summary(results)
+        log_dir = self.trainer.log_dir  # every process must ask for it: rank 0 tells the others
+        self._print_summary(results, log_dir)
 
     @rank_zero_only
-    def _print_summary(self, results: dict[str, float]) -> None:
-        callback = next(c for c in self.trainer.callbacks if isinstance(c, GeoLoRACallback))  # type: ignore[attr-defined]
-        integrator = callback.integrator
-        assert integrator is not None, "fit makes it"
+    def _print_summary(self, results: dict[str, float], log_dir: str | None) -> None:
+        adapters = find_adapters(self.model)
         console = Console()
-        console.print(rank_table(integrator.ranks()))
-        padded = sum(f.numel() for layer in integrator.adapters.values() for f in layer.parameters(recurse=False))
+        console.print(rank_table({name: layer.rank for name, layer in adapters.items()}))
+        padded = sum(factor.numel() for layer in adapters.values() for factor in layer.parameters(recurse=False))
         total = sum(p.numel() for p in self.model.parameters()) - padded
-        active = integrator.adapter_parameters()
+        active = adapter_parameters(adapters)
         for name, value in results.items():
             console.print(f"{name}: {value:.4f}")
         console.print(f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)")
-        if self.trainer.log_dir is not None:
-            console.print(f"look closer: tensorboard --logdir {self.trainer.log_dir}", soft_wrap=True)
+        if log_dir is not None:
+            console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
 
 
 def rank_table(ranks: dict[str, int]) -> Table:

@@ -140,7 +140,7 @@ class ImageClassification(GeoLoRAModule):
         logits = self(images)
         accuracy = self.metrics[split]
         accuracy(logits, labels)
-        self.log(f"{split}_loss", self.loss(logits, labels), batch_size=len(labels))
+        self.log(f"{split}_loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{split}_accuracy", accuracy, prog_bar=True)  # type: ignore[arg-type]  # a Metric
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
