@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,15 @@ def _with_tangent_gradient(L: Tensor, V: Tensor) -> Tensor:
     return _TangentGradient.apply(L, V)  # type: ignore[no-any-return,no-untyped-call]
 
 
+# So that an optimizer that is given bare parameters can tell which of them are K and L of one adapter.
+_living: weakref.WeakSet[GeoLoRALinear] = weakref.WeakSet()
+
+
+def adapter_of_factor() -> dict[int, GeoLoRALinear]:
+    """Every adapter there is, by the identity of its K."""
+    return {id(layer.K): layer for layer in _living}
+
+
 class GeoLoRALinear(nn.Module):
     r"""A linear layer with a low-rank update in tangent coordinates.
 
@@ -168,10 +178,15 @@ class GeoLoRALinear(nn.Module):
 
         self.U, self.S, self.V = zeros(m, trained=False), zeros(R, trained=False), zeros(n, trained=False)
         self.K, self.L = zeros(m, trained=True), zeros(n, trained=True)
+        _living.add(self)
         with torch.no_grad():
             for basis in (self.U, self.V):
                 gaussian = torch.randn(len(basis), self.rank, device=weight.device, dtype=dtype)
                 basis[:, : self.rank] = torch.linalg.qr(gaussian).Q
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of a copy, or from a pickle
+        _living.add(self)
 
     @property
     def max_rank(self) -> int:

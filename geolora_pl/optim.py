@@ -12,20 +12,20 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
+from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
-from geolora_pl.inject import find_adapters
 
 Geometry = Literal["isotropic", "spectral", "entrywise"]
 
 
-def parameter_groups(model: nn.Module, head_lr: float | None = 1e-3) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float | None = 1e-3) -> list[dict[str, Any]]:
     """Split what is trained into adapters, other matrices and other vectors.
 
     The groups suit any torch optimizer. Adapters come first, K and L of one adapter side by side, marked with
     ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters, or parameters of one; those that need no gradient are left out.
         head_lr: Learning rate of all but the adapters, above 0, or ``None`` for the optimizer's own.
 
     Returns:
@@ -38,9 +38,13 @@ def parameter_groups(model: nn.Module, head_lr: float | None = 1e-3) -> list[dic
         >>> [len(group["params"]) for group in parameter_groups(model)]
         [2, 1, 1]
     """
-    factors = [p for layer in find_adapters(model).values() for p in (layer.K, layer.L) if layer.K.requires_grad]
+    parameters = model.parameters() if isinstance(model, nn.Module) else model
+    trained = [p for p in parameters if p.requires_grad]
+    adapters = adapter_of_factor()
+    layers = [adapters[id(p)] for p in trained if id(p) in adapters]
+    factors = [factor for layer in layers for factor in (layer.K, layer.L)]
     of_adapters = {id(p) for p in factors}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in of_adapters]
+    rest = [p for p in trained if id(p) not in of_adapters]
     lr = {} if head_lr is None else {"lr": head_lr}
     groups: list[dict[str, Any]] = [
         {"params": factors, "adapters": True},
@@ -97,8 +101,8 @@ class RiemannianAdam(Optimizer):
     rank nor ``max_rank`` nor the size of the layer changes its meaning.
 
     Args:
-        params: The model, or groups from :func:`parameter_groups`, or groups of your own in which those with K and L
-            side by side carry ``adapters: True``.
+        params: The model, its parameters, or groups: from :func:`parameter_groups`, or your own, in which those with K
+            and L side by side carry ``adapters: True``.
         lr: Norm of a step of an adapter, at least 0; also AdamW's learning rate in groups without one of their own.
         betas: Decay of first and second moments, in [0, 1).
         eps: Added to the root of the second moment, above 0.
@@ -119,17 +123,17 @@ class RiemannianAdam(Optimizer):
 
     def __init__(
         self,
-        params: nn.Module | Iterable[dict[str, Any]],
+        params: nn.Module | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         geometry: Geometry = "isotropic",
     ) -> None:
-        if isinstance(params, nn.Module):
-            params = parameter_groups(params)
-        groups = list(params)
-        if not any(isinstance(group, dict) and group.get("adapters") for group in groups):
+        groups: list[Any] = [params] if isinstance(params, nn.Module) else list(params)
+        if not all(isinstance(group, dict) for group in groups):
+            groups = parameter_groups(params if isinstance(params, nn.Module) else groups)
+        if not any(group.get("adapters") for group in groups):
             raise ValueError(
                 "params has no group of adapters: pass the model itself, after inject_adapters(model), or "
                 "parameter_groups(model)"
@@ -164,9 +168,8 @@ class RiemannianAdam(Optimizer):
             parameters = group["params"]
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
-                self._step_adapters(
-                    [p for pair in pairs if None not in (pair[0].grad, pair[1].grad) for p in pair], group
-                )
+                moving = [(K, L) for K, L in pairs if K.grad is not None and L.grad is not None]
+                self._step_adapters([factor for pair in moving for factor in pair], group)
             else:
                 self._step_others([p for p in parameters if p.grad is not None], group)
         return loss

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from reference import one_layer, orthonormal, set_point
@@ -194,6 +197,20 @@ def test_bad_settings_are_refused(settings, message):
     _, adapter, _ = one_layer(5, 4, 2, 2)
     with pytest.raises(ValueError, match=message):
         pair(adapter, **settings)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_the_model_and_its_bare_parameters_give_the_same_groups(copied):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    inject_adapters(model, AdapterConfig(target_modules=["0", "1"], modules_to_save=["2"]))
+    model = copied(model)
+    trained = (p for p in model.parameters() if p.requires_grad)
+    groups = [
+        [[id(p) for p in group["params"]] for group in RiemannianAdam(params).param_groups]
+        for params in (model, model.parameters(), trained)
+    ]
+    assert groups[0] == groups[1] == groups[2]
+    assert groups[0][0] == [id(p) for layer in (model[0], model[1]) for p in (layer.K, layer.L)]
 
 
 def test_parameters_without_adapters_are_refused_with_the_remedy():
