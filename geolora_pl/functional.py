@@ -152,8 +152,9 @@ def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor
 def resolution(m: int, n: int, dtype: torch.dtype) -> float:
     """Relative size below which a singular value of an (m, n) retraction is rounding and no direction.
 
-    Rounding in inner products of length m grows like its square root; the factor 4 was enough in 2,000 random
-    retractions from 1 x 1 to 4096 x 64 with planted dependent columns.
+    Rounding in inner products of length m grows like its square root. In 656 random retractions with planted dependent
+    columns, from 1 x 1 to 2048 x 1024, the largest singular value that should have been zero was
+    ``0.53 sqrt(max(m, n)) eps``; the factor 4 leaves room.
     """
     return 4 * math.sqrt(max(m, n)) * torch.finfo(dtype).eps
 
