@@ -151,10 +151,10 @@ def _warn(message: str) -> None:
 
 def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     """The first parameter with a gradient that is not finite; one wait for the device if all are."""
-    parameters = [p for p in parameters if p.numel()]
-    gradients = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
-    if not gradients:
+    values = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
+    checked = [(p, value) for p, value in zip(parameters, values, strict=True) if value.numel()]
+    if not checked:
         return None
-    largest = torch._foreach_norm(gradients, ord=math.inf)
+    largest = torch._foreach_norm([value for _, value in checked], ord=math.inf)
     finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
-    return None if finite.all() else parameters[int(finite.logical_not().int().argmax())]
+    return None if finite.all() else checked[int(finite.logical_not().int().argmax())][0]

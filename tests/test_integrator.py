@@ -285,6 +285,22 @@ def test_parameters_replaced_by_load_state_dict_are_followed():
     assert all(p is not layer.K for p in old for layer in adapters.values())
 
 
+def test_empty_and_sparse_gradients_are_no_trouble():
+    model, _, integrator = two_shapes()
+    embedding, empty = nn.Embedding(5, 2, sparse=True), nn.Parameter(torch.zeros(0, 3))
+    optimizer = torch.optim.SGD([*(p for p in model.parameters() if p.requires_grad), embedding.weight, empty], lr=0.1)
+    backward(model)
+    embedding(torch.tensor([], dtype=torch.long)).sum().backward()
+    empty.grad = torch.zeros(0, 3)
+    optimizer.step()
+    assert integrator.step(optimizer)
+    backward(model)
+    embedding(torch.tensor([1])).sum().backward()
+    embedding.weight.grad._values()[0, 0] = float("nan")
+    with pytest.warns(GeoLoRAWarning, match="the gradient of a parameter is not finite"):
+        optimizer.step()
+
+
 def test_a_step_in_which_no_adapter_has_a_gradient_is_named():
     model, _, integrator = two_shapes()
     optimizer = optimizer_of(model)
