@@ -17,6 +17,12 @@ from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
 
 
+def run_length(trainer: L.Trainer) -> float:
+    """Optimizer steps of the run; infinite where Lightning answers -1, as for a data set of unknown length."""
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps < 0 else steps
+
+
 class GeoLoRACallback(L.Callback):
     """Train any LightningModule with rank-adaptive adapters.
 
@@ -67,7 +73,6 @@ class GeoLoRACallback(L.Callback):
         self.integrator: RankAdaptiveIntegrator | None = None
         self._injected = False
         self._restored: dict[str, Any] | None = None
-        self._last_adapting_step = math.inf
         self._optimizer: Optimizer | None = None
         self._hook: RemovableHandle | None = None
 
@@ -118,7 +123,7 @@ class GeoLoRACallback(L.Callback):
                 "of other optimizers out of the adapters with exclude_modules"
             )
         integrator.check_optimizer(holders[0])
-        steps = trainer.estimated_stepping_batches
+        steps = run_length(trainer)
         if 0 < steps < self.adapt_every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"adapt_every={self.adapt_every} is longer than the run of {steps} optimizer steps: lower it to at "
@@ -128,7 +133,7 @@ class GeoLoRACallback(L.Callback):
             raise ValueError(
                 f"adapt_until={self.adapt_until} is a part of a run without an end: set max_steps or max_epochs"
             )
-        self._last_adapting_step = self.adapt_until * steps
+        adapting = self.adapt_until * steps if self.adapt_until < 1 else math.inf
         for layer in integrator.adapters.values():
             layer.read_rank()  # another process's factors may have been broadcast to this one
         optimizer_name = type(holders[0]).__name__
@@ -140,15 +145,16 @@ class GeoLoRACallback(L.Callback):
                 )
             integrator.load_state_dict(self._restored["integrator"])
             self._restored = None
-        elif self.integrator is not None and self.integrator.adapters == integrator.adapters:
-            integrator.load_state_dict(self.integrator.state_dict())  # a second fit of the same module goes on
+        elif trainer.global_step and self.integrator and self.integrator.adapters == integrator.adapters:
+            integrator.load_state_dict(self.integrator.state_dict())  # a second fit with the same trainer goes on
         self.integrator, self._optimizer = integrator, holders[0]
-        self._hook = holders[0].register_step_post_hook(self._after_optimizer_step)
 
-    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        assert self.integrator is not None
-        self.integrator.rank_changes = self.integrator.total_steps < self._last_adapting_step
-        self.integrator.step(optimizer)
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            # Batches, as the length of the run is counted: manual optimization may take several steps in one.
+            integrator.rank_changes = trainer.fit_loop.epoch_loop._batches_that_stepped < adapting
+            integrator.step(optimizer)
+
+        self._hook = holders[0].register_step_post_hook(after_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from geolora_pl.adapters import AdapterConfig
-from geolora_pl.callback import GeoLoRACallback
+from geolora_pl.callback import GeoLoRACallback, run_length
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.optim import RiemannianAdam, parameter_groups, warmup_cosine
 
@@ -116,8 +116,7 @@ class GeoLoRAModule(L.LightningModule):
         """Give the optimizer what is trained: adapters, then matrices with and vectors without weight decay."""
         optimizer = self.optimizer(parameter_groups(self, head_lr=self.head_lr))
         if self.lr_scheduler is None:
-            steps = self.trainer.estimated_stepping_batches
-            scheduler: Any = warmup_cosine(optimizer, self.warmup, steps)
+            scheduler: Any = warmup_cosine(optimizer, self.warmup, run_length(self.trainer))
         else:
             scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):

@@ -321,6 +321,53 @@ def test_another_optimizer_than_the_checkpoints_is_refused(tmp_path):
         run(torch.optim.SGD, tmp_path / "last.ckpt")
 
 
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(list(loader().dataset))
+
+
+def test_ranks_change_in_a_run_of_unknown_length():
+    callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER)
+    trainer(callback, max_epochs=2).fit(Foreign(), DataLoader(Endless(), batch_size=8))
+    assert callback.integrator.adaptations == 12
+    assert callback.integrator.rank_changes
+    assert max(callback.integrator.ranks().values()) > 2
+
+
+def test_a_second_run_with_another_trainer_starts_anew():
+    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER, adapt_until=0.5)
+    for _ in range(2):
+        changes = []
+
+        class Watch(L.Callback):
+            def on_train_batch_end(self, trainer, module, *args, changes=changes):
+                changes.append(callback.integrator.rank_changes)
+
+        trainer(callback, Watch()).fit(module, loader())
+        assert changes == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(("adapt_until", "changing"), [(1.0, 18), (0.5, 9)])
+def test_several_manual_steps_a_batch_do_not_shorten_the_adapting_part(adapt_until, changing):
+    seen = []
+
+    class Several(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(3):
+                self.optimizers().zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.optimizers().step()
+                seen.append(callback.integrator.rank_changes)
+
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_until=adapt_until)
+    trainer(callback).fit(Several(), loader())
+    assert seen == [True] * changing + [False] * (18 - changing)
+
+
 def test_a_finished_run_does_not_watch_the_next():
     module = Foreign()
     inject_adapters(module, ADAPTER)

@@ -3,8 +3,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
-from test_callback import loader, trainer
+from test_callback import Endless, loader, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
 from geolora_pl.optim import warmup_cosine
@@ -111,6 +112,19 @@ def test_by_default_riemannian_adam_warms_up_and_ends_at_zero(warmup, steps):
     assert max(adapters) == pytest.approx(0.1)
     assert adapters[steps:] == sorted(adapters[steps:], reverse=True)
     assert adapters[-1] < 0.01
+
+
+def test_a_run_of_unknown_length_still_learns():
+    module = Small(warmup=2)
+    before = {}
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            before["head"] = module.model[4].weight.clone()
+
+    trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, DataLoader(Endless(), batch_size=8))
+    assert not torch.equal(module.model[4].weight, before["head"])
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.1)
 
 
 def test_a_run_without_an_end_stays_at_its_lr():
