@@ -124,7 +124,8 @@ class GeoLoRACallback(L.Callback):
             )
         integrator.check_optimizer(holders[0])
         steps = run_length(trainer)
-        if 0 < steps < self.adapt_every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        counted = pl_module.automatic_optimization and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if counted and 0 < steps < self.adapt_every:
             raise ValueError(
                 f"adapt_every={self.adapt_every} is longer than the run of {steps} optimizer steps: lower it to at "
                 f"most {steps}"

@@ -39,7 +39,8 @@ class GeoLoRACLI(LightningCLI):
         """Test if asked to, and say what was found and where it lies."""
         results: dict[str, float] = {}
         if self.config["fit"]["test_after_fit"]:
-            results = dict(self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0])
+            tested = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            results = {name: value for of_loader in tested for name, value in of_loader.items()}
         log_dir = self.trainer.log_dir  # every process must ask for it: rank 0 tells the others
         self._print_summary(results, log_dir)
 

@@ -216,10 +216,10 @@ class RankAdaptiveIntegrator:
         # One transfer to the host an adaptation: all singular values, and which adapters have something pending.
         device = decompositions[0].sigma.device
         facts = [
-            torch.cat([p[:, None], decomposition.sigma.double()], 1).to(device)
+            torch.cat([p[:, None], decomposition.sigma], 1).to(device)
             for p, decomposition in zip(pending, decompositions, strict=True)
         ]
-        on_host = torch.cat([fact.flatten() for fact in facts]).cpu().split([fact.numel() for fact in facts])
+        on_host = torch.cat([fact.flatten() for fact in facts]).cpu().double().split([fact.numel() for fact in facts])
 
         ranks: dict[str, int] = {}
         floors: dict[str, int] = {}

@@ -267,6 +267,23 @@ def test_a_run_shorter_than_the_cadence_is_refused_before_it_starts():
     trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=7), fast_dev_run=True).fit(Foreign(), loader())
 
 
+def test_the_cadence_may_exceed_the_batches_where_steps_are_manual():
+    class Several(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(3):
+                self.optimizers().zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.optimizers().step()
+
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=9)
+    trainer(callback).fit(Several(), loader())
+    assert callback.integrator.adaptations == 2
+
+
 def test_adapt_until_of_an_endless_run_is_refused():
     with pytest.raises(ValueError, match=r"adapt_until=0.5 is a part of a run without an end"):
         trainer(GeoLoRACallback(adapter=ADAPTER, adapt_until=0.5), max_epochs=-1).fit(Foreign(), loader())
