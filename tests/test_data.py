@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from geolora_pl.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageDataModule, ImageFolder
+from geolora_pl.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageDataModule, ImageFolder, TinyImageNet
 from geolora_pl.data.fashion_mnist import read_idx
 from geolora_pl.data.images import ArrayImages
 
@@ -36,6 +36,42 @@ def write_idx(path: Path, array: np.ndarray, compress: bool) -> None:
         path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
     else:
         path.write_bytes(content)
+
+
+def write_cifar(folder: Path, source: type[CIFAR10]) -> list[str]:
+    """Ten random images a file in CIFAR's own format, and the names of the classes.
+
+    The hashes, which torchvision knows, do not fit: patch ``torchvision.datasets.cifar.check_integrity``.
+    """
+    origin = source._source
+    key = "labels" if source is CIFAR10 else "fine_labels"
+    names = [f"class {i}" for i in range(10 if source is CIFAR10 else 100)]
+    (base := folder / origin.base_folder).mkdir()
+    (base / origin.meta["filename"]).write_bytes(pickle.dumps({origin.meta["key"]: names}))
+    rng = np.random.default_rng(0)
+    for name, _ in origin.train_list + origin.test_list:
+        batch = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), key: list(range(10))}
+        (base / name).write_bytes(pickle.dumps(batch))
+    return names
+
+
+def write_tiny_imagenet(folder: Path) -> None:
+    """The official layout with two classes, six training and two validation images of each; one image is grey."""
+    wnids = {"n02": "goldfish, Carassius auratus", "n01": "tench"}  # the official wnids.txt is not sorted either
+    (folder / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in wnids))
+    (folder / "words.txt").write_text("".join(f"{wnid}\t{words}\n" for wnid, words in {"n00": "fish", **wnids}.items()))
+    (folder / "val" / "images").mkdir(parents=True)
+    for wnid in wnids:
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
+        for i in range(6):
+            image = Image.new("RGB" if i else "L", (64, 64), i * 40)
+            image.save(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", format="JPEG")
+    rows = []
+    for i, wnid in enumerate(["n01", "n02", "n02", "n01"]):
+        Image.new("RGB", (64, 64), (0, 0, i * 60)).save(folder / "val" / "images" / f"val_{i}.JPEG", format="JPEG")
+        rows.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
 
 
 @pytest.fixture
@@ -132,28 +168,52 @@ def test_a_missing_folder_is_named_with_the_remedy():
 
 @pytest.mark.parametrize(("source", "classes"), [(CIFAR10, 10), (CIFAR100, 100)])
 def test_cifar_through_torchvision(tmp_path, monkeypatch, source, classes):
-    """Files in CIFAR's own format; their hashes, which torchvision knows, are left out."""
-    folder = tmp_path / source._source.base_folder
-    folder.mkdir()
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
-    names = [f"class {i}" for i in range(classes)]
-    meta = source._source.meta
-    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: names}))
-    rng = np.random.default_rng(0)
-    for name, _ in source._source.train_list + source._source.test_list:
-        batch = {
-            "data": rng.integers(0, 256, (10, 3072), dtype=np.uint8),
-            "labels": list(range(10)),
-            "fine_labels": list(range(10)),
-        }
-        if classes == 10:
-            del batch["fine_labels"]
-        (folder / name).write_bytes(pickle.dumps(batch))
+    names = write_cifar(tmp_path, source)
     data = attach(source(str(tmp_path)), COLOUR)
     assert data.class_names == names
     assert data.num_classes == classes
     images, _ = next(iter(data.test_dataloader()))
     assert images.shape == (10, 3, 20, 20)
+
+
+def test_tiny_imagenet_is_tested_on_the_official_validation_images(tmp_path):
+    write_tiny_imagenet(tmp_path)
+    data = attach(TinyImageNet(str(tmp_path), batch_size=4, val_fraction=0.25), COLOUR)
+    assert data.class_names == ["goldfish, Carassius auratus", "tench"]
+    assert data.num_classes == 2
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 9, "val": 3, "test": 4}
+    images, labels = next(iter(data.test_dataloader()))
+    assert labels.tolist() == [1, 0, 0, 1]
+    assert images[:, 2].mean((1, 2)).diff().min() > 0.1  # in the order of the file
+    listed = data.splits["train"].dataset
+    assert listed is data.splits["val"].dataset
+    assert [path.name[:3] for path in listed.paths] == [("n02", "n01")[label] for label in listed.labels]
+    assert sum(len(images) for images, _ in data.train_dataloader()) == 9  # the grey ones too
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("words.txt", r"folder='.*' has no words.txt: unpack tiny-imagenet-200.zip"),
+        ("val/val_annotations.txt", r"has no val/val_annotations.txt: unpack"),
+        ("train/n01/images", r"n01/images has no \*.JPEG: unpack the archive again"),
+        ("val/images/val_2.JPEG", r"val_2.JPEG is missing and .*val_annotations.txt names it: unpack"),
+    ],
+)
+def test_tiny_imagenet_with_missing_files_is_refused(tmp_path, missing, message):
+    write_tiny_imagenet(tmp_path)
+    (tmp_path / missing).rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match=message):
+        TinyImageNet(str(tmp_path)).setup("fit")
+
+
+def test_tiny_imagenet_with_a_class_that_is_not_listed_is_refused(tmp_path):
+    write_tiny_imagenet(tmp_path)
+    with (tmp_path / "val" / "val_annotations.txt").open("a") as annotations:
+        annotations.write("val_4.JPEG\tn09\t0\t0\t63\t63\n")
+    with pytest.raises(ValueError, match=r"gives val_4.JPEG no class of wnids.txt"):
+        TinyImageNet(str(tmp_path)).setup("fit")
 
 
 def test_image_folder(tree):
