@@ -1,0 +1,112 @@
+"""Tables from files: CSV, TSV, JSON lines and Parquet, each text as it stands in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_info
+from pyarrow import csv, json, parquet
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_BLOCK = 1 << 26  # bytes read at once: the longest row that there may be
+
+
+def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
+    """Read some columns of a file, by its suffix.
+
+    In ``.csv`` a field may be quoted; in ``.tsv`` quotes are data. Both are read as UTF-8, every column as strings;
+    ``.jsonl`` (or ``.json`` with one object a line) and ``.parquet`` know their types.
+
+    Args:
+        path: The file.
+        columns: The columns to keep, in this order.
+
+    Raises:
+        ValueError: The file is missing, empty, broken or of another kind, or a column is not there.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}: the ending says how it is read")
+    if path.suffix in (".csv", ".tsv"):
+        return read_delimited(path, columns, tab=path.suffix == ".tsv")
+    _refuse_missing(path)
+    try:
+        if path.suffix == ".parquet":
+            _refuse_absent(path, columns, parquet.read_schema(path).names)
+            table = parquet.read_table(path, columns=list(columns))
+        else:
+            table = json.read_json(path, read_options=json.ReadOptions(block_size=_BLOCK))
+            _refuse_absent(path, columns, table.column_names)
+            table = table.select(list(columns))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return _not_empty(path, table)
+
+
+def read_delimited(
+    path: Path, columns: Sequence[str], *, tab: bool, header: Sequence[str] = (), skip_malformed: bool = False
+) -> pa.Table:
+    """Read some columns of a file of lines, as strings.
+
+    Args:
+        path: The file; a byte-order mark at its start is no data.
+        columns: The columns to keep, in this order.
+        tab: Whether tabs separate the fields and quotes are data; else commas do, and a field may be quoted.
+        header: Names of all columns of a file whose first line is data already.
+        skip_malformed: Whether lines with too many or too few fields are left out, and their number said, rather than
+            refused.
+
+    Raises:
+        ValueError: The file is missing, empty or broken, or a column is not there.
+    """
+    _refuse_missing(path)
+    malformed: list[csv.InvalidRow] = []
+
+    def skip(row: csv.InvalidRow) -> str:
+        malformed.append(row)
+        return "skip" if skip_malformed else "error"
+
+    parse = csv.ParseOptions(
+        delimiter="\t" if tab else ",",
+        quote_char=False if tab else '"',
+        newlines_in_values=not tab,
+        invalid_row_handler=skip,
+    )
+    # A row has no number, for a message, where several threads read.
+    read = csv.ReadOptions(column_names=list(header) or None, block_size=_BLOCK, use_threads=False)
+    try:
+        if not header:
+            with csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+                _refuse_absent(path, columns, reader.schema.names)
+            malformed.clear()  # the reader has looked at the first block
+        convert = csv.ConvertOptions(
+            include_columns=list(columns),
+            column_types=dict.fromkeys(columns, pa.string()),
+            strings_can_be_null=False,
+        )
+        table = csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if malformed:
+        rank_zero_info(f"{path}: {len(malformed)} lines without {malformed[0].expected_columns} fields are left out")
+    return _not_empty(path, table)
+
+
+def _refuse_missing(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file (from {Path.cwd()})")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+
+
+def _refuse_absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> None:
+    if absent := [name for name in columns if name not in there]:
+        raise ValueError(f"{path} has no column {', '.join(map(repr, absent))}; it has {', '.join(map(repr, there))}")
+
+
+def _not_empty(path: Path, table: pa.Table) -> pa.Table:
+    if not len(table):
+        raise ValueError(f"{path} holds no rows")
+    return table

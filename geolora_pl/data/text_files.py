@@ -1,0 +1,201 @@
+"""Your own texts: CSV, TSV, JSON lines or Parquet, or any data set of the hub."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from geolora_pl.data.labels import as_strings, to_dataset
+from geolora_pl.data.tables import read_table
+from geolora_pl.data.text import TextDataModule
+
+
+class LabelledTexts(TextDataModule):
+    """The base of the sources whose columns the user names: a subclass reads tables.
+
+    Labels that are words or whole numbers are classes; numbers with decimals are a regression, and so are whole ones
+    with ``regression``.
+
+    Args:
+        text_column: The column of texts.
+        pair_column: The column of the second texts, for pairs.
+        label_column: The column of labels.
+        labels: The labels in the order of the class indices; by default those of the training texts, sorted.
+        regression: Whether the labels are numbers to predict; by default they are if they have decimals.
+        **kwargs: Arguments of :class:`TextDataModule`.
+
+    Raises:
+        ValueError: ``labels`` holds one twice, or is given for a regression.
+    """
+
+    def __init__(
+        self,
+        text_column: str = "text",
+        pair_column: str | None = None,
+        label_column: str = "label",
+        labels: list[str] | None = None,
+        regression: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if labels is not None and (regression or len(set(labels)) < max(2, len(labels))):
+            raise ValueError(f"labels={labels!r} must name two or more classes, each once, and none in a regression")
+        self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
+        self.label_column = label_column
+        self.regression = regression
+        self._labels = labels
+
+    @abstractmethod
+    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+        """Read the tables: where each comes from and what it holds, by split; all but ``predict`` have labels."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """The labels, in the order of their indices; none in a regression."""
+        if self._labels is None:
+            self.load_splits()
+        assert self._labels is not None
+        return self._labels
+
+    def load_splits(self) -> dict[str, datasets.Dataset]:
+        """Read the tables and map the labels of every split as those of ``train`` are mapped."""
+        tables = self.read()
+        if self._labels is None:
+            source, table = tables["train"]
+            self._labels = _find_labels(table[self.label_column], self.regression)
+            if len(self._labels) == 1:
+                raise ValueError(
+                    f"{source}: every {self.label_column} is {self._labels[0]!r}: there must be two classes"
+                )
+        classes = {label: label for label in self._labels}
+        return {
+            split: to_dataset(
+                table, self.text_columns, None if split == "predict" else self.label_column, classes, source
+            )
+            for split, (source, table) in tables.items()
+        }
+
+
+class TextFiles(LabelledTexts):
+    r"""Texts with labels from files: ``.csv``, ``.tsv`` (in which quotes are data), ``.jsonl`` or ``.parquet``.
+
+    Args:
+        train_file: The training texts.
+        val_file: The validation texts; by default a part of the training texts is held out.
+        test_file: The test texts.
+        predict_file: Texts to predict, which need no labels; by default the test texts.
+        **kwargs: Arguments of :class:`LabelledTexts`.
+
+    Raises:
+        ValueError: A file is missing, empty, broken or of another kind, a column is not there, or a text or label in
+            it is missing or unknown.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "reviews.csv")
+        >>> _ = file.write_text('review,verdict\n"good, really",yes\nbad,no\n')
+        >>> data = TextFiles(str(file), text_column="review", label_column="verdict")
+        >>> data.load_splits()["train"][0], data.class_names
+        ({'text': 'good, really', 'label': 1}, ['no', 'yes'])
+    """
+
+    def __init__(
+        self,
+        train_file: str,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
+        self.files = {split: file for split, file in files.items() if file is not None}
+
+    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+        """Read the files."""
+        labelled = [*self.text_columns, self.label_column]
+        return {
+            split: (file, read_table(file, self.text_columns if split == "predict" else labelled))
+            for split, file in self.files.items()
+        }
+
+
+class TextHub(LabelledTexts):
+    """Texts with labels from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
+
+    Args:
+        dataset: Its name, or the folder.
+        subset: Name of the subset, where it has several.
+        splits: Its split for each of ours, such as ``{train: train, val: validation}``; by default those of the usual
+            names ``train``, ``validation`` and ``test`` that it has.
+        **kwargs: Arguments of :class:`LabelledTexts`.
+
+    Raises:
+        ValueError: The data set, a split or a column is not there, or a text or label is missing or unknown.
+    """
+
+    def __init__(
+        self, dataset: str, subset: str | None = None, splits: dict[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if splits is not None and "train" not in splits:
+            raise ValueError(f"splits={splits!r} must name the split to train on: {{train: ...}}")
+        self.dataset = dataset
+        self.subset = subset
+        self.named_splits = splits
+
+    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+        """Fetch the data set, or take it from the cache of ``datasets``."""
+        try:
+            hub = datasets.load_dataset(self.dataset, self.subset)
+        except (OSError, ValueError) as error:  # a failed connection is one of the first
+            raise ValueError(f"dataset={self.dataset!r}, subset={self.subset!r} cannot be loaded: {error}") from error
+        usual = {"train": "train", "val": "validation", "test": "test"}
+        names = self.named_splits or {
+            ours: theirs for ours, theirs in usual.items() if theirs in hub or ours == "train"
+        }
+        tables: dict[str, tuple[object, pa.Table]] = {}
+        for ours, theirs in names.items():
+            if theirs not in hub:
+                raise ValueError(f"{self.dataset} has no split {theirs!r}; it has {', '.join(hub)}: set splits")
+            source = f"{self.dataset} {theirs}"
+            table = self._table(hub[theirs], ours, source)
+            if self.named_splits is None and table[-1].null_count == len(table):  # a test set with hidden labels
+                ours, table = "predict", table.select(self.text_columns)
+            tables[ours] = (source, table)
+        return tables
+
+    def _table(self, texts: datasets.Dataset, split: str, source: str) -> pa.Table:
+        columns = self.text_columns if split == "predict" else [*self.text_columns, self.label_column]
+        if absent := [name for name in columns if name not in texts.column_names]:
+            raise ValueError(f"{source} has no column {absent[0]!r}; it has {', '.join(texts.column_names)}")
+        table: pa.Table = texts.select_columns(columns).with_format("arrow")[:]
+        feature = texts.features[columns[-1]]
+        if not isinstance(feature, datasets.ClassLabel):
+            return table
+        self._labels = self._labels or list(feature.names)
+        indices = table[-1]
+        known = pc.if_else(pc.greater_equal(indices, 0), indices, None)  # -1 stands for an unknown label
+        return table.set_column(len(columns) - 1, columns[-1], pc.take(pa.array(feature.names), known))
+
+
+def _find_labels(column: pa.ChunkedArray, regression: bool | None) -> list[str]:
+    """The classes, sorted, numbers by their value; none for a regression."""
+    values = pc.unique(column.drop_null())
+    whole = None if pa.types.is_floating(values.type) else _cast(values, pa.int64())
+    if regression or (regression is None and whole is None and _cast(values, pa.float64()) is not None):
+        return []
+    order = pc.sort_indices(values if whole is None else whole)
+    return [word for word in as_strings(values.take(order)).to_pylist() if word]
+
+
+def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array | None:
+    try:
+        return values.cast(kind)
+    except pa.ArrowInvalid:
+        return None
