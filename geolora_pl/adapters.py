@@ -28,7 +28,7 @@ class AdapterConfig:
             smaller side.
         target_modules: ``"all-linear"`` (every linear layer but the task head and ``modules_to_save``), a list of
             names (a module matches by its whole name or its last components), or one regular expression that must
-            match the whole name, as in PEFT.
+            match the whole name, as in PEFT. A task takes ``"auto"``, too: what suits its model.
         exclude_modules: Names, matched likewise, or one regular expression: never adapted.
         modules_to_save: Names of modules that are trained in full, such as a new head.
         alpha: Constant factor of the update, above 0: ``scaling = alpha``, never a function of the rank. A setting

@@ -82,13 +82,22 @@ class GeoLoRAModule(L.LightningModule):
         """Names of modules in ``self.model`` that are not pretrained, such as a new head: they are trained in full."""
         return ()
 
+    def default_targets(self) -> str | Sequence[str]:
+        """What ``target_modules: auto`` stands for: every linear layer but the head, unless a subclass knows better."""
+        return "all-linear"
+
     def configure_model(self) -> None:
         """Build the model and put the adapters in, once."""
         if not hasattr(self, "model"):
             self.model = self.build_model()
         if not has_adapters(self):
-            saved = (*self.adapter.modules_to_save, *self.new_modules())
-            inject_adapters(self.model, replace(self.adapter, modules_to_save=saved))
+            targets = self.adapter.target_modules
+            config = replace(
+                self.adapter,
+                target_modules=self.default_targets() if targets == "auto" else targets,
+                modules_to_save=(*self.adapter.modules_to_save, *self.new_modules()),
+            )
+            inject_adapters(self.model, config)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""

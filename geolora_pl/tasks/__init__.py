@@ -1,5 +1,13 @@
-"""The tasks: model, loss and metrics."""
+"""The tasks: model, loss and metrics; what each needs is imported when it is used."""
 
-from geolora_pl.tasks.image import ImageClassification
+from typing import TYPE_CHECKING
 
-__all__ = ["ImageClassification"]
+from geolora_pl.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from geolora_pl.tasks.image import ImageClassification
+    from geolora_pl.tasks.text import TextClassification
+
+__all__ = ["ImageClassification", "TextClassification"]
+
+__getattr__ = lazy_exports(__name__, {"image": ["ImageClassification"], "text": ["TextClassification"]})

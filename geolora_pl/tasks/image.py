@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from geolora_pl.module import GeoLoRAModule
+from geolora_pl.tasks.classes import settle_num_classes
 
 
 class ImageClassification(GeoLoRAModule):
@@ -67,24 +68,14 @@ class ImageClassification(GeoLoRAModule):
     def configure_model(self) -> None:
         """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""
         if not hasattr(self, "model"):
-            self._settle_num_classes()
+            self.num_classes = settle_num_classes(self.num_classes, getattr(self._trainer, "datamodule", None))
+            self.hparams["num_classes"] = self.num_classes  # so that a checkpoint can be loaded without the data
         super().configure_model()
         if not hasattr(self, "metrics"):
             assert self.num_classes is not None
             self.metrics = nn.ModuleDict(
                 {split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")}
             )
-
-    def _settle_num_classes(self) -> None:
-        of_data = getattr(getattr(self._trainer, "datamodule", None), "num_classes", None)
-        if self.num_classes is None and of_data is None:
-            raise ValueError("num_classes=None: the data module does not say how many classes there are, so give it")
-        if None not in (self.num_classes, of_data) and self.num_classes != of_data:
-            raise ValueError(
-                f"num_classes={self.num_classes} does not fit the data, which has {of_data} classes: leave it out"
-            )
-        self.num_classes = self.num_classes or of_data
-        self.hparams["num_classes"] = self.num_classes  # so that a checkpoint can be loaded without the data
 
     def build_model(self) -> nn.Module:
         """Create the timm model with a new head and pretrained weights in the rest."""

@@ -1,0 +1,57 @@
+"""How many classes there are and what each weighs: said by the user, by the data, or by both alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def settle_num_classes(given: int | None, data: object) -> int:
+    """The number of classes that the user gave or the data module has.
+
+    Args:
+        given: What the user gave.
+        data: The data module, if there is one.
+
+    Raises:
+        ValueError: Neither says it, or they disagree.
+    """
+    of_data: int | None = getattr(data, "num_classes", None)
+    if given is not None and of_data is not None and given != of_data:
+        raise ValueError(f"num_classes={given} does not fit the data, which has {of_data} classes: leave it out")
+    settled = of_data if given is None else given
+    if settled is None:
+        raise ValueError("num_classes=None: the data module does not say how many classes there are, so give it")
+    return settled
+
+
+def settle_class_weights(given: Sequence[float] | str | None, num_classes: int, data: object) -> list[float] | None:
+    """The weight of each class in the loss.
+
+    Args:
+        given: The weights, ``balanced`` or ``None``.
+        num_classes: Number of classes.
+        data: The data module, which counts the classes for ``balanced``.
+
+    Returns:
+        One weight a class. A balanced one is the inverse of the class's share of the training samples, divided by the
+        number of classes, so that it is 1 on average over the samples.
+
+    Raises:
+        ValueError: The weights are not one a class, or cannot be balanced.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        if len(given) != num_classes:
+            raise ValueError(f"class_weights={list(given)} must be one weight for each of the {num_classes} classes")
+        return list(given)
+    counts: list[int] | None = getattr(data, "class_counts", None)
+    if counts is None:
+        raise ValueError(
+            "class_weights='balanced': there is no data module that counts its classes, so list the weights"
+        )
+    if 0 in counts:
+        raise ValueError(
+            f"class_weights='balanced': class {counts.index(0)} does not occur in training: list the weights"
+        )
+    return [sum(counts) / (num_classes * count) for count in counts]

@@ -1,0 +1,179 @@
+"""Models and tokenizers of transformers: where they lie, what of them is new, how long a text may be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+_PACKAGE = "pkg://"
+_IN_BLOCK = re.compile(r".*\.\d+\..+")  # a part of a numbered block, as in encoder.layer.0.output.dense
+
+
+def find_source(model_name: str) -> tuple[str, bool]:
+    """Where a model lies: a folder, or a name of the hub.
+
+    Args:
+        model_name: Name of the hub, path of a folder, or ``pkg://package/folder`` for a folder of an installed package.
+
+    Returns:
+        What ``from_pretrained`` takes, and whether it is a folder of this machine.
+
+    Raises:
+        ValueError: The folder or package is not there.
+    """
+    if model_name.startswith(_PACKAGE):
+        package, _, inside = model_name.removeprefix(_PACKAGE).partition("/")
+        spec = find_spec(package) if package.isidentifier() else None  # finds it without importing it
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"model_name={model_name!r}: no package {package!r} is installed; install it with pip")
+        folder = Path(spec.submodule_search_locations[0], inside)
+    else:
+        folder = Path(model_name)
+        if not folder.is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) and model_name[0] != ".":
+            return model_name, False
+    if not folder.is_dir():
+        raise ValueError(f"model_name={model_name!r}: {folder} is no folder (from {Path.cwd()})")
+    return str(folder), True
+
+
+def load_config(model_name: str, model_args: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model with some of its settings replaced, or all if ``model_type`` is among them."""
+    if "model_type" in model_args:
+        return AutoConfig.for_model(**model_args)
+    with _from(model_name) as source:
+        config, unknown = AutoConfig.from_pretrained(**source, **model_args, return_unused_kwargs=True)
+    if unknown := set(unknown) & set(model_args):
+        raise ValueError(f"model_args={sorted(unknown)}: the configuration of {model_name} has no such settings")
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration as plain values, complete, for :func:`load_config`."""
+    return json.loads(config.to_json_string(use_diff=False))  # type: ignore[no-any-return]
+
+
+def load_tokenizer(model_name: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which has a padding token and knows how long a text may be.
+
+    Raises:
+        ValueError: It is not there, or has no token to pad with.
+    """
+    with _from(model_name) as source:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if tokenizer.pad_token is None:  # as of most decoders
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {model_name} has no token to pad with: give it one and save it")
+        tokenizer.pad_token = tokenizer.eos_token
+    with torch.device("meta"):
+        positions = position_limit(AutoModelForSequenceClassification.from_config(config))
+    positions = positions or getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; ``None`` if its positions are relative.
+
+    RoBERTa and its kin count positions from the one after the padding token's, so they have two fewer than it seems.
+    """
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
+def load_model(model_name: str, config: PreTrainedConfig, pretrained: bool) -> tuple[PreTrainedModel, list[str]]:
+    """Build a model for sequence classification.
+
+    Args:
+        model_name: Where its weights lie.
+        config: Its configuration.
+        pretrained: Whether to load weights; else they are random.
+
+    Returns:
+        The model, in training mode and the default precision, and the names of the modules that have no pretrained
+        weights.
+
+    Raises:
+        ValueError: The weights are not there or belong to another model, or the model is of a kind that adapters
+            cannot serve.
+    """
+    dtype = torch.get_default_dtype()  # and not that of the file: the precision of a run is the trainer's business
+    new: list[str] = []
+    with torch.device("cpu"):  # on another device transformers would want accelerate
+        if pretrained:
+            with _from(model_name) as source:
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    **source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+            names = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+            new = sorted({name.rpartition(".")[0] for name in names})
+        else:
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    if absent := [name for name in new if _IN_BLOCK.fullmatch(f"{name}.")]:
+        raise ValueError(
+            f"model_name={model_name!r} has no fitting weights for {absent[0]} ({len(absent)} layers in all): they "
+            f"belong to another model than {config.model_type}, or model_args changed its size"
+        )
+    if not block_linears(model) and any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ValueError(
+            f"model_name={model_name!r}: {config.model_type} is made of Conv1D layers, which cannot be adapted: choose "
+            "a model of linear layers"
+        )
+    model.train()  # from_pretrained leaves it in evaluation, and Lightning leaves that as it is
+    return model, new
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """What the model has around its pretrained body: the classifier, and in some the pooler before it."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers in the numbered blocks of a transformer: neither embeddings, pooler nor head."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _IN_BLOCK.fullmatch(name)
+    ]
+
+
+@contextmanager
+def _from(model_name: str) -> Iterator[dict[str, Any]]:
+    """Where ``from_pretrained`` finds a model; its reports are silenced, its errors name the argument."""
+    source, local = find_source(model_name)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield {"pretrained_model_name_or_path": source, "local_files_only": local}
+    except OSError as error:
+        raise ValueError(f"model_name={model_name!r} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
