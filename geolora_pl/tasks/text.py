@@ -140,8 +140,10 @@ class TextClassification(GeoLoRAModule):
         model, new = load_model(self.model_name, config, self.pretrained)
         if new:
             rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: made anew and trained in full")
-            saved = tuple(dict.fromkeys((*self.adapter.modules_to_save, *new)))
-            self.adapter = replace(self.adapter, modules_to_save=saved)
+        heads = head_names(model)
+        inside = [name for name in new if name.partition(".")[0] not in heads]  # such as a pooler of the body
+        saved = tuple(dict.fromkeys((*self.adapter.modules_to_save, *inside)))
+        self.adapter = replace(self.adapter, modules_to_save=saved)
         # From now on the weights are in the checkpoints, which must load where neither folder nor hub is at hand.
         self.hparams["adapter"] = asdict(self.adapter)
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)

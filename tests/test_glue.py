@@ -1,0 +1,222 @@
+from pathlib import Path
+
+import datasets
+import pytest
+from test_text_data import attach
+
+from geolora_pl.data import GLUE
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "glue"
+
+# Two lines of each file: fields of train and dev, fields of test, and how the first of train must come out. Quotes are
+# data; a comma separates nothing.
+PARSE = ["0", "p", "1n", "slate", "( a )", "( b )", "(ROOT a)", "(ROOT b)"]
+MNLI = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse"]
+MNLI += ["sentence2_parse", "sentence1", "sentence2"]
+LAYOUTS = {
+    "cola": (
+        "CoLA",
+        None,
+        [["gj04", "1", "", 'He said "no, it is'], ["gj04", "0", "*", "b"]],
+        ['He said "no, it is'],
+        1,
+    ),
+    "sst2": ("SST-2", ["sentence", "label"], [['"a , b ', "0"], ["c ", "1"]], ['"a , b '], 0),
+    "mrpc": (
+        "MRPC",
+        ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+        [["1", "11", "12", '" a , " said he', 'the "b'], ["0", "21", "22", "c", "d"]],
+        ['" a , " said he', 'the "b'],
+        1,
+    ),
+    "qqp": (
+        "QQP",
+        ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+        [["1", "2", "3", 'what is "a?', "b?", "1"], ["4", "5", "6", "c?", "d?", "0"]],
+        ['what is "a?', "b?"],
+        1,
+    ),
+    "stsb": (
+        "STS-B",
+        ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"],
+        [["0", "g", "f", "2012", "1", "none", "none", "a.", 'b "c.', "3.800"], ["1"] * 9 + ["0.000"]],
+        ["a.", 'b "c.'],
+        3.8,
+    ),
+    "mnli": (
+        "MNLI",
+        [*MNLI, "label1", "gold_label"],
+        [[*PARSE, "a .", 'b "', "x", "contradiction"], [*PARSE, "c", "d", "x", "entailment"]],
+        ["a .", 'b "'],
+        2,
+    ),
+    "qnli": (
+        "QNLI",
+        ["index", "question", "sentence", "label"],
+        [["0", "a?", '"b', "not_entailment"], ["1", "c?", "d", "entailment"]],
+        ["a?", '"b'],
+        1,
+    ),
+    "rte": (
+        "RTE",
+        ["index", "sentence1", "sentence2", "label"],
+        [["0", 'a "', "b", "not_entailment"], ["1", "c", "d", "entailment"]],
+        ['a "', "b"],
+        1,
+    ),
+    "wnli": (
+        "WNLI",
+        ["index", "sentence1", "sentence2", "label"],
+        [["0", "a", "b", "1"], ["1", "c", "d", "0"]],
+        ["a", "b"],
+        1,
+    ),
+}
+TEST_HEADER = {
+    "cola": ["index", "sentence"],
+    "sst2": ["index", "sentence"],
+    "mrpc": ["index", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+    "qqp": ["id", "question1", "question2"],
+    "stsb": ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"],
+    "mnli": MNLI,
+    "qnli": ["index", "question", "sentence"],
+    "rte": ["index", "sentence1", "sentence2"],
+    "wnli": ["index", "sentence1", "sentence2"],
+}
+METRICS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"], "stsb": ["pearson", "spearman"]}
+
+
+def write_tsv(path: Path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(row) + "\n" for row in rows if row), encoding="utf-8")
+
+
+def write_glue(folder: Path, task: str, times: int = 1) -> str:
+    """The files of a task in the official layout."""
+    name, header, rows, _, _ = LAYOUTS[task]
+    kinds = ["_matched", "_mismatched"] if task == "mnli" else [""]
+    write_tsv(folder / name / "train.tsv", [header, *rows * times])
+    for kind in kinds:
+        more = ["label2", "label3", "label4", "label5"] if task == "mnli" else []  # five annotators, in dev alone
+        wide = [[*row[:11], *more, row[-1]] for row in rows] if more else rows
+        dev_header = [*header[:11], *more, header[-1]] if more else header
+        write_tsv(folder / name / f"dev{kind}.tsv", [dev_header, *wide[::-1]])
+        columns = TEST_HEADER[task]
+        write_tsv(folder / name / f"test{kind}.tsv", [columns, [f'"{column}' for column in columns]])
+    return str(folder)
+
+
+@pytest.mark.parametrize("task", LAYOUTS)
+def test_the_official_layout_with_its_quirks(tmp_path, task):
+    data = GLUE(task, write_glue(tmp_path, task))
+    _, _, _, texts, label = LAYOUTS[task]
+    splits = data.load_splits()
+    second = {"val_mismatched", "predict_mismatched"} if task == "mnli" else set()
+    assert set(splits) == {"train", "val", "predict", *second}
+    assert all(len(split) == (1 if name.startswith("predict") else 2) for name, split in splits.items())
+    columns = ["text", "text_pair"][: len(texts)]
+    for split, row in (("train", 0), ("val", 1)):
+        assert [splits[split][row][column] for column in columns] == texts
+        assert splits[split][row]["label"] == pytest.approx(label)
+    assert splits["predict"].column_names == columns
+    wanted = {"qqp": "question", "qnli": "question", "mrpc": "#1"}.get(task, "sentence")
+    assert splits["predict"][0]["text"].startswith(f'"{wanted}')
+    assert data.metrics == METRICS.get(task, ["accuracy"])
+    assert data.num_classes == {"stsb": 1, "mnli": 3}.get(task, 2)
+
+
+@pytest.mark.parametrize("task", LAYOUTS)
+def test_the_hub_gives_the_same(tmp_path, monkeypatch, task):
+    """With what stands in for the hub: its columns, its split names, its label indices."""
+    local = GLUE(task, write_glue(tmp_path, task))
+    pairs = {"qqp": ["question1", "question2"], "qnli": ["question", "sentence"], "mnli": ["premise", "hypothesis"]}
+    names = pairs.get(task, ["sentence1", "sentence2"] if task not in {"cola", "sst2"} else ["sentence"])
+    rename = {"dev": "validation"}
+    hub = {}
+    for split, file in local.source.splits.items():
+        texts = local.load_splits()[split]
+        columns = {name: texts[column][:] for name, column in zip(names, ["text", "text_pair"], strict=False)}
+        columns["label"] = texts["label"][:] if "label" in texts.column_names else [-1] * len(texts)
+        kind, _, rest = file.partition("_")
+        hub["_".join(filter(None, (rename.get(kind, kind), rest)))] = datasets.Dataset.from_dict(columns)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: (asked.append(args), datasets.DatasetDict(hub))[1])
+    found = GLUE(task).load_splits()
+    assert asked == [("nyu-mll/glue", task)]
+    assert {name: split.to_dict() for name, split in found.items()} == {
+        name: split.to_dict() for name, split in local.load_splits().items()
+    }
+
+
+def test_a_hub_that_cannot_be_reached_names_the_remedy(monkeypatch):
+    def fail(*args):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"folder=None: nyu-mll/glue cannot be had .*no network.*name the folder"):
+        GLUE("rte").load_splits()
+
+
+def test_lines_that_lack_a_field_are_left_out_and_counted(tmp_path, capfd):
+    folder = write_glue(tmp_path, "qqp")
+    with (tmp_path / "QQP" / "train.tsv").open("a") as file:
+        file.write('"\tWas Muhammad a real figure?\t0\n7\t8\t9\te?\tf?\t1\n')
+    with (tmp_path / "QQP" / "dev.tsv").open("a") as file:
+        file.write("7\t8\t9\te?\tf?\ttwo\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv: row 3 has is_duplicate='two', which is none of the labels 0, 1"):
+        GLUE("qqp", folder).load_splits()
+    (tmp_path / "QQP" / "dev.tsv").unlink()
+    capfd.readouterr()
+    assert GLUE("qqp", folder).load_splits()["train"]["text"][:] == ['what is "a?', "c?", "e?"]
+    assert "train.tsv: lines left out for not having 6 fields: 1" in "".join(capfd.readouterr())
+
+
+def test_an_unknown_task_and_a_folder_without_it_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"task='sst-2' must be one of cola, sst2"):
+        GLUE("sst-2")
+    with pytest.raises(ValueError, match=r"folder=.* must hold SST-2/train\.tsv or dev\.tsv"):
+        GLUE("sst2", write_glue(tmp_path, "rte"))
+
+
+def test_a_file_of_another_layout_is_refused_and_its_columns_are_named(tmp_path):
+    write_tsv(tmp_path / "RTE" / "train.tsv", [["id", "premise", "hypothesis", "label"], ["0", "a", "b", "c"]])
+    with pytest.raises(ValueError, match="has no column 'sentence1', 'sentence2'; it has 'id', 'premise'"):
+        GLUE("rte", str(tmp_path)).load_splits()
+
+
+def test_mnli_has_two_sets_to_validate_and_two_to_predict(tmp_path):
+    data = attach(GLUE("mnli", write_glue(tmp_path, "mnli"), cache_dir=tmp_path / "cache"))
+    assert data.splits_of("val") == ["val", "val_mismatched"]
+    assert len(data.val_dataloader()) == len(data.predict_dataloader()) == 2
+
+
+def test_a_test_without_labels_is_refused_with_what_to_do(tmp_path):
+    data = attach(GLUE("rte", write_glue(tmp_path, "rte"), cache_dir=tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"no labels: use validate for the score on the development set, and predict"):
+        data.test_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "share"),
+    [
+        ("cola", {"train": 8551, "val": 1043}, [0.296, 0.704]),
+        ("sst2", {"train": 67349, "val": 872}, [0.442, 0.558]),
+        ("mrpc", {"train": 3667, "val": 408}, [0.326, 0.674]),
+        ("stsb", {"train": 5749, "val": 1500}, None),
+        ("qnli", {"val": 5463}, [0.495, 0.505]),
+        ("rte", {"train": 2490, "val": 277}, [0.502, 0.498]),
+    ],
+)
+@pytest.mark.skipif(not REAL.is_dir(), reason="the official files")
+def test_the_official_files(task, rows, share):
+    splits = GLUE(task, str(REAL)).load_splits()
+    assert {name: len(split) for name, split in splits.items()} == rows
+    first = next(iter(splits.values()))
+    labels = first["label"][:]
+    if share is None:
+        assert (min(labels), max(labels)) == (0, 5)
+    else:
+        assert [labels.count(index) / len(labels) for index in (0, 1)] == pytest.approx(share, abs=1e-3)
+    assert all(
+        text.strip() for split in splits.values() for column in split.column_names[:-1] for text in split[column]
+    )
