@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from test_data import write_cifar, write_tiny_imagenet
+from test_glue import write_glue, write_tsv
+from tiny_text import save_tiny_model
 
 from geolora_pl.cli import main
 from geolora_pl.data import CIFAR10, CIFAR100
@@ -20,7 +22,7 @@ from geolora_pl.data import CIFAR10, CIFAR100
 ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
-OF_THE_PAPER = [path for path in EXPERIMENTS if path.stem != "quickstart"]
+NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli"}
 
 TWO_STEPS = {
     "trainer.max_epochs": 1,
@@ -47,7 +49,50 @@ IMAGES = {
     "geolora.tau": 0.15,
     "trainer.max_epochs": 5,
 }
-SETTINGS = {f"image/{name}": IMAGES for name in ("cifar10", "cifar100", "tiny_imagenet")}
+
+# Task, lr, epochs, weight decay, warm-up, length, rank at the start and at most, alpha over that rank, tau, steps from
+# one retraction to the next, dropout.
+GLUE = """
+    cola  8e-4   25  0    100   null  8   16  0.125  0.15  20   0.1
+    mnli  5e-4   7   0.01 1000  256   10  32  1.6    0.1   10   0.2
+    mrpc  1e-3   40  0.01 0.1   320   8   16  0.125  0.15  30   0.2
+    qnli  5e-4   10  0.01 500   512   10  32  1.6    0.15  10   0.2
+    qqp   8e-4   5   0.01 2000  320   10  32  1.6    0.2   10   0.2
+    rte   1.2e-3 80  0.01 200   320   10  32  1.6    0.15  10   0.1
+    sst2  8e-4   24  0.01 1000  128   10  32  1.6    0.1   100  0.1
+    stsb  1e-3   25  0.1  100   128   8   16  0.125  0.15  30   0.2
+"""
+TARGETS = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
+
+
+def glue_settings(row: str) -> tuple[str, dict[str, Any]]:
+    task, lr, epochs, decay, warmup, length, start, most, alpha, tau, every, dropout = row.split()
+    return f"text/glue_{task}", {
+        "model.init_args.model_name": "microsoft/deberta-v3-base",
+        "model.init_args.optimizer.class_path": "torch.optim.AdamW",
+        "model.init_args.optimizer.init_args.lr": float(lr),
+        "model.init_args.optimizer.init_args.weight_decay": float(decay),
+        "model.init_args.head_lr": None,
+        "model.init_args.warmup": float(warmup),
+        "model.init_args.adapter.init_rank": int(start),
+        "model.init_args.adapter.max_rank": int(most),
+        "model.init_args.adapter.alpha": float(alpha),
+        "model.init_args.adapter.dropout": float(dropout),
+        "model.init_args.adapter.target_modules": TARGETS,
+        "data.init_args.task": task,
+        "data.init_args.batch_size": 32,
+        "data.init_args.max_length": None if length == "null" else int(length),
+        "geolora.tau": float(tau),
+        "geolora.adapt_every": int(every),
+        "trainer.max_epochs": int(epochs),
+        "trainer.precision": "32-true" if task == "sst2" else "16-mixed",
+    }
+
+
+SETTINGS = {
+    **{f"image/{name}": IMAGES for name in ("cifar10", "cifar100", "tiny_imagenet")},
+    **dict(glue_settings(row) for row in GLUE.strip().splitlines()),
+}
 
 
 def name_of(path: Path) -> str:
@@ -71,6 +116,8 @@ def setting(config: dict[str, Any], name: str) -> Any:
 def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Settings that put a small model in the place of one from the hub."""
     settings = config["model"]["init_args"]
+    if config["model"]["class_path"].endswith(".TextClassification"):
+        return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
     if settings["checkpoint_path"]:  # a file of the project
         return {}
     return {
@@ -81,9 +128,16 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Settings that put a few samples, in the official layout, in the place of the data set."""
-    source = config["data"]["class_path"].rpartition(".")[2]
+    source, settings = config["data"]["class_path"].rpartition(".")[2], config["data"]["init_args"]
     if source == "Digits":
         return {}
+    if source == "TextFiles":
+        columns = [settings["text_column"], settings["label_column"]]
+        write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
+        return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
+    if source == "GLUE":
+        write_glue(folder, settings["task"], times=4)
+        return {"data.init_args.folder": folder, "data.init_args.cache_dir": folder / "cache"}
     {
         "CIFAR10": functools.partial(write_cifar, source=CIFAR10),
         "CIFAR100": functools.partial(write_cifar, source=CIFAR100),
@@ -122,10 +176,14 @@ def test_no_two_experiments_share_a_folder():
     assert len(set.union(*folders)) == len(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("path", OF_THE_PAPER, ids=name_of)
-def test_the_settings_are_those_of_the_paper(path):
-    config, expected = parsed(path), SETTINGS[name_of(path)]
-    assert {name: setting(config, name) for name in expected} == expected
+def test_what_is_not_of_the_paper_is_known():
+    assert {name_of(path) for path in EXPERIMENTS} == set(SETTINGS) | NOT_OF_THE_PAPER
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_settings_are_those_of_the_paper(name):
+    config, expected = parsed(ROOT / "configs" / f"{name}.yaml"), SETTINGS[name]
+    assert {key: setting(config, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
