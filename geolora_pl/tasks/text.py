@@ -213,7 +213,7 @@ class TextClassification(GeoLoRAModule):
             metric(predictions, labels)
             self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)  # type: ignore[arg-type]
 
-    def predict_step(self, batch: Batch) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Probabilities of the classes (batch, classes), or numbers (batch,)."""
         outputs: Tensor = self(batch)
         return outputs if self.num_classes == 1 else outputs.softmax(-1)
