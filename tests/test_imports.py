@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import geolora_pl.data
+import geolora_pl.tasks
+
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
@@ -66,6 +69,37 @@ def test_importing_the_package_prints_nothing_and_leaves_tasks_alone():
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "unused"),
+    [
+        ("geolora_pl.tasks.TextClassification, geolora_pl.data.GLUE, geolora_pl.data.TextFiles", {"timm", "sklearn"}),
+        ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", {"transformers", "datasets"}),
+    ],
+)
+def test_a_task_needs_the_libraries_of_no_other(names, unused):
+    hide = f"sys.modules.update(dict.fromkeys({unused}))"  # what is None there cannot be imported
+    code = f"import sys, geolora_pl; {hide}; import geolora_pl.tasks, geolora_pl.data; {names}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    for package, name in ((geolora_pl.tasks, "TextClassification"), (geolora_pl.data, "GLUE")):
+        for module in [module for module in sys.modules if module.startswith(package.__name__ + ".")]:
+            monkeypatch.delitem(sys.modules, module)
+        for library in ("datasets", "transformers"):
+            monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ImportError, match=rf"{package.__name__}.{name} needs .*pip install 'geolora_pl\[text\]'"):
+            getattr(package, name)
+
+
+@pytest.mark.parametrize("package", [geolora_pl.tasks, geolora_pl.data])
+def test_every_exported_name_is_there_and_no_other(package):
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'Absent'"):
+        _ = package.Absent
 
 
 def test_no_file_is_much_longer_than_300_lines():

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from geolora_pl.cli import main
 
@@ -38,7 +37,7 @@ def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for program, *arguments in commands:
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
@@ -49,9 +48,9 @@ def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
         assert stop.value.code == 0, capfd.readouterr().err
 
 
-def test_the_yaml_for_own_images_is_a_configuration(tmp_path, monkeypatch, capfd):
-    config = yaml.safe_load(blocks("yaml")[0])
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: re.search(r"data\.(\w+)", block)[1])
+def test_the_yaml_for_own_data_is_a_configuration(block, tmp_path, monkeypatch, capfd):
+    (tmp_path / "own.yaml").write_text(block)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", "own.yaml", "--print_config"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
+
+from geolora_pl.data.settings import check_loading
 
 Sample = tuple[Image.Image, int]
 
@@ -81,16 +82,10 @@ class ImageDataModule(L.LightningDataModule):
         augment: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} must be at least 0")
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
-        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 2)) if num_workers is None else num_workers
+        self.num_workers = check_loading(batch_size, val_fraction, num_workers)
         self.augment = augment
         self.splits: dict[str, Dataset[Sample]] = {}
 

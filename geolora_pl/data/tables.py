@@ -90,7 +90,9 @@ def read_delimited(
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if malformed:
-        rank_zero_info(f"{path}: lines left out for not having {malformed[0].expected_columns} fields: {len(malformed)}")
+        rank_zero_info(
+            f"{path}: lines left out for not having {malformed[0].expected_columns} fields: {len(malformed)}"
+        )
     return _not_empty(path, table)
 
 

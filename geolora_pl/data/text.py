@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from geolora_pl.data.sampler import ShuffledSampler
+from geolora_pl.data.settings import check_loading
 from geolora_pl.data.tokens import tokenize, tokenizer_hash
 
 
@@ -51,19 +51,13 @@ class TextDataModule(L.LightningDataModule):
         group_by_length: bool = True,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} must be at least 0")
         self.batch_size = batch_size
         self.max_length = max_length
         self.val_fraction = val_fraction
         self.seed = seed
-        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 2)) if num_workers is None else num_workers
+        self.num_workers = check_loading(batch_size, val_fraction, num_workers)
         self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
