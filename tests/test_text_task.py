@@ -10,13 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from scipy.stats import pearsonr, spearmanr
+from sentencepiece import SentencePieceTrainer
 from test_callback import trainer
 from test_glue import REAL, write_glue
 from test_text_data import write
 from tiny_text import FAMILIES, make_tokenizer, save_tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2Model
+from transformers import BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, GPT2Config, GPT2Model
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.cli import main
@@ -262,6 +263,50 @@ def test_a_model_inside_a_package(tmp_path, monkeypatch):
         TextClassification("pkg://packaged/models", num_classes=2).configure_model()
     with pytest.raises(ValueError, match="no package 'absent' is installed; install it with pip"):
         TextClassification("pkg://absent/model", num_classes=2).configure_model()
+
+
+def test_a_local_model_asks_no_network(model, texts, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    trainer(GeoLoRACallback(), max_steps=1).fit(TextClassification(model), data(texts))
+
+
+def test_the_tokenizer_of_deberta_v3_is_made_from_its_sentencepiece_model(tmp_path):
+    """Its folder on the hub has no tokenizer.json, and a tokenizer_config.json that knows no limit."""
+    (tmp_path / "texts").write_text("good film\nbad plot\nthe film is not very good\n" * 20)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "texts"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=26,
+        minloglevel=2,
+        user_defined_symbols=["[MASK]"],
+        **{f"{name}_id": index for index, name in enumerate(("pad", "bos", "eos", "unk"))},
+        **{
+            f"{name}_piece": piece
+            for name, piece in (("pad", "[PAD]"), ("bos", "[CLS]"), ("eos", "[SEP]"), ("unk", "[UNK]"))
+        },
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    config = DebertaV2Config(**{**FAMILIES["deberta-v2"], "vocab_size": 26, "max_position_embeddings": 512})
+    config.save_pretrained(tmp_path)
+    tokenizer = TextClassification(str(tmp_path)).tokenizer
+    assert tokenizer.is_fast
+    assert tokenizer.model_max_length == 512
+    assert tokenizer.decode(tokenizer("good film", "bad plot")["input_ids"]) == "[CLS] good film[SEP] bad plot[SEP]"
+
+
+def test_the_padding_of_the_model_is_that_of_the_tokenizer(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "llama", pad_token_id=7)
+    module = TextClassification(folder, num_classes=2)
+    module.configure_model()
+    module.eval()
+    texts = ["good film", "bad"]
+    together = module(module.tokenizer(texts, padding=True, return_tensors="pt"))
+    alone = torch.cat([module(module.tokenizer(text, return_tensors="pt")) for text in texts])
+    torch.testing.assert_close(together, alone)
 
 
 def test_a_head_of_another_size_is_made_anew_and_other_weights_are_refused(tmp_path, model):

@@ -80,14 +80,9 @@ class TextClassification(GeoLoRAModule):
         super().__init__(adapter=adapter, **kwargs)
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
-        if isinstance(class_weights, str) and class_weights != "balanced":
-            raise ValueError(f"class_weights={class_weights!r} must be 'balanced' or one weight a class")
-        if (
-            isinstance(class_weights, Sequence)
-            and class_weights != "balanced"
-            and not all(w >= 0 for w in class_weights)
-        ):
-            raise ValueError(f"class_weights={class_weights!r} must be at least 0")
+        weights = [] if class_weights is None or class_weights == "balanced" else class_weights
+        if isinstance(weights, str) or not all(weight >= 0 for weight in weights):
+            raise ValueError(f"class_weights={class_weights!r} must be 'balanced', or for each class at least 0")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if unknown := [name for name in metrics or () if name not in METRICS]:
@@ -135,7 +130,7 @@ class TextClassification(GeoLoRAModule):
         config = load_config(self.model_name, self.model_args)
         assert self.num_classes is not None
         config.num_labels = self.num_classes
-        if config.pad_token_id is None:  # decoders find the last token by it
+        if self.pretrained or config.pad_token_id is None:  # decoders find the last token of a text by it
             config.pad_token_id = self.tokenizer.pad_token_id
         model, new = load_model(self.model_name, config, self.pretrained)
         if new:
