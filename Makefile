@@ -36,5 +36,5 @@ format: venv ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: venv ## the learning-rate sweep of the quickstart next to PEFT's LoRA (about 10 minutes on two cores)
-	$(BIN)/python benchmarks/lr_sweep.py
+bench: venv ## this package beside its peers on two shifts of images (about half an hour on two cores)
+	$(BIN)/python benchmarks/compare.py

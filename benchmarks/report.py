@@ -1,0 +1,145 @@
+"""What the runs of ``compare.py`` say, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+ALIVE = 0.03  # how far below its best score a learning rate may be
+
+Records = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method on a task.
+
+    Attributes:
+        lr: The best learning rate.
+        scores: At it, one a seed.
+        parameters: Active adapter parameters at it, the mean over the seeds.
+        alive: Largest by smallest learning rate around the best whose score of the sweep is within ``ALIVE`` of it.
+        curve: ``[step, seconds, score]`` on the way, means over the seeds.
+    """
+
+    lr: float
+    scores: list[float]
+    parameters: float
+    alive: float
+    curve: list[list[float]]
+
+
+def best_lr(records: Iterable[dict[str, Any]]) -> float:
+    """The learning rate of the best score in the sweep, which has seed 0."""
+    best: float = max((r for r in records if r["seed"] == 0), key=lambda r: r["score"])["lr"]
+    return best
+
+
+def summary(records: Records) -> Summary:
+    """Summarise the runs of one method on one task."""
+    lr = best_lr(records)
+    runs = [r for r in records if r["lr"] == lr]
+    sweep = {r["lr"]: r["score"] for r in records if r["seed"] == 0}
+    whole = [r["scores"] for r in runs if len(r["scores"]) == max(len(r["scores"]) for r in runs)]
+    return Summary(
+        lr=lr,
+        scores=[r["score"] for r in runs],
+        parameters=mean(r["parameters"] for r in runs),
+        alive=alive(sweep),
+        curve=[[mean(values) for values in zip(*points, strict=True)] for points in zip(*whole, strict=True)],
+    )
+
+
+def alive(sweep: dict[float, float]) -> float:
+    """Largest by smallest learning rate around the best whose score is within ``ALIVE`` of it, without a gap.
+
+    Example:
+        >>> alive({0.001: 0.88, 0.01: 0.9, 0.1: 0.2, 1.0: 0.9})
+        10.0
+    """
+    rates = sorted(sweep)
+    best = max(rates, key=lambda lr: sweep[lr])
+    good = [sweep[lr] >= sweep[best] - ALIVE for lr in rates]
+    low = high = rates.index(best)
+    while low > 0 and good[low - 1]:
+        low -= 1
+    while high + 1 < len(rates) and good[high + 1]:
+        high += 1
+    return round(rates[high] / rates[low], 6)
+
+
+def reach(curve: list[list[float]], score: float) -> tuple[float, float] | None:
+    """Steps and seconds at which a curve first reaches a score, between two points on the straight line.
+
+    Example:
+        >>> reach([[10, 1.0, 0.5], [20, 2.0, 0.7]], 0.6)
+        (15.0, 1.5)
+    """
+    before: list[float] | None = None
+    for point in curve:
+        if point[2] >= score:
+            if before is None:
+                return point[0], point[1]
+            part = (score - before[2]) / (point[2] - before[2])
+            return before[0] + part * (point[0] - before[0]), before[1] + part * (point[1] - before[1])
+        before = point
+    return None
+
+
+def summaries(records: Records) -> dict[tuple[str, str], Summary]:
+    """The summary of every task and method."""
+    pairs = dict.fromkeys((r["task"], r["method"]) for r in records)
+    return {pair: summary([r for r in records if (r["task"], r["method"]) == pair]) for pair in pairs}
+
+
+def table(records: Records) -> Table:
+    """A row a method: its score on each task, their mean, and what it took."""
+    view = Table(*header(records))
+    for row in rows(records):
+        view.add_row(*row)
+    return view
+
+
+def header(records: Records) -> list[str]:
+    names = dict.fromkeys(r["task"] for r in records)
+    return ["method", *names, "mean", "parameters", "lr range", "steps to LoRA", "seconds to LoRA"]
+
+
+def rows(records: Records) -> list[list[str]]:
+    """The cells of the table.
+
+    The parameters are a mean over the tasks, as a part of LoRA's; the range of learning rates is the smallest of the
+    tasks; steps and seconds to the score that LoRA ends with are parts of what LoRA took in all, means over the tasks.
+    """
+    found = summaries(records)
+    names = list(dict.fromkeys(r["task"] for r in records))
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        of_method = [found.get((name, method)) for name in names]
+        there = [s for s in of_method if s is not None]
+        cells = [method, *(spread(s.scores) if s else "" for s in of_method)]
+        whole = len(there) == len(names)
+        seeds = min(len(s.scores) for s in there)
+        cells.append(spread([mean(s.scores[i] for s in there) for i in range(seeds)]) if whole else "")
+        cells.append(" / ".join(f"{s.parameters:,.0f}" for s in there))
+        cells.append(" / ".join(f"{s.alive:.3g}" for s in there))
+        reached = [
+            (reach(s.curve, lora.curve[-1][2]), lora.curve[-1])
+            for name, s in zip(names, of_method, strict=True)
+            if s is not None and (lora := found.get((name, "lora"))) and lora.curve
+        ]
+        for axis in (0, 1):
+            cells.append(" / ".join(f"{at[axis] / end[axis]:.2f}" if at else "never" for at, end in reached))
+        lines.append(cells)
+    return lines
+
+
+def spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(scores):.3f}" + (f" ± {stdev(scores):.3f}" if len(scores) > 1 else "")
