@@ -10,83 +10,16 @@ settings, is not repeated: a sweep that was interrupted goes on, and another com
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import harness
 import report
 import tasks
-import torch
 from methods import LRS, METHODS
 from rich.console import Console
-
-KEY = ("task", "steps", "method", "settings", "lr", "seed")  # what tells one run from another
-
-Record = dict[str, Any]
+from sweep import RESULTS, Planned, make
 
 
-def read(path: Path) -> list[Record]:
-    """The runs in a file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def key(record: Record) -> str:
-    """What tells one run from another, as text."""
-    return json.dumps([record[name] for name in KEY], sort_keys=True)
-
-
-def plan(task: str, steps: int, method: str, lr: float, seed: int) -> Record:
-    """The description of a run that is to be made."""
-    return {
-        "task": task,
-        "steps": steps,
-        "method": method,
-        "settings": METHODS[method].settings(),
-        "lr": lr,
-        "seed": seed,
-    }
-
-
-def one(planned: Record, glue: Path) -> Record:
-    """Make a run, on one thread."""
-    torch.set_num_threads(1)
-    task = replace(tasks.load(planned["task"], glue), steps=planned["steps"])
-    result = harness.run(task, METHODS[planned["method"]], planned["lr"], planned["seed"])
-    return {**planned, **result, "machine": harness.machine()}
-
-
-def make(planned: Iterable[Record], path: Path, glue: Path, jobs: int, command: str) -> Iterator[Record]:
-    """Make the runs that a file does not hold yet, and append each as it ends.
-
-    Args:
-        planned: From :func:`plan`.
-        path: File of results, a line a run.
-        glue: Folder of GLUE.
-        jobs: Processes at a time.
-        command: What was asked for, to be kept with the results.
-
-    Yields:
-        The new runs.
-    """
-    there = {key(record) for record in read(path)}
-    missing = [record for record in planned if key(record) not in there]
-    if not missing:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(one, record, glue) for record in missing]):
-            record = future.result() | {"command": command}
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            yield record
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = (*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS)
     parser.add_argument("--tasks", nargs="+", choices=everything, default=tasks.IMAGE_TASKS)
@@ -96,30 +29,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of each task's own")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--glue", type=Path, default=tasks.GLUE_FOLDER, help="folder of GLUE in the official layout")
-    parser.add_argument("--output", type=Path, default=report.RESULTS / "compare.jsonl")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS / "compare.jsonl")
+    args = parser.parse_args(arguments)
 
-    console = Console()
-    command = f"python benchmarks/compare.py --tasks {' '.join(args.tasks)} --methods {' '.join(args.methods)}"
     steps = {name: args.steps or tasks.load(name, args.glue).steps for name in args.tasks}  # also pretrains held_out's
     pairs = [(name, method) for name in args.tasks for method in args.methods]
-    sweep = [plan(name, steps[name], m, lr, 0) for name, m in pairs for lr in args.lrs or LRS[m]]
-    _show(make(sweep, args.output, args.glue, args.jobs, command), console)
+    command = f"python benchmarks/compare.py --tasks {' '.join(args.tasks)} --methods {' '.join(args.methods)}"
 
-    wanted = {key(record) for record in sweep}
-    swept = [record for record in read(args.output) if key(record) in wanted]
+    def planned(task: str, method: str, lr: float, seed: int) -> Planned:
+        return Planned(task, steps[task], method, METHODS[method], lr, seed)
+
+    sweep = [planned(*pair, lr, 0) for pair in pairs for lr in args.lrs or LRS[pair[1]]]
+    swept = make(sweep, args.output, command, args.jobs, args.glue)
     best = {pair: report.best_lr(r for r in swept if (r["task"], r["method"]) == pair) for pair in pairs}
-    more = [plan(name, steps[name], m, best[name, m], seed) for name, m in pairs for seed in range(1, args.seeds)]
-    _show(make(more, args.output, args.glue, args.jobs, command), console)
-
-    wanted |= {key(record) for record in more}
-    console.print(report.table([record for record in read(args.output) if key(record) in wanted]))
-
-
-def _show(records: Iterator[Record], console: Console) -> None:
-    for record in records:
-        what = f"{record['task']} {record['method']} lr {record['lr']:g} seed {record['seed']}"
-        console.print(f"{what}: {record['score']:.4f} ({record['seconds']:.0f} s, {record['parameters']:,})")
+    more = [planned(*pair, best[pair], seed) for pair in pairs for seed in range(1, args.seeds)]
+    Console().print(report.table(swept + make(more, args.output, command, args.jobs, args.glue)))
 
 
 if __name__ == "__main__":
