@@ -220,7 +220,10 @@ def test_two_processes_give_every_text_exactly_once_an_epoch_in_a_new_order(tmp_
     runs = trainer(GeoLoRACallback(), Seen(), devices=2, strategy="ddp_fork", max_epochs=2, limit_val_batches=0)
     runs.fit(module, TextFiles(file, file, batch_size=4, cache_dir=tmp_path / "cache"))
     epochs = json.loads(Path("seen.json").read_text())
-    assert [sorted(epoch) for epoch in epochs] == [sorted(tokenizer.convert_tokens_to_ids(words))] * 2
+    ids = tokenizer.convert_tokens_to_ids(words)
+    similar = [set(ids[:8]), set(ids[8:])]  # the shorter and the longer half: a global batch each
+    assert all(set(epoch[:8]) in similar for epoch in epochs)
+    assert [sorted(epoch) for epoch in epochs] == [sorted(ids)] * 2
     assert epochs[0] != epochs[1]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -24,6 +24,18 @@ def settle_num_classes(given: int | None, data: object) -> int:
     return settled
 
 
+def check_class_weights(given: Sequence[float] | str | None) -> None:
+    """Refuse what can be the weights of no data set.
+
+    Raises:
+        ValueError: They are a word other than ``balanced``, or one is below 0.
+    """
+    if given is None or given == "balanced":
+        return
+    if isinstance(given, str) or not all(weight >= 0 for weight in given):
+        raise ValueError(f"class_weights={given!r} must be 'balanced', or for each class at least 0")
+
+
 def settle_class_weights(given: Sequence[float] | str | None, num_classes: int, data: object) -> list[float] | None:
     """The weight of each class in the loss.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from geolora_pl.adapters import AdapterConfig
 from geolora_pl.module import GeoLoRAModule
-from geolora_pl.tasks.classes import settle_class_weights, settle_num_classes
+from geolora_pl.tasks.classes import check_class_weights, settle_class_weights, settle_num_classes
 from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import (
     block_linears,
@@ -80,9 +80,7 @@ class TextClassification(GeoLoRAModule):
         super().__init__(adapter=adapter, **kwargs)
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
-        weights = [] if class_weights is None or class_weights == "balanced" else class_weights
-        if isinstance(weights, str) or not all(weight >= 0 for weight in weights):
-            raise ValueError(f"class_weights={class_weights!r} must be 'balanced', or for each class at least 0")
+        check_class_weights(class_weights)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if unknown := [name for name in metrics or () if name not in METRICS]:
