@@ -43,7 +43,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.perf_counter if device == "cuda" else time.process_time  # on one thread; other processes do not count
     model = task.make_model(seed).to(device)
-    head_parameters = sum(p.numel() for p in model.get_submodule(task.head).parameters())
+    head_parameters = sum(p.numel() for head in task.heads for p in model.get_submodule(head).parameters())
     training = method.start(task, model, lr)
     optimizer = training.optimizer
     warmup = inspect.signature(GeoLoRAModule).parameters["warmup"].default

@@ -72,7 +72,7 @@ def _task(name: str, data: ImageDataModule, weights: Path, steps: int, train_siz
 
         return Samples(len(chosen), batch)
 
-    head = "model.head"
+    heads = ["model.head"]
     return Task(
         name,
         make_model,
@@ -80,8 +80,8 @@ def _task(name: str, data: ImageDataModule, weights: Path, steps: int, train_siz
         samples("test", None),
         data.num_classes,
         ["accuracy"],
-        targets=list(inject_adapters(model, AdapterConfig(modules_to_save=[head]))),
-        head=head,
+        targets=list(inject_adapters(model, AdapterConfig(modules_to_save=heads))),
+        heads=heads,
         batch_size=64,
         steps=steps,
         head_lr=arguments["head_lr"],

@@ -89,7 +89,7 @@ class GeoLoRA:
         }
 
     def start(self, task: Task, model: nn.Module, lr: float) -> Training:
-        config = AdapterConfig(**{**self.adapter, "target_modules": task.targets, "modules_to_save": [task.head]})
+        config = AdapterConfig(**{**self.adapter, "target_modules": task.targets, "modules_to_save": task.heads})
         inject_adapters(model, config)
         schedule = defaults(GeoLoRACallback) | dict(self.callback)
         names = defaults(RankAdaptiveIntegrator)
@@ -195,11 +195,11 @@ def _start_peft(task: Task, model: nn.Module, lr: float, config: LoraConfig) -> 
 
 def _start_adamw(task: Task, model: nn.Module, called: nn.Module, lr: float) -> Training:
     """Train the head and what is not frozen, without weight decay, as this package does by default."""
-    head = model.get_submodule(task.head).requires_grad_(True)
-    of_head = {id(p) for p in head.parameters()}
+    head = [p for name in task.heads for p in model.get_submodule(name).requires_grad_(True).parameters()]
+    of_head = {id(p) for p in head}
     adapted = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]
     groups: Iterable[dict[str, Any]] = [
-        {"params": list(head.parameters()), "lr": task.head_lr},
+        {"params": head, "lr": task.head_lr},
         *([{"params": adapted, "lr": lr}] if adapted else []),
     ]
     return Training(called, AdamW(groups, weight_decay=0.0), lambda: sum(p.numel() for p in adapted))
@@ -215,15 +215,15 @@ METHODS: dict[str, Method] = {
     "full": Full(),
     "head": HeadOnly(),
 }
-_OF_LORA = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _OF_OURS = tuple(float(f"{defaults(RiemannianAdam)['lr'] * x:.1g}") for x in (0.03, 0.1, 0.3, 1.0, 3.0))
+_OF_LORA = (1e-3, 3e-3, 1e-2)
 LRS: dict[str, tuple[float, ...]] = {
     "geolora": _OF_OURS,
-    "lora": _OF_LORA,
-    "adalora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "lora": (3e-4, *_OF_LORA, 3e-2),
+    "adalora": (3e-3, 1e-2, 3e-2),
     "dora": _OF_LORA,
-    "pissa": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "pissa": (3e-4, 1e-3, 3e-3),
     "rslora": _OF_LORA,
-    "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    "head": (1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (3e-5, 1e-4, 3e-4),
+    "head": (1e-3, 3e-3, 1e-2),
 }

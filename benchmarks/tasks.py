@@ -47,7 +47,7 @@ class Task:
         num_classes: Number of classes, or 1 for a regression.
         metrics: Names of the package's metrics; the score is their mean.
         targets: Names of the layers that are adapted.
-        head: Name of the new head, which is trained in full.
+        heads: Names of what comes after the body, such as the new head: trained in full.
         batch_size: Samples a step.
         steps: Steps of a run.
         head_lr: Learning rate of the head.
@@ -61,7 +61,7 @@ class Task:
     num_classes: int
     metrics: Sequence[str]
     targets: Sequence[str]
-    head: str
+    heads: Sequence[str]
     batch_size: int
     steps: int
     head_lr: float

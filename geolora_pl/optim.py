@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
 
-Geometry = Literal["isotropic", "spectral", "entrywise"]
+Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
 
 
 def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float | None = 1e-3) -> list[dict[str, Any]]:
@@ -85,16 +85,18 @@ class RiemannianAdam(Optimizer):
     r"""Adam on the product of the adapters' manifolds, AdamW on the head.
 
     Riemannian Adam (Bécigneul and Ganea, ICLR 2019; also in geoopt) keeps one second moment for each factor of a
-    product manifold, the squared norm of its Riemannian gradient. Here a factor is an adapter, its tangent vector is
-    the pair of gradients :math:`g = (g_K, g_L)`, and the integrator is the retraction and carries the first moment:
+    product manifold, the squared norm of its Riemannian gradient. Here a factor is a row of K or of L, an output or an
+    input of the layer, as in the row statistics of Adafactor (Shazeer and Stern, ICML 2018), and the integrator is the
+    retraction and carries the first moment:
 
     .. math::
-        m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
-        v \leftarrow \beta_2 v + (1 - \beta_2) \lVert g \rVert_F^2, \qquad
-        \xi = -\,\mathrm{lr} \; \hat m / (\sqrt{\hat v} + \epsilon)
+        M \leftarrow \beta_1 M + (1 - \beta_1) G_K, \qquad
+        v_i \leftarrow \beta_2 v_i + (1 - \beta_2) \lVert (G_K)_{i:} \rVert^2, \qquad
+        \xi_{i:} = -\frac{\mathrm{lr}}{\sqrt{m + n}} \; \frac{\hat M_{i:}}{\sqrt{\hat v_i} + \epsilon}
 
-    A scalar v does not depend on the bases, so a momentum of low rank stays a step of low rank. (Adam's entrywise
-    division makes it a step of full rank, and the adapters fill up with noise.)
+    and the same for L. In and outputs of a transformer differ in scale by orders of magnitude, and this evens them out.
+    The norm of a row does not depend on how its basis is turned, and a matrix of low rank with its rows rescaled has
+    the same rank. (Adam's entrywise division makes it a step of full rank, and the adapters fill up with noise.)
 
     **What lr means.** One step moves the update of every adapter by a Frobenius norm of about ``alpha * lr``, in every
     geometry (less where the gradients disagree). The norm is a sum over the entries of K and L, so neither the live
@@ -107,9 +109,9 @@ class RiemannianAdam(Optimizer):
         betas: Decay of first and second moments, in [0, 1).
         eps: Added to the root of the second moment, above 0.
         weight_decay: Decoupled; for the adapters the integrator applies it to S.
-        geometry: ``isotropic`` as above; ``spectral``: the polar factor of each momentum, scaled to norm one (Muon in
-            tangent coordinates), which descends fastest and fills the rank it is given; ``entrywise``: Adam's division
-            entry by entry, scaled to the same norm.
+        geometry: ``rowwise`` as above; ``isotropic``: one second moment for each pair of K and L; ``spectral``: the
+            polar factor of each momentum, scaled to norm one (Muon in tangent coordinates), which fills the rank it is
+            given; ``entrywise``: Adam's division entry by entry, scaled to the same norm.
 
     Raises:
         ValueError: An argument is out of range, or no group holds adapters.
@@ -125,10 +127,10 @@ class RiemannianAdam(Optimizer):
         self,
         params: nn.Module | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        geometry: Geometry = "isotropic",
+        geometry: Geometry = "rowwise",
     ) -> None:
         groups: list[Any] = [params] if isinstance(params, nn.Module) else list(params)
         if not all(isinstance(group, dict) for group in groups):
@@ -185,25 +187,25 @@ class RiemannianAdam(Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - beta1)
 
         bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
-        directions: Sequence[Tensor] = momenta
-
-        if group["geometry"] == "isotropic":
+        if group["geometry"] == "spectral":
+            directions: Sequence[Tensor] = [polar_factor(momentum) for momentum in momenta]
+            scale = 1 / _pair_norms(directions).clamp_min(group["eps"])
+        elif group["geometry"] == "isotropic":
             squared = self._states(factors[::2], "exp_avg_sq", lambda factor: factor.new_zeros(()))
             v = torch.stack(squared).lerp_(_pair_norms(gradients).square(), 1 - beta2)
             torch._foreach_copy_(squared, list(v.unbind()))
-            scale = 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
-        elif group["geometry"] == "spectral":
-            directions = [polar_factor(momentum) for momentum in momenta]
-            scale = 1 / _pair_norms(directions).clamp_min(group["eps"])
+            directions, scale = momenta, 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
         else:
-            squares = self._states(factors, "exp_avg_sq", torch.zeros_like)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-            roots = torch._foreach_sqrt(squares)
+            by_row = group["geometry"] == "rowwise"
+            squares = [_row_squares(g) if by_row else g.square() for g in gradients]
+            seconds = self._states(factors, "exp_avg_sq", _zero_rows if by_row else torch.zeros_like)
+            torch._foreach_lerp_(seconds, squares, 1 - beta2)
+            roots = torch._foreach_sqrt(torch._foreach_div(seconds, list(bias2.repeat_interleave(2).unbind())))
             torch._foreach_add_(roots, group["eps"])
-            directions = torch._foreach_div(momenta, roots)
-            live = torch.stack([torch.count_nonzero(square) for square in squares]).view(-1, 2).sum(1)
-            scale = bias2.sqrt() / bias1 / live.clamp_min(1).sqrt()
+            directions = torch._foreach_div(momenta, [root.unsqueeze(1) for root in roots] if by_row else roots)
+            # A coordinate, or a row, is about one: their number is the squared norm. Unused columns do not count.
+            numbers = torch.stack([torch.count_nonzero(second) for second in seconds]).view(-1, 2).sum(1)
+            scale = 1 / bias1 / numbers.clamp_min(1).sqrt()
         factor_of = (-group["lr"] * scale).repeat_interleave(2)
         if group["weight_decay"]:
             torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
@@ -261,9 +263,17 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
 
 
-def _pair_norms(tensors: list[Tensor]) -> Tensor:
+def _row_squares(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient, dim=1).square_()
+
+
+def _zero_rows(factor: Tensor) -> Tensor:
+    return factor.new_zeros(len(factor))
+
+
+def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of each K and L together."""
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)).view(-1, 2), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).view(-1, 2), dim=1)
     return norms
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from reference import one_layer
 
-from geolora_pl import GeoLoRAWarning
+from geolora_pl import GeoLoRAWarning, RiemannianAdam
 from geolora_pl.functional import transport_first_moment, transport_second_moment
 
 
@@ -78,3 +78,18 @@ def test_a_layer_of_one_by_one_keeps_the_sign_of_its_momentum():
         optimizer.step()
         integrator.step(optimizer)
     assert adapter.delta_weight().item() == pytest.approx(3.0, abs=0.05)
+
+
+def test_one_second_moment_a_row_stays_as_it_is():
+    _, adapter, integrator = one_layer(10, 7, 2, 5)
+    optimizer = RiemannianAdam([{"params": [adapter.K, adapter.L], "adapters": True}], lr=0.1)
+    step(adapter, optimizer, integrator, 0)
+    optimizer.zero_grad()
+    (0.5 * (adapter.delta_weight() - torch.randn(10, 7).double()).square().sum()).backward()
+    optimizer.step()
+    before = [optimizer.state[factor]["exp_avg_sq"].clone() for factor in (adapter.K, adapter.L)]
+    integrator.step(optimizer)
+    for factor, second in zip((adapter.K, adapter.L), before, strict=True):
+        assert torch.equal(optimizer.state[factor]["exp_avg_sq"], second)
+        assert second.shape == (len(factor),)
+        assert second.min() > 0

@@ -9,7 +9,7 @@ from torch import nn
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, parameter_groups
 from geolora_pl.optim import polar_factor
 
-GEOMETRIES = ["isotropic", "spectral", "entrywise"]
+GEOMETRIES = ["rowwise", "isotropic", "spectral", "entrywise"]
 
 
 def pair(adapter, **settings):
@@ -41,7 +41,7 @@ def test_lr_is_the_norm_of_the_first_step_whatever_the_rank_the_padding_and_the_
 def test_isotropic_is_riemannian_adam_on_the_pair():
     """Against the formula of the docstring, in plain scalars and lists."""
     _, adapter, _ = one_layer(7, 5, 2, 3)
-    optimizer = pair(adapter, lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    optimizer = pair(adapter, lr=0.1, betas=(0.8, 0.95), eps=1e-3, geometry="isotropic")
     m = torch.zeros(12, 3).double()
     v, point = 0.0, torch.zeros(12, 3).double()
     for t in range(1, 6):
@@ -54,7 +54,36 @@ def test_isotropic_is_riemannian_adam_on_the_pair():
     torch.testing.assert_close(torch.cat([adapter.K, adapter.L]).detach(), point, rtol=1e-6, atol=1e-8)
 
 
-def test_a_step_of_the_isotropic_geometry_does_not_depend_on_the_basis():
+def test_rowwise_is_riemannian_adam_on_every_row():
+    """Against the formula of the docstring, row by row."""
+    _, adapter, _ = one_layer(7, 5, 2, 3)
+    optimizer = pair(adapter, lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    m, v, point = torch.zeros(12, 3).double(), [0.0] * 12, torch.zeros(12, 3).double()
+    for t in range(1, 6):
+        give_gradients(adapter)
+        g = torch.cat([adapter.K.grad, adapter.L.grad])
+        m = 0.8 * m + 0.2 * g
+        for i in range(12):
+            v[i] = 0.95 * v[i] + 0.05 * float((g[i] ** 2).sum())
+            point[i] -= 0.1 / 12**0.5 * (m[i] / (1 - 0.8**t)) / ((v[i] / (1 - 0.95**t)) ** 0.5 + 1e-3)
+        optimizer.step()
+    torch.testing.assert_close(torch.cat([adapter.K, adapter.L]).detach(), point, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("geometry", "rank"), [("rowwise", 2), ("isotropic", 2), ("entrywise", 4)])
+def test_a_momentum_of_low_rank_stays_a_step_of_low_rank_but_entrywise(geometry, rank):
+    _, adapter, _ = one_layer(12, 9, 4, 4)
+    optimizer = pair(adapter, lr=0.1, geometry=geometry)
+    directions = torch.randn(2, 2, 4).double()
+    for _ in range(3):
+        for factor, direction in zip((adapter.K, adapter.L), directions, strict=True):
+            factor.grad = torch.randn(len(factor), 2).double() @ direction
+        optimizer.step()
+    assert torch.linalg.matrix_rank(adapter.K.detach(), rtol=1e-6) == rank
+
+
+@pytest.mark.parametrize("geometry", ["rowwise", "isotropic"])
+def test_a_step_does_not_depend_on_the_basis(geometry):
     """The same point written in rotated bases takes the same step."""
     target = torch.randn(8, 6).double()
     U, V, Q = orthonormal(8, 3), orthonormal(6, 3), orthonormal(3, 3)
@@ -63,7 +92,7 @@ def test_a_step_of_the_isotropic_geometry_does_not_depend_on_the_basis():
     for rotation in (torch.eye(3).double(), Q):
         _, adapter, integrator = one_layer(8, 6, 3, 6, tau=0.0)
         set_point(adapter, U @ rotation, sigma, V @ rotation)
-        optimizer = pair(adapter, lr=0.1)
+        optimizer = pair(adapter, lr=0.1, geometry=geometry)
         for _ in range(4):
             optimizer.zero_grad()
             (0.5 * (adapter.delta_weight() - target).square().sum()).backward()
@@ -190,7 +219,7 @@ def test_polar_factor(dtype):
         ({"betas": (1.0, 0.9)}, "betas="),
         ({"eps": 0.0}, "eps=0.0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-        ({"geometry": "conic"}, "geometry='conic' must be one of isotropic, spectral, entrywise"),
+        ({"geometry": "conic"}, "geometry='conic' must be one of rowwise, isotropic, spectral, entrywise"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -146,12 +146,16 @@ def load_model(model_name: str, config: PreTrainedConfig, pretrained: bool) -> t
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """What the model has around its pretrained body: the classifier, and in some the pooler before it."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
+    """What comes after the transformer's blocks: the classifier, and the pooler before it.
+
+    A pooler inside the body has pretrained weights, but often of no use: a sentence encoder's was never trained. With
+    that of MiniLM frozen, LoRA learned nothing of STS-B in 200 steps (correlation .01); with it in the head, .83.
+    """
+    prefix = str(model.base_model_prefix)
+    after = {name: child for name, child in model.named_children() if name != prefix}
+    if isinstance(pooler := getattr(getattr(model, prefix), "pooler", None), nn.Module):
+        after[f"{prefix}.pooler"] = pooler
+    return [name for name, child in after.items() if any(True for _ in child.parameters())]
 
 
 def block_linears(model: nn.Module) -> list[str]:
