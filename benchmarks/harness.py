@@ -21,6 +21,7 @@ from geolora_pl.optim import warmup_cosine
 VERSIONS = ("torch", "timm", "transformers", "peft", "lightning")
 EVALUATIONS = 5  # evenly over a run
 POINTS = 50  # of a loss curve
+SIZES = 30  # times that the adapter parameters are counted, ever more rarely
 
 
 def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
@@ -37,8 +38,8 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
 
     Returns:
         ``score`` and the task's metrics, ``losses`` (means over equal parts of the run), ``scores`` on the way as
-        ``[step, seconds, score]``, ``seconds`` of training alone, active adapter ``parameters``, ``head_parameters``,
-        ``ranks`` in the end.
+        ``[step, seconds, score]``, ``sizes`` as ``[step, adapter parameters]``, ``seconds`` of training alone, active
+        adapter ``parameters``, ``head_parameters`` and ``ranks`` in the end.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.perf_counter if device == "cuda" else time.process_time  # on one thread; other processes do not count
@@ -50,7 +51,9 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     schedule = warmup_cosine(optimizer, warmup, task.steps)
     evaluated_at = {round(task.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
 
-    losses, scores, seconds = [], [], 0.0
+    sized_at = {round(task.steps ** (i / (SIZES - 1))) for i in range(SIZES)}
+
+    losses, scores, sizes, seconds = [], [], [], 0.0
     model.train()
     for step, batch in enumerate(islice(task.batches(seed), task.steps)):
         start = clock()
@@ -65,6 +68,8 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         seconds += clock() - start
         if not math.isfinite(losses[-1]):
             break
+        if step + 1 in sized_at:
+            sizes.append([step + 1, training.parameters()])
         if step + 1 in evaluated_at:
             whole = step + 1 == task.steps
             logits, labels = task.predict(training.model, task.dev.size if whole else task.part)
@@ -76,6 +81,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         **{name: round(value, 5) for name, value in task.judge(logits, labels).items()},
         "losses": _thinned(losses),
         "scores": scores,
+        "sizes": sizes,
         "seconds": round(seconds, 2),
         "parameters": training.parameters(),
         "head_parameters": head_parameters,

@@ -64,6 +64,12 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+def default_lr() -> float:
+    """The learning rate of this package's optimizer."""
+    lr: float = defaults(RiemannianAdam)["lr"]
+    return lr
+
+
 @dataclass(frozen=True)
 class GeoLoRA:
     """This package with its own defaults, but for what is given.
@@ -215,7 +221,7 @@ METHODS: dict[str, Method] = {
     "full": Full(),
     "head": HeadOnly(),
 }
-_OF_OURS = tuple(float(f"{defaults(RiemannianAdam)['lr'] * x:.1g}") for x in (0.03, 0.1, 0.3, 1.0, 3.0))
+_OF_OURS = tuple(float(f"{default_lr() * x:.1g}") for x in (0.03, 0.1, 0.3, 1.0, 3.0))
 _OF_LORA = (1e-3, 3e-3, 1e-2)
 LRS: dict[str, tuple[float, ...]] = {
     "geolora": _OF_OURS,

@@ -1,0 +1,105 @@
+"""Where the ranks settle from start ranks 2, 4, 8, 16 and 32: adapter parameters and scores, and how they get there.
+
+    python benchmarks/rank_adaptation.py
+
+Everything but the start rank, and the room of 32 columns that it needs, is this package's default. Runs are appended to
+``benchmarks/results/rank_adaptation.jsonl`` and never made twice; the figure is ``docs/figures/rank_adaptation.svg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import figures
+import tasks
+from methods import GeoLoRA, default_lr
+from report import spread
+from rich.console import Console
+from rich.table import Table
+from sweep import RESULTS, Planned, make
+
+START_RANKS = (2, 4, 8, 16, 32)
+
+
+def method(start_rank: int) -> GeoLoRA:
+    """This package from a start rank."""
+    return GeoLoRA(adapter={"init_rank": start_rank, "max_rank": max(START_RANKS)})
+
+
+def rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row a start rank and one for how far they lie apart; two cells a task, parameters and score."""
+    names = list(dict.fromkeys(record["task"] for record in records))
+    lines = []
+    for start in dict.fromkeys(record["method"] for record in records):
+        cells = [start]
+        for name in names:
+            runs = [r for r in records if (r["task"], r["method"]) == (name, start)]
+            cells += [f"{mean(r['parameters'] for r in runs):,.0f}", spread([r["score"] for r in runs])]
+        lines.append(cells)
+    apart = ["apart"]
+    for name in names:
+        of_start: dict[str, list[dict[str, Any]]] = {}
+        for record in records:
+            if record["task"] == name:
+                of_start.setdefault(record["method"], []).append(record)
+        sizes = [mean(r["parameters"] for r in runs) for runs in of_start.values()]
+        scores = [mean(r["score"] for r in runs) for runs in of_start.values()]
+        apart += [f"{max(sizes) / min(sizes) - 1:.0%}", f"{max(scores) - min(scores):.3f}"]
+    return [*lines, apart]
+
+
+def header(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the columns of :func:`rows`."""
+    names = dict.fromkeys(record["task"] for record in records)
+    return ["start rank", *(f"{name} {what}" for name in names for what in ("parameters", "score"))]
+
+
+def draw(records: Sequence[dict[str, Any]]) -> None:
+    """Adapter parameters over the steps, a panel a task, a line a start rank."""
+    names = list(dict.fromkeys(record["task"] for record in records))
+    figure, axes = figures.panels(len(names))
+    for ax, name in zip(axes, names, strict=True):
+        of_task = [record for record in records if record["task"] == name]
+        for i, start in enumerate(dict.fromkeys(record["method"] for record in of_task)):
+            curves = [record["sizes"] for record in of_task if record["method"] == start]
+            points = [[size for _, size in at] for at in zip(*curves, strict=True)]
+            ranges = [(min(sizes), median(sizes), max(sizes)) for sizes in points]
+            figures.band(ax, [step for step, _ in curves[0]], ranges, f"from {start}", f"C{i}")
+        ax.set(title=name, xlabel="step", xscale="log", yscale="log")
+    axes[0].set_ylabel("adapter parameters")
+    axes[0].legend(fontsize="small")
+    figures.save(figure, "rank_adaptation")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["digits", "held_out", "stsb", "mrpc"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="instead of each task's own")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--glue", type=Path, default=tasks.GLUE_FOLDER, help="folder of GLUE in the official layout")
+    parser.add_argument("--output", type=Path, default=RESULTS / "rank_adaptation.jsonl")
+    args = parser.parse_args(arguments)
+
+    steps = {name: args.steps or tasks.load(name, args.glue).steps for name in args.tasks}
+    planned = [
+        Planned(name, steps[name], str(rank), method(rank), default_lr(), seed)
+        for name in args.tasks
+        for rank in START_RANKS
+        for seed in range(args.seeds)
+    ]
+    command = f"python benchmarks/rank_adaptation.py --tasks {' '.join(args.tasks)} --seeds {args.seeds}"
+    records = make(planned, args.output, command, args.jobs, args.glue)
+    draw(records)
+    table = Table(*header(records))
+    for row in rows(records):
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
