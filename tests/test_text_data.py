@@ -135,9 +135,21 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path, content, settings, me
         TextFiles(str(path), **settings).load_splits()
 
 
+def test_categories_of_pandas_are_what_they_stand_for(tmp_path):
+    columns = {
+        "text": pa.array(["a", "b", "a"]).dictionary_encode(),
+        "label": pa.array(["y", "x", "x"]).dictionary_encode(),
+    }
+    file = write(tmp_path / "{train}.parquet", **columns)
+    data = TextFiles(file)
+    assert data.load_splits()["train"].to_dict() == {"text": ["a", "b", "a"], "label": [1, 0, 0]}
+    with pytest.raises(ValueError, match=r"\{train\}\.parquet: row 1 has label='y', which is none of the labels x, z"):
+        TextFiles(file, labels=["x", "z"]).load_splits()
+
+
 def test_a_missing_text_is_refused_with_its_row(tmp_path):
     file = write(tmp_path / "train.jsonl", text=["a", None], label=["x", "y"])
-    with pytest.raises(ValueError, match="row 2 has no 'text'"):
+    with pytest.raises(ValueError, match="row 2 has text=None, which is no text"):
         TextFiles(file).load_splits()
 
 
@@ -147,9 +159,16 @@ def test_an_unknown_label_of_another_split_is_refused_with_its_row(tmp_path, tra
         TextFiles(train, val).load_splits()
 
 
-def test_a_file_that_is_not_there_or_of_another_kind_is_refused():
+def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.tsv is no file"):
         TextFiles("gone.tsv").load_splits()
+    for suffix in (".jsonl", ".parquet"):
+        file = write(tmp_path / f"train{suffix}", text=["a", "b"], label=["x", "y"])
+        with pytest.raises(ValueError, match="has no column 'stars'; it has 'text', 'label'"):
+            TextFiles(file, label_column="stars").load_splits()
+        Path(file).write_text("{")
+        with pytest.raises(ValueError, match=rf"train\{suffix} cannot be read"):
+            TextFiles(file).load_splits()
     with pytest.raises(ValueError, match=r"texts\.xlsx must end in one of \.csv"):
         TextFiles("texts.xlsx").load_splits()
 
@@ -213,6 +232,10 @@ def test_a_data_set_of_the_hub_by_its_folder(tmp_path):
     }
     assert data.class_names == ["low", "high"]
     assert splits["train"]["label"][:] == [1, 0, 1, 0]
+    numbers = TextHub(
+        str(tmp_path), text_column="review", label_column="stars", regression=True, splits={"train": "train"}
+    )
+    assert numbers.load_splits()["train"]["label"][:] == [1.0, 0.0, 1.0, 0.0]
     named = TextHub(str(tmp_path), splits={"train": "validation"}, text_column="review", label_column="stars")
     assert len(named.load_splits()["train"]) == 2
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, validation, test"):

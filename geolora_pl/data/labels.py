@@ -34,16 +34,20 @@ def to_dataset(
     """
     columns = {}
     for name, column in zip(("text", "text_pair"), texts, strict=False):
-        if table[column].null_count:
-            row = pc.index(table[column].is_null(), True).as_py()
-            raise ValueError(f"{source}: row {row + 1} has no {column!r}: leave the row out, or fill it")
+        _refuse(table[column], table[column].is_null(), source, column, "is no text: leave the row out, or fill it")
         columns[name] = table[column].cast(pa.string())
     features = {name: datasets.Value("string") for name in columns}
     if label is not None and classes:
-        columns["label"] = _indices(table[label], classes, f"{source}: row {{}} has {label}={{!r}}")
+        indices = pc.index_in(as_strings(table[label]), value_set=pa.array(list(classes), pa.string()))
+        why = f"is none of the labels {', '.join(classes)}: mend the row, or name all labels"
+        _refuse(table[label], indices.is_null(), source, label, why)
+        columns["label"] = indices.cast(pa.int64())
         features["label"] = datasets.ClassLabel(names=list(classes.values()))
     elif label is not None:
-        columns["label"] = _numbers(table[label], f"{source}: row {{}} has {label}={{!r}}")
+        numbers = as_numbers(table[label])
+        finite = pc.fill_null(pc.is_finite(numbers), False)
+        _refuse(table[label], pc.invert(finite), source, label, "is no finite number: mend the row")
+        columns["label"] = numbers.cast(pa.float32(), safe=False)
         features["label"] = datasets.Value("float32")
     return datasets.Dataset(pa.table(columns), info=datasets.DatasetInfo(features=datasets.Features(features)))
 
@@ -53,27 +57,12 @@ def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
-def _indices(column: pa.ChunkedArray, classes: Mapping[str, str], message: str) -> pa.ChunkedArray:
-    indices = pc.index_in(as_strings(column), value_set=pa.array(list(classes), pa.string()))
-    if indices.null_count:
-        row = pc.index(indices.is_null(), True).as_py()
-        raise ValueError(
-            f"{message.format(row + 1, column[row].as_py())}, which is none of the labels {', '.join(classes)}: mend "
-            "the row, or name all labels"
-        )
-    return indices.cast(pa.int64())
-
-
-def _numbers(column: pa.ChunkedArray, message: str) -> pa.ChunkedArray:
+def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Labels as numbers; null where one is none."""
     try:
-        numbers = column.cast(pa.float64())
-    except pa.ArrowInvalid:  # says what is no number, but not where
-        numbers = pa.chunked_array([[_number(value) for value in column.to_pylist()]], pa.float64())
-    wrong = pc.invert(pc.fill_null(pc.is_finite(numbers), False))
-    row = pc.index(wrong, True).as_py()
-    if row >= 0:
-        raise ValueError(f"{message.format(row + 1, column[row].as_py())}, which is no finite number: mend the row")
-    return numbers.cast(pa.float32(), safe=False)
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return pa.chunked_array([[_number(value) for value in column.to_pylist()]], pa.float64())
 
 
 def _number(value: str) -> float | None:
@@ -81,3 +70,9 @@ def _number(value: str) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+def _refuse(column: pa.ChunkedArray, wrong: pa.ChunkedArray, source: object, name: str, why: str) -> None:
+    row = pc.index(wrong, True).as_py()
+    if row >= 0:
+        raise ValueError(f"{source}: row {row + 1} has {name}={column[row].as_py()!r}, which {why}")

@@ -50,12 +50,11 @@ class ShuffledSampler(DistributedSampler[int]):
         """The samples of this epoch, over all processes."""
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self.dataset))  # type: ignore[arg-type]  # a sized data set
-        if self.lengths is None:
-            return [int(index) for index in order]
-        whole = len(order) - len(order) % self.global_batch  # a smaller batch stays the last
-        pools = [
-            order[i : min(i + _POOL * self.global_batch, whole)] for i in range(0, whole, _POOL * self.global_batch)
-        ]
-        pools = [pool[self.lengths[pool].argsort(kind="stable")] for pool in pools]
-        batches = np.concatenate([*pools, order[:0]]).reshape(-1, self.global_batch)
-        return [int(index) for index in (*random.permutation(batches).ravel(), *order[whole:])]
+        if self.lengths is not None:
+            whole = len(order) - len(order) % self.global_batch  # a smaller batch stays the last
+            size = _POOL * self.global_batch
+            for start in range(0, whole, size):
+                pool = order[start : min(start + size, whole)]
+                pool[:] = pool[self.lengths[pool].argsort(kind="stable")]
+            order[:whole] = random.permutation(order[:whole].reshape(-1, self.global_batch)).ravel()
+        return [int(index) for index in order]

@@ -34,15 +34,16 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
     _refuse_missing(path)
     try:
         if path.suffix == ".parquet":
-            _refuse_absent(path, columns, parquet.read_schema(path).names)
-            table = parquet.read_table(path, columns=list(columns))
+            with parquet.ParquetFile(path) as file:
+                there, table = file.schema_arrow.names, file.read(columns=list(columns))
         else:
             table = json.read_json(path, read_options=json.ReadOptions(block_size=_BLOCK))
-            _refuse_absent(path, columns, table.column_names)
-            table = table.select(list(columns))
+            there = table.column_names
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return _not_empty(path, table)
+    if not set(columns) <= set(there):
+        raise _absent(path, columns, there)
+    return _not_empty(path, _plain(table.select(list(columns))))
 
 
 def read_delimited(
@@ -76,17 +77,16 @@ def read_delimited(
     )
     # A row has no number, for a message, where several threads read.
     read = csv.ReadOptions(column_names=list(header) or None, block_size=_BLOCK, use_threads=False)
+    convert = csv.ConvertOptions(
+        include_columns=list(columns),
+        column_types=dict.fromkeys(columns, pa.string()),
+        strings_can_be_null=False,
+    )
     try:
-        if not header:
-            with csv.open_csv(path, read_options=read, parse_options=parse) as reader:
-                _refuse_absent(path, columns, reader.schema.names)
-            malformed.clear()  # the reader has looked at the first block
-        convert = csv.ConvertOptions(
-            include_columns=list(columns),
-            column_types=dict.fromkeys(columns, pa.string()),
-            strings_can_be_null=False,
-        )
         table = csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    except KeyError:
+        with csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+            raise _absent(path, columns, reader.schema.names) from None
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if malformed:
@@ -103,9 +103,17 @@ def _refuse_missing(path: Path) -> None:
         raise ValueError(f"{path} is empty")
 
 
-def _refuse_absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> None:
-    if absent := [name for name in columns if name not in there]:
-        raise ValueError(f"{path} has no column {', '.join(map(repr, absent))}; it has {', '.join(map(repr, there))}")
+def _absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> ValueError:
+    absent = [name for name in columns if name not in there]
+    return ValueError(f"{path} has no column {', '.join(map(repr, absent))}; it has {', '.join(map(repr, there))}")
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Columns of pandas' categories as the values that they stand for."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(index, field.name, table[index].cast(field.type.value_type))
+    return table
 
 
 def _not_empty(path: Path, table: pa.Table) -> pa.Table:

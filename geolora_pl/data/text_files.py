@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,9 +49,9 @@ class LabelledTexts(TextDataModule):
         self.regression = regression
         self._labels = labels
 
-    @abstractmethod
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
         """Read the tables: where each comes from and what it holds, by split; all but ``predict`` have labels."""
+        raise NotImplementedError(f"{type(self).__name__} must read its tables")
 
     @property
     def class_names(self) -> list[str]:
@@ -176,7 +175,7 @@ class TextHub(LabelledTexts):
             raise ValueError(f"{source} has no column {absent[0]!r}; it has {', '.join(texts.column_names)}")
         table: pa.Table = texts.select_columns(columns).with_format("arrow")[:]
         feature = texts.features[columns[-1]]
-        if not isinstance(feature, datasets.ClassLabel):
+        if self.regression or not isinstance(feature, datasets.ClassLabel):
             return table
         self._labels = self._labels or list(feature.names)
         indices = table[-1]

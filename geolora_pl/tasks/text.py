@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -32,8 +31,8 @@ class TextClassification(GeoLoRAModule):
     """Adapt a pretrained transformer to the classes of a data set, or to numbers.
 
     Any model that ``AutoModelForSequenceClassification`` builds: encoders, and decoders with a classification head.
-    What it has no pretrained weights for (the head, and in some models the pooler before it) is made anew and trained
-    in full. One class means a regression, with the squared error as loss.
+    The head, and the pooler before it, are trained in full; what of them has no pretrained weights is made anew. One
+    class means a regression, with the squared error as loss.
 
     A checkpoint holds the model and its configuration, and is loaded without data, hub or folder. It does not hold the
     tokenizer, which comes from ``model_name`` when texts are tokenized.
@@ -132,18 +131,13 @@ class TextClassification(GeoLoRAModule):
             config.pad_token_id = self.tokenizer.pad_token_id
         model, new = load_model(self.model_name, config, self.pretrained)
         if new:
-            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: made anew and trained in full")
-        heads = head_names(model)
-        inside = [name for name in new if name.partition(".")[0] not in heads]  # such as a pooler of the body
-        saved = tuple(dict.fromkeys((*self.adapter.modules_to_save, *inside)))
-        self.adapter = replace(self.adapter, modules_to_save=saved)
+            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: made anew")
         # From now on the weights are in the checkpoints, which must load where neither folder nor hub is at hand.
-        self.hparams["adapter"] = asdict(self.adapter)
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
         return model
 
     def new_modules(self) -> Sequence[str]:
-        """The head, and what else comes after the pretrained body."""
+        """The head, and the pooler before it."""
         return head_names(self.model)
 
     def default_targets(self) -> str | Sequence[str]:

@@ -127,13 +127,14 @@ def load_model(model_name: str, config: PreTrainedConfig, pretrained: bool) -> t
                 model, report = AutoModelForSequenceClassification.from_pretrained(
                     **source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
                 )
-            names = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-            new = sorted({name.rpartition(".")[0] for name in names})
+            weights = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+            new = sorted({name.rpartition(".")[0] for name in weights})
         else:
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    if absent := [name for name in new if _IN_BLOCK.fullmatch(f"{name}.")]:
+    heads = head_names(model)
+    if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
         raise ValueError(
-            f"model_name={model_name!r} has no fitting weights for {absent[0]} ({len(absent)} layers in all): they "
+            f"model_name={model_name!r} has no fitting weights for {absent[0]} ({len(absent)} modules in all): they "
             f"belong to another model than {config.model_type}, or model_args changed its size"
         )
     if not block_linears(model) and any(isinstance(module, Conv1D) for module in model.modules()):
