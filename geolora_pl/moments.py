@@ -21,8 +21,8 @@ def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALinear], old
     """Rewrite the state that an optimizer keeps for K and L in the coordinates of the new bases, in place.
 
     First moments (``exp_avg``, ``momentum_buffer``) are one tangent vector and are projected as such; elementwise
-    second moments (``exp_avg_sq``, ``max_exp_avg_sq``) take the squares of the rotations; a scalar, or one number a row,
-    does not depend on the basis and stays; any other state is set to zero.
+    second moments (``exp_avg_sq``, ``max_exp_avg_sq``) take the squares of the rotations; a scalar, or one number a
+    row, does not depend on the basis and stays; any other state is set to zero.
 
     Args:
         optimizer: Any torch optimizer.

@@ -93,10 +93,13 @@ class RiemannianAdam(Optimizer):
         M \leftarrow \beta_1 M + (1 - \beta_1) G_K, \qquad
         v_i \leftarrow \beta_2 v_i + (1 - \beta_2) \lVert (G_K)_{i:} \rVert^2, \qquad
         \xi_{i:} = -\frac{\mathrm{lr}}{\sqrt{m + n}} \; \frac{\hat M_{i:}}{\sqrt{\hat v_i} + \epsilon}
+        \; [\langle M_{i:}, (G_K)_{i:} \rangle > 0]
 
-    and the same for L. In and outputs of a transformer differ in scale by orders of magnitude, and this evens them out.
-    The norm of a row does not depend on how its basis is turned, and a matrix of low rank with its rows rescaled has
-    the same rank. (Adam's entrywise division makes it a step of full rank, and the adapters fill up with noise.)
+    and the same for L. In- and outputs of a transformer differ in scale by orders of magnitude, and this evens them
+    out. The norm of a row does not depend on how its basis is turned, and a matrix of low rank with its rows rescaled
+    has the same rank. (Adam's entrywise division makes it a step of full rank, and the adapters fill up with noise.)
+    Rows in which the gradient has turned against the momentum stay (Cautious Optimizers, Liang et al. 2024, there
+    entry by entry): steps that are too long for the loss shorten themselves.
 
     **What lr means.** One step moves the update of every adapter by a Frobenius norm of about ``alpha * lr``, in every
     geometry (less where the gradients disagree). The norm is a sum over the entries of K and L, so neither the live
@@ -126,7 +129,7 @@ class RiemannianAdam(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        lr: float = 0.1,
+        lr: float = 0.2,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -195,21 +198,39 @@ class RiemannianAdam(Optimizer):
             v = torch.stack(squared).lerp_(_pair_norms(gradients).square(), 1 - beta2)
             torch._foreach_copy_(squared, list(v.unbind()))
             directions, scale = momenta, 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
+        elif group["geometry"] == "rowwise":
+            squares = [torch.linalg.vector_norm(g, dim=1).square_() for g in gradients]
+            roots = self._roots(factors, squares, bias2, beta2, group["eps"])
+            # Cautious: the rows in which momentum and gradient agree, and no step in the others.
+            agree = [(m * g).sum(1) > 0 for m, g in zip(momenta, gradients, strict=True)]
+            inverse = torch._foreach_div([rows.to(root.dtype) for rows, root in zip(agree, roots, strict=True)], roots)
+            directions = torch._foreach_mul(momenta, [rows.unsqueeze(1) for rows in inverse])
+            scale = 1 / (bias1 * self._live(factors))
         else:
-            by_row = group["geometry"] == "rowwise"
-            squares = [_row_squares(g) if by_row else g.square() for g in gradients]
-            seconds = self._states(factors, "exp_avg_sq", _zero_rows if by_row else torch.zeros_like)
-            torch._foreach_lerp_(seconds, squares, 1 - beta2)
-            roots = torch._foreach_sqrt(torch._foreach_div(seconds, list(bias2.repeat_interleave(2).unbind())))
-            torch._foreach_add_(roots, group["eps"])
-            directions = torch._foreach_div(momenta, [root.unsqueeze(1) for root in roots] if by_row else roots)
-            # A coordinate, or a row, is about one: their number is the squared norm. Unused columns do not count.
-            numbers = torch.stack([torch.count_nonzero(second) for second in seconds]).view(-1, 2).sum(1)
-            scale = 1 / bias1 / numbers.clamp_min(1).sqrt()
+            roots = self._roots(factors, torch._foreach_mul(gradients, gradients), bias2, beta2, group["eps"])
+            directions = torch._foreach_div(momenta, roots)
+            scale = 1 / (bias1 * self._live(factors))
         factor_of = (-group["lr"] * scale).repeat_interleave(2)
         if group["weight_decay"]:
             torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(factors, torch._foreach_mul(list(directions), list(factor_of.unbind())))
+
+    def _roots(
+        self, factors: Sequence[Tensor], squares: Sequence[Tensor], bias: Tensor, beta: float, eps: float
+    ) -> list[Tensor]:
+        """Take up the squares into the second moments of each factor, and return their roots."""
+        for factor, square in zip(factors, squares, strict=True):
+            self.state[factor].setdefault("exp_avg_sq", torch.zeros_like(square))
+        seconds = [self.state[factor]["exp_avg_sq"] for factor in factors]
+        torch._foreach_lerp_(seconds, list(squares), 1 - beta)
+        roots = torch._foreach_sqrt(torch._foreach_div(seconds, list(bias.repeat_interleave(2).unbind())))
+        torch._foreach_add_(roots, eps)
+        return list(roots)
+
+    def _live(self, factors: Sequence[Tensor]) -> Tensor:
+        """Root of the number of second moments of each K and L that are not zero: the norm of as many ones."""
+        counts = torch.stack([torch.count_nonzero(self.state[factor]["exp_avg_sq"]) for factor in factors])
+        return counts.view(-1, 2).sum(1).clamp_min(1).sqrt()
 
     def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:
@@ -261,14 +282,6 @@ def polar_factor(matrix: Tensor) -> Tensor:
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
-
-
-def _row_squares(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dim=1).square_()
-
-
-def _zero_rows(factor: Tensor) -> Tensor:
-    return factor.new_zeros(len(factor))
 
 
 def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -76,7 +76,7 @@ def trainer(callback, *more, **settings):
 
 @pytest.mark.parametrize("module_class", [Foreign, Built])
 def test_any_module_gets_adapters_and_moves_them(module_class):
-    module, callback = module_class(), GeoLoRACallback(adapter=ADAPTER)
+    module, callback = module_class(), GeoLoRACallback(tau=0.01, adapter=ADAPTER)
     trainer(callback).fit(module, loader())
     assert list(find_adapters(module)) == ["body.0", "body.2"]
     assert callback.integrator.adaptations == callback.integrator.total_steps == 6
@@ -343,8 +343,16 @@ class Endless(torch.utils.data.IterableDataset):
         return iter(list(loader().dataset))
 
 
+def test_the_usual_cadence_is_ten_and_less_in_a_short_run():
+    for batches, adaptations in ((4, 4), (40, 10), (200, 20)):
+        callback = GeoLoRACallback(adapter=ADAPTER)
+        trainer(callback).fit(Foreign(), loader(batch_size=1, batches=batches))
+        assert callback.integrator.total_steps == batches
+        assert callback.integrator.adaptations == adaptations
+
+
 def test_ranks_change_in_a_run_of_unknown_length():
-    callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER)
+    callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER, adapt_every=1)
     trainer(callback, max_epochs=2).fit(Foreign(), DataLoader(Endless(), batch_size=8))
     assert callback.integrator.adaptations == 12
     assert callback.integrator.rank_changes
@@ -419,7 +427,7 @@ def test_fit_twice_with_one_trainer_and_callback():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(precision):
-    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER)
+    module, callback = Foreign(), GeoLoRACallback(adapter=ADAPTER, adapt_every=1)
     trainer(callback, precision=precision, max_epochs=5).fit(module, loader())
     adapter = module.body[0]
     assert adapter.U.dtype == (torch.float64 if precision == "64-true" else torch.float32)

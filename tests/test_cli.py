@@ -59,12 +59,10 @@ def test_validate_and_predict(folder, capfd):
         assert not expected or expected in capfd.readouterr().out
 
 
-def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder, capfd):
+def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder):
     run("fit")
-    capfd.readouterr()
     first = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
     run("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
-    assert "Restored all states" in "".join(capfd.readouterr())
     second = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
     assert (first["global_step"], second["global_step"]) == (4, 8)
     state = next(v for k, v in second["callbacks"].items() if "GeoLoRA" in k)
@@ -97,7 +95,7 @@ def test_print_config_and_help(folder, capfd):
         main(["fit", "--config", "configs/quickstart.yaml", "--print_config"])
     assert stop.value.code == 0
     config = yaml.safe_load(capfd.readouterr().out)
-    assert config["geolora"]["tau"] == 0.1
+    assert config["geolora"]["tau"] == 0.2
     assert config["model"]["init_args"]["adapter"]["max_rank"] == 16
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])

@@ -54,7 +54,7 @@ def test_a_trainer_without_the_callback_gets_one_and_one_with_keeps_its_own():
         runs.fit(module, loader())
         (callback,) = (c for c in runs.callbacks if isinstance(c, GeoLoRACallback))
         assert callback.integrator.adaptations == 6
-        assert callback.tau == (0.3 if callbacks else 0.1)
+        assert callback.tau == (0.3 if callbacks else 0.2)
 
 
 def test_a_parameter_of_the_module_itself_is_trained():
@@ -107,11 +107,11 @@ def test_by_default_riemannian_adam_warms_up_and_ends_at_zero(warmup, steps):
     trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, loader())
     assert isinstance(module.optimizers(), RiemannianAdam)
     adapters, head = ([row[i] for row in rates] for i in (0, 1))
-    assert adapters == pytest.approx([100 * lr for lr in head])
-    assert adapters[:steps] == pytest.approx([0.1 * (t + 1) / 3 for t in range(steps)])
-    assert max(adapters) == pytest.approx(0.1)
+    assert adapters == pytest.approx([200 * lr for lr in head])
+    assert adapters[:steps] == pytest.approx([0.2 * (t + 1) / 3 for t in range(steps)])
+    assert max(adapters) == pytest.approx(0.2)
     assert adapters[steps:] == sorted(adapters[steps:], reverse=True)
-    assert adapters[-1] < 0.01
+    assert adapters[-1] < 0.02
 
 
 def test_a_run_of_unknown_length_still_learns():
@@ -124,7 +124,7 @@ def test_a_run_of_unknown_length_still_learns():
 
     trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, DataLoader(Endless(), batch_size=8))
     assert not torch.equal(module.model[4].weight, before["head"])
-    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.1)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.2)
 
 
 def test_a_run_without_an_end_stays_at_its_lr():
