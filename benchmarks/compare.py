@@ -9,41 +9,29 @@ settings, is not repeated: a sweep that was interrupted goes on, and another com
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
 import report
+import sweep
 import tasks
 from methods import LRS, METHODS
 from rich.console import Console
-from sweep import RESULTS, Planned, make
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = (*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS)
-    parser.add_argument("--tasks", nargs="+", choices=everything, default=tasks.IMAGE_TASKS)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = sweep.parser(__doc__, tasks.IMAGE_TASKS, sweep.RESULTS / "compare.jsonl")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the best learning rate; the sweep has one")
     parser.add_argument("--lrs", type=float, nargs="+", help="instead of each method's own")
-    parser.add_argument("--steps", type=int, help="instead of each task's own")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
-    parser.add_argument("--glue", type=Path, default=tasks.GLUE_FOLDER, help="folder of GLUE in the official layout")
-    parser.add_argument("--output", type=Path, default=RESULTS / "compare.jsonl")
     args = parser.parse_args(arguments)
 
-    steps = {name: args.steps or tasks.load(name, args.glue).steps for name in args.tasks}  # also pretrains held_out's
-    pairs = [(name, method) for name in args.tasks for method in args.methods]
-    command = f"python benchmarks/compare.py --tasks {' '.join(args.tasks)} --methods {' '.join(args.methods)}"
-
-    def planned(task: str, method: str, lr: float, seed: int) -> Planned:
-        return Planned(task, steps[task], method, METHODS[method], lr, seed)
-
-    sweep = [planned(*pair, lr, 0) for pair in pairs for lr in args.lrs or LRS[pair[1]]]
-    swept = make(sweep, args.output, command, args.jobs, args.glue)
-    best = {pair: report.best_lr(r for r in swept if (r["task"], r["method"]) == pair) for pair in pairs}
-    more = [planned(*pair, best[pair], seed) for pair in pairs for seed in range(1, args.seeds)]
-    Console().print(report.table(swept + make(more, args.output, command, args.jobs, args.glue)))
+    runs, steps = sweep.begin("compare", args)
+    planned = [
+        sweep.Planned(task, steps[task], method, METHODS[method], lr, 0)
+        for task in args.tasks
+        for method in args.methods
+        for lr in args.lrs or LRS[method]
+    ]
+    Console().print(report.table(runs.search(planned, args.seeds)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import platform
@@ -12,11 +11,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from methods import Method
+from methods import Method, defaults
 from tasks import Task, on
 
 from geolora_pl import GeoLoRAModule
-from geolora_pl.optim import warmup_cosine
+from geolora_pl.schedule import warmup_cosine
 
 VERSIONS = ("torch", "timm", "transformers", "peft", "lightning")
 EVALUATIONS = 5  # evenly over a run
@@ -42,13 +41,11 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         adapter ``parameters``, ``head_parameters`` and ``ranks`` in the end.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clock = time.perf_counter if device == "cuda" else time.process_time  # on one thread; other processes do not count
     model = task.make_model(seed).to(device)
     head_parameters = sum(p.numel() for head in task.heads for p in model.get_submodule(head).parameters())
     training = method.start(task, model, lr)
     optimizer = training.optimizer
-    warmup = inspect.signature(GeoLoRAModule).parameters["warmup"].default
-    schedule = warmup_cosine(optimizer, warmup, task.steps)
+    schedule = warmup_cosine(optimizer, total_steps=task.steps, **warmup())
     evaluated_at = {round(task.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
 
     sized_at = {round(task.steps ** (i / (SIZES - 1))) for i in range(SIZES)}
@@ -56,7 +53,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     losses, scores, sizes, seconds = [], [], [], 0.0
     model.train()
     for step, batch in enumerate(islice(task.batches(seed), task.steps)):
-        start = clock()
+        start = now()
         optimizer.zero_grad()
         batch = on(device, batch)
         output = training.model(**batch)
@@ -65,7 +62,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         training.after_step(step)
         schedule.step()
         losses.append(task.loss(output.logits.detach(), batch["labels"]).item())  # without a method's penalty
-        seconds += clock() - start
+        seconds += now() - start
         if not math.isfinite(losses[-1]):
             break
         if step + 1 in sized_at:
@@ -87,6 +84,19 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         "head_parameters": head_parameters,
         "ranks": list(training.ranks()),
     }
+
+
+def warmup() -> dict[str, float]:
+    """The lengths of the warm-up, which are this package's for every method."""
+    return {name: defaults(GeoLoRAModule)[name] for name in ("warmup", "head_warmup")}
+
+
+def now() -> float:
+    """Seconds: on one thread of a CPU those of this process alone, so that what else the machine does counts little."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _thinned(losses: list[float]) -> list[float]:

@@ -48,6 +48,7 @@ COLORS = dict(zip(NAMES, ("C0", "C9", "C1", "C3", "C4"), strict=True))
 AT_SADDLE = ("geolora", "lora", "simultaneous", "orthonormal")
 OFFS = (0.0, 1e-12, 1e-9, 1e-6, 1e-3, 1.0)  # how far off the saddle a start is
 KINDS = ("loss above the least at the rank", "norm of P(W) G")
+HEADER = ("method", "start", "lr", "steps to 1%", *KINDS)
 FLOOR = 1e-16  # below it a loss is drawn as zero
 CLOSE = 0.01  # part of the least loss within which a descent has arrived
 
@@ -251,17 +252,17 @@ def _curves(axes: Sequence[Axes], results: dict[str, Any]) -> None:
     axes[0].legend(fontsize="small")
 
 
-def table(results: dict[str, Any]) -> Table:
-    """Where every method ends, in the median, a row a method and start."""
-    view = Table("start", "method", "lr", "steps to 1%", *KINDS)
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Where every method ends, in the median: a row a method and start."""
+    lines = []
     for start, of_start in results.items():
         for method, result in of_start.items():
             steps = result["arrivals"]["0"]
             arrived = [step for step in steps if step is not None]
             when = f"{median(arrived):.0f}" if len(arrived) == len(steps) else f"{len(arrived)} of {len(steps)} arrive"
             ends = [f"{result[kind][-1][1]:.1e}" for kind in KINDS]
-            view.add_row(start, NAMES[method], f"{result['lr']:g}", when, *ends)
-    return view
+            lines.append([NAMES[method], start, f"{result['lr']:g}", when, *ends])
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -272,7 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     results = {"random": from_random_starts(args.seeds, args.steps), "saddle": from_saddles(args.seeds, args.steps)}
     draw(results)
-    Console().print(table(results))
+    view = Table(*HEADER)
+    for row in rows(results):
+        view.add_row(*row)
+    Console().print(view)
     command = f"python benchmarks/matrix_approximation.py --seeds {args.seeds} --steps {args.steps}"
     content = {"command": command, "machine": harness.machine(), "results": results}
     (RESULTS / "matrix_approximation.json").write_text(json.dumps(content) + "\n")

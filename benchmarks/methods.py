@@ -25,6 +25,7 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
+from geolora_pl.callback import usual_cadence
 
 Settings = Mapping[str, Any]
 
@@ -98,6 +99,7 @@ class GeoLoRA:
         config = AdapterConfig(**{**self.adapter, "target_modules": task.targets, "modules_to_save": task.heads})
         inject_adapters(model, config)
         schedule = defaults(GeoLoRACallback) | dict(self.callback)
+        schedule["adapt_every"] = schedule["adapt_every"] or usual_cadence(task.steps)
         names = defaults(RankAdaptiveIntegrator)
         integrator = RankAdaptiveIntegrator(model, **{name: schedule[name] for name in names})
         groups = parameter_groups(model, head_lr=task.head_lr)
@@ -206,7 +208,7 @@ def _start_adamw(task: Task, model: nn.Module, called: nn.Module, lr: float) -> 
     adapted = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]
     groups: Iterable[dict[str, Any]] = [
         {"params": head, "lr": task.head_lr},
-        *([{"params": adapted, "lr": lr}] if adapted else []),
+        *([{"params": adapted, "lr": lr, "adapters": True}] if adapted else []),
     ]
     return Training(called, AdamW(groups, weight_decay=0.0), lambda: sum(p.numel() for p in adapted))
 
@@ -221,15 +223,15 @@ METHODS: dict[str, Method] = {
     "full": Full(),
     "head": HeadOnly(),
 }
-_OF_OURS = tuple(float(f"{default_lr() * x:.1g}") for x in (0.03, 0.1, 0.3, 1.0, 3.0))
+_OF_OURS = tuple(float(f"{default_lr() * x:.1g}") for x in (0.1, 1 / 3, 1.0, 3.0))
 _OF_LORA = (1e-3, 3e-3, 1e-2)
 LRS: dict[str, tuple[float, ...]] = {
     "geolora": _OF_OURS,
-    "lora": (3e-4, *_OF_LORA, 3e-2),
+    "lora": (3e-4, *_OF_LORA),
     "adalora": (3e-3, 1e-2, 3e-2),
     "dora": _OF_LORA,
     "pissa": (3e-4, 1e-3, 3e-3),
     "rslora": _OF_LORA,
     "full": (3e-5, 1e-4, 3e-4),
-    "head": (1e-3, 3e-3, 1e-2),
+    "head": (1e-3,),
 }

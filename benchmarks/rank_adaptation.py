@@ -8,19 +8,16 @@ Everything but the start rank, and the room of 32 columns that it needs, is this
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import figures
-import tasks
+import sweep
 from methods import GeoLoRA, default_lr
 from report import spread
 from rich.console import Console
 from rich.table import Table
-from sweep import RESULTS, Planned, make
 
 START_RANKS = (2, 4, 8, 16, 32)
 
@@ -75,25 +72,18 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
     figures.save(figure, "rank_adaptation")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["digits", "held_out", "stsb", "mrpc"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="instead of each task's own")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
-    parser.add_argument("--glue", type=Path, default=tasks.GLUE_FOLDER, help="folder of GLUE in the official layout")
-    parser.add_argument("--output", type=Path, default=RESULTS / "rank_adaptation.jsonl")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = sweep.parser(__doc__, ("digits", "held_out", "stsb", "mrpc"), sweep.RESULTS / "rank_adaptation.jsonl")
     args = parser.parse_args(arguments)
-
-    steps = {name: args.steps or tasks.load(name, args.glue).steps for name in args.tasks}
-    planned = [
-        Planned(name, steps[name], str(rank), method(rank), default_lr(), seed)
-        for name in args.tasks
-        for rank in START_RANKS
-        for seed in range(args.seeds)
-    ]
-    command = f"python benchmarks/rank_adaptation.py --tasks {' '.join(args.tasks)} --seeds {args.seeds}"
-    records = make(planned, args.output, command, args.jobs, args.glue)
+    runs, steps = sweep.begin("rank_adaptation", args)
+    records = runs.make(
+        [
+            sweep.Planned(task, steps[task], str(rank), method(rank), default_lr(), seed)
+            for task in args.tasks
+            for rank in START_RANKS
+            for seed in range(args.seeds)
+        ]
+    )
     draw(records)
     table = Table(*header(records))
     for row in rows(records):

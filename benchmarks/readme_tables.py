@@ -1,47 +1,107 @@
-"""Write the tables of the README from the committed results: ``python benchmarks/readme_tables.py``.
+"""Write the tables of the documents from the committed results: ``python benchmarks/readme_tables.py``.
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is a file in ``benchmarks/results``.
+In the README a table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is of ``TABLES``; the page of
+the ablations is written whole.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from collections.abc import Callable, Sequence
+from statistics import mean
 
-ROOT = Path(__file__).parents[1]
-NAMES = {"geolora": "geolora_pl", "lora": "LoRA r 8 (PEFT)", "head": "head only"}
+import ablations
+import matrix_approximation
+import rank_adaptation
+import report
+import step_cost
+from sweep import RESULTS, read
+from tasks import ROOT
+
+NAMES = {
+    "geolora": "geolora_pl",
+    "lora": "LoRA r 8 (PEFT)",
+    "adalora": "AdaLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "rslora": "rsLoRA",
+    "full": "full fine-tuning",
+    "head": "head only",
+    "bound": "frozen, no adapters",
+}
 
 
-def lr_sweep(results: list[dict[str, Any]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; methods get their names."""
+    named = [[NAMES.get(row[0], row[0]), *row[1:]] for row in rows]
+    lines = [" | ".join(cells) for cells in (header, *named)]
+    return "\n".join([f"| {lines[0].strip()} |", "|" + "---|" * len(header), *(f"| {line} |" for line in lines[1:])])
+
+
+def compare() -> str:
+    """The methods side by side."""
+    records = report.latest(read(RESULTS / "compare.jsonl"))
+    return markdown(report.header(records), report.rows(records))
+
+
+def lr_sweep(name: str) -> str:
     """Mean and spread of the score: a row a method, a column a learning rate."""
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
     rates = sorted({r["lr"] for r in results if r["method"] != "head"})
-    lines = ["| | parameters | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---|---|" + "---|" * len(rates)]
+    rows = []
     for method in dict.fromkeys(r["method"] for r in results):
         runs = [r for r in results if r["method"] == method]
         best = max({r["lr"] for r in runs}, key=lambda lr: mean(r["score"] for r in runs if r["lr"] == lr))
         sizes = [r["parameters"] for r in runs if r["lr"] == best and "parameters" in r]
-        cells = []
-        for lr in rates:
-            scores = [r["score"] for r in runs if r["lr"] == lr]
-            spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
-            cells.append(f"{mean(scores):.3f}{spread}" if scores else "")
-        lines.append(f"| {NAMES[method]} | {f'{mean(sizes):,.0f}' if sizes else ''} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        scores = [[r["score"] for r in runs if r["lr"] == lr] for lr in rates]
+        cells = [report.spread(of_rate) if of_rate else "" for of_rate in scores]
+        rows.append([method, f"{mean(sizes):,.0f}" if sizes else "", *cells])
+    return markdown(["", "parameters", *(f"{lr:g}" for lr in rates)], rows)
+
+
+def rank_adaptation_table() -> str:
+    """Parameters and scores by start rank."""
+    records = read(RESULTS / "rank_adaptation.jsonl")
+    return markdown(rank_adaptation.header(records), rank_adaptation.rows(records))
+
+
+def matrix_table() -> str:
+    """Where the descents on one matrix end."""
+    results = json.loads((RESULTS / "matrix_approximation.json").read_text())["results"]
+    return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results))
+
+
+def step_cost_table(size: str) -> str:
+    """What a step costs on a ViT."""
+    results = json.loads((RESULTS / f"step_cost_vit_{size}.json").read_text())["results"]
+    return markdown(step_cost.HEADER, step_cost.rows(results))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "compare": compare,
+    "lr_sweep_digits": lambda: lr_sweep("lr_sweep_digits"),
+    "lr_sweep_sst2": lambda: lr_sweep("lr_sweep_sst2"),
+    "rank_adaptation": rank_adaptation_table,
+    "matrix_approximation": matrix_table,
+    **{f"step_cost_{size}": lambda size=size: step_cost_table(size) for size in ("tiny", "small", "base")},
+}
 
 
 def with_tables(text: str) -> str:
     """The text with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        content = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
-        return f"<!-- {match[1]} -->\n{lr_sweep(content['results'])}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
 
-if __name__ == "__main__":
+def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
+    ablations.DOCUMENT.write_text(ablations.document(read(RESULTS / "ablations.jsonl")))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
 ALIVE = 0.03  # how far below its best score a learning rate may be
 
 Records = Sequence[dict[str, Any]]
@@ -92,6 +90,16 @@ def reach(curve: list[list[float]], score: float) -> tuple[float, float] | None:
     return None
 
 
+def latest(records: Records) -> Records:
+    """Of each method on each task the runs that were made as its last one was."""
+
+    def how(record: dict[str, Any]) -> tuple[Any, ...]:
+        return record["settings"], record["steps"], record["warmup"]
+
+    last = {(r["task"], r["method"]): how(r) for r in records}
+    return [r for r in records if last[r["task"], r["method"]] == how(r)]
+
+
 def summaries(records: Records) -> dict[tuple[str, str], Summary]:
     """The summary of every task and method."""
     pairs = dict.fromkeys((r["task"], r["method"]) for r in records)
@@ -114,8 +122,8 @@ def header(records: Records) -> list[str]:
 def rows(records: Records) -> list[list[str]]:
     """The cells of the table.
 
-    The parameters are a mean over the tasks, as a part of LoRA's; the range of learning rates is the smallest of the
-    tasks; steps and seconds to the score that LoRA ends with are parts of what LoRA took in all, means over the tasks.
+    Of every task there are, one after the other: active parameters, the range of learning rates, and the steps and
+    seconds to the score that LoRA ends with, as parts of what LoRA took in all.
     """
     found = summaries(records)
     names = list(dict.fromkeys(r["task"] for r in records))

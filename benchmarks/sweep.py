@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -14,10 +15,11 @@ import harness
 import tasks
 import torch
 from methods import Method
+from report import best_lr
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
-KEY = ("task", "steps", "method", "settings", "lr", "seed")  # what tells one run from another
+KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
 
 Record = dict[str, Any]
 
@@ -44,8 +46,15 @@ class Planned:
 
     def description(self) -> Record:
         """What is known of the run before it is made."""
-        values = (self.task, self.steps, self.name, self.method.settings(), self.lr, self.seed)
-        return dict(zip(KEY, values, strict=True))
+        return {
+            "task": self.task,
+            "steps": self.steps,
+            "method": self.name,
+            "settings": self.method.settings(),
+            "warmup": harness.warmup(),
+            "lr": self.lr,
+            "seed": self.seed,
+        }
 
 
 def read(path: Path) -> list[Record]:
@@ -53,48 +62,60 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def found(planned: Iterable[Planned], path: Path) -> list[Record]:
-    """Those of the planned runs that a file holds, in the order of the plan."""
-    there = {_key(record): record for record in read(path)}
-    return [there[key] for run in planned if (key := _key(run.description())) in there]
+@dataclass(frozen=True)
+class Sweep:
+    """Makes runs that a file does not hold yet.
 
-
-def make(
-    planned: Sequence[Planned], path: Path, command: str, jobs: int = 2, glue: Path = tasks.GLUE_FOLDER
-) -> list[Record]:
-    """Make the runs that a file does not hold yet, print each as it ends and append it to the file.
-
-    Args:
-        planned: The runs.
+    Attributes:
         path: File of results, a line a run.
         command: What was asked for, to be kept with the results.
         jobs: Processes at a time, of one thread each.
         glue: Folder of GLUE.
-
-    Returns:
-        All the runs, in the order of the plan.
     """
-    console = Console()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for record in _new(planned, path, jobs, glue):
-        with path.open("a") as file:
-            file.write(json.dumps(record | {"command": command}) + "\n")
-        what = f"{record['task']} {record['method']} lr {record['lr']:g} seed {record['seed']}"
-        console.print(f"{what}: {record['score']:.4f} ({record['seconds']:.0f} s, {record['parameters']:,})")
-    return found(planned, path)
 
+    path: Path
+    command: str
+    jobs: int = 2
+    glue: Path = tasks.GLUE_FOLDER
 
-def _new(planned: Sequence[Planned], path: Path, jobs: int, glue: Path) -> Iterator[Record]:
-    there = {_key(record) for record in read(path)}
-    missing = [run for run in planned if _key(run.description()) not in there]
-    if not missing:
-        return
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(one, run, glue) for run in missing]):
-            yield future.result()
-    finally:  # an interruption loses the runs under way, not those that have ended
-        pool.shutdown(cancel_futures=True)
+    def make(self, planned: Sequence[Planned]) -> list[Record]:
+        """Make what is missing, print each run as it ends and append it to the file.
+
+        Returns:
+            The runs, in the order of the plan.
+        """
+        console = Console()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        keys = [_key(run.description()) for run in planned]
+        there = {_key(record) for record in read(self.path)}
+        for record in self._new([run for run, key in zip(planned, keys, strict=True) if key not in there]):
+            with self.path.open("a") as file:
+                file.write(json.dumps(record | {"command": self.command}) + "\n")
+            what = f"{record['task']} {record['method']} lr {record['lr']:g} seed {record['seed']}"
+            console.print(f"{what}: {record['score']:.4f} ({record['seconds']:.0f} s, {record['parameters']:,})")
+        by_key = {_key(record): record for record in read(self.path)}
+        return [by_key[key] for key in keys]
+
+    def search(self, planned: Sequence[Planned], seeds: int) -> list[Record]:
+        """Make the runs, and then those with more seeds at the best learning rate of each method on each task.
+
+        Args:
+            planned: Runs with seed 0.
+            seeds: Seeds in all.
+        """
+        swept = self.make(planned)
+        pairs = {(run.task, run.name): run for run in planned}
+        best = {pair: best_lr(r for r in swept if (r["task"], r["method"]) == pair) for pair in pairs}
+        more = [replace(run, lr=best[pair], seed=seed) for pair, run in pairs.items() for seed in range(1, seeds)]
+        return swept + self.make(more)
+
+    def _new(self, planned: Sequence[Planned]) -> Iterator[Record]:
+        pool = ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"))
+        try:
+            for future in as_completed([pool.submit(one, run, self.glue) for run in planned]):
+                yield future.result()
+        finally:  # an interruption loses the runs under way, not those that have ended
+            pool.shutdown(cancel_futures=True)
 
 
 def one(planned: Planned, glue: Path) -> Record:
@@ -107,3 +128,33 @@ def one(planned: Planned, glue: Path) -> Record:
 
 def _key(record: Record) -> str:
     return json.dumps([record[name] for name in KEY], sort_keys=True)
+
+
+def parser(description: str | None, names: Sequence[str], output: Path) -> ArgumentParser:
+    """The arguments that every sweep takes.
+
+    Args:
+        description: What the command does.
+        names: Tasks by default.
+        output: File of results by default.
+    """
+    made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("--tasks", nargs="+", choices=(*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS), default=list(names))
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--steps", type=int, help="instead of each task's own")
+    made.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    made.add_argument("--glue", type=Path, default=tasks.GLUE_FOLDER, help="folder of GLUE in the official layout")
+    made.add_argument("--output", type=Path, default=output)
+    return made
+
+
+def begin(script: str, args: Namespace) -> tuple[Sweep, dict[str, int]]:
+    """The sweep that was asked for, and the steps of each task.
+
+    Args:
+        script: Name of the command, for the record.
+        args: From :func:`parser`.
+    """
+    command = f"python benchmarks/{script}.py --tasks {' '.join(args.tasks)} --seeds {args.seeds}"
+    steps = {name: args.steps or tasks.load(name, args.glue).steps for name in args.tasks}  # also pretrains held_out's
+    return Sweep(args.output, command, args.jobs, args.glue), steps
