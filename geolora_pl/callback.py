@@ -206,8 +206,8 @@ class GeoLoRACallback(L.Callback):
             raise RuntimeError(
                 f"training ended after {self.integrator.total_steps} optimizer steps without one adaptation of the "
                 f"ranks: {self.integrator.skipped_steps} steps were skipped for gradients that are not finite; "
-                f"adapt_every={self.integrator.adapt_every} must be at most the number of the others; a step in which no "
-                "adapter has a gradient does not count"
+                f"adapt_every={self.integrator.adapt_every} must be at most the number of the others; a step in which "
+                "no adapter has a gradient does not count"
             )
         self._retract_pending()
 

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from geolora_pl.adapters import AdapterConfig
 from geolora_pl.callback import GeoLoRACallback, run_length
 from geolora_pl.inject import has_adapters, inject_adapters
-from geolora_pl.optim import RiemannianAdam, parameter_groups, warmup_cosine
+from geolora_pl.optim import RiemannianAdam, parameter_groups
+from geolora_pl.schedule import warmup_cosine
 
 _MAY_DIFFER = ("init_rank", "dropout")  # of adapters that are loaded
 
@@ -32,11 +33,13 @@ class GeoLoRAModule(L.LightningModule):
         optimizer: Makes the optimizer from parameter groups; any torch optimizer.
         lr_scheduler: Makes a scheduler from the optimizer, stepped after every optimizer step (``ReduceLROnPlateau``
             once an epoch); by default a linear warm-up and half a cosine to zero at the end of the run.
-        warmup: Length of that warm-up: a part of the run below 1, a number of steps from 1 on; at least 0.
+        warmup: Length of that warm-up for the adapters: a part of the run below 1, a number of steps from 1 on; at
+            least 0.
+        head_warmup: Likewise for what is trained in full: shorter, so that the head leads.
         head_lr: Learning rate of what is trained in full (head, biases), above 0; ``None`` for that of the adapters.
 
     Raises:
-        ValueError: ``warmup`` or ``head_lr`` is out of range.
+        ValueError: ``warmup``, ``head_warmup`` or ``head_lr`` is out of range.
 
     Example:
         >>> class Regression(GeoLoRAModule):
@@ -56,12 +59,16 @@ class GeoLoRAModule(L.LightningModule):
         adapter: AdapterConfig = AdapterConfig(),
         optimizer: OptimizerCallable = RiemannianAdam,
         lr_scheduler: LRSchedulerCallable | None = None,
-        warmup: float = 0.06,
+        warmup: float = 0.2,
+        head_warmup: float = 0.02,
         head_lr: float | None = 1e-3,
     ) -> None:
         super().__init__()
-        if not warmup >= 0:
-            raise ValueError(f"warmup={warmup!r} must be at least 0: a part of the run below 1, else a number of steps")
+        for name, length in (("warmup", warmup), ("head_warmup", head_warmup)):
+            if not length >= 0:
+                raise ValueError(
+                    f"{name}={length!r} must be at least 0: a part of the run below 1, else a number of steps"
+                )
         if head_lr is not None and not head_lr > 0:
             raise ValueError(f"head_lr={head_lr!r} must be above 0")
         # A checkpoint must load with weights_only=True, so it holds the configuration as plain values, and from there
@@ -72,6 +79,7 @@ class GeoLoRAModule(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
+        self.head_warmup = head_warmup
         self.head_lr = head_lr
 
     def build_model(self) -> nn.Module:
@@ -125,7 +133,7 @@ class GeoLoRAModule(L.LightningModule):
         """Give the optimizer what is trained: adapters, then matrices with and vectors without weight decay."""
         optimizer = self.optimizer(parameter_groups(self, head_lr=self.head_lr))
         if self.lr_scheduler is None:
-            scheduler: Any = warmup_cosine(optimizer, self.warmup, run_length(self.trainer))
+            scheduler: Any = warmup_cosine(optimizer, self.warmup, run_length(self.trainer), self.head_warmup)
         else:
             scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):

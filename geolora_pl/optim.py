@@ -2,7 +2,6 @@ r"""RiemannianAdam: moments that do not depend on the basis for the adapters, Ad
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
-from torch.optim.lr_scheduler import LambdaLR
 
 from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
@@ -52,33 +50,6 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0, **lr},
     ]
     return [group for group in groups if group["params"]]
-
-
-def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float) -> LambdaLR:
-    """Linear warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
-
-    Args:
-        optimizer: Whose learning rates are scaled, every group from its own.
-        warmup: Length of the warm-up: a part of the run below 1, a number of steps from 1 on.
-        total_steps: Optimizer steps of the run; may be infinite, and then a part of it is no warm-up at all.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        >>> schedule = warmup_cosine(optimizer, warmup=2, total_steps=4)
-        >>> schedule.get_last_lr()
-        [0.5]
-    """
-    endless = math.isinf(total_steps)
-    steps = round(warmup) if warmup >= 1 else 0 if endless else round(warmup * total_steps)
-
-    def factor(t: int) -> float:
-        if t < steps:
-            return (t + 1) / steps
-        if endless:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - steps) / max(1, total_steps - steps))))
-
-    return LambdaLR(optimizer, factor)
 
 
 class RiemannianAdam(Optimizer):
@@ -129,7 +100,7 @@ class RiemannianAdam(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        lr: float = 0.2,
+        lr: float = 0.3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

@@ -74,6 +74,7 @@ def glue_settings(row: str) -> tuple[str, dict[str, Any]]:
         "model.init_args.optimizer.init_args.weight_decay": float(decay),
         "model.init_args.head_lr": None,
         "model.init_args.warmup": float(warmup),
+        "model.init_args.head_warmup": float(warmup),
         "model.init_args.adapter.init_rank": int(start),
         "model.init_args.adapter.max_rank": int(most),
         "model.init_args.adapter.alpha": float(alpha),

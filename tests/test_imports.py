@@ -13,7 +13,7 @@ import geolora_pl.tasks
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
-    ["errors", "functional", "lazy", "loggers"],
+    ["errors", "functional", "lazy", "loggers", "schedule"],
     ["adapters"],
     ["inject", "moments", "watch"],
     ["optim", "integrator"],

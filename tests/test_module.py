@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
-from geolora_pl.optim import warmup_cosine
+from geolora_pl.schedule import warmup_cosine
 
 
 class Small(GeoLoRAModule):
@@ -96,22 +96,24 @@ def test_only_trained_parameters_reach_the_optimizer_with_their_own_lr_and_decay
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.25, 3), (3, 3), (0, 0)])
-def test_by_default_riemannian_adam_warms_up_and_ends_at_zero(warmup, steps):
+@pytest.mark.parametrize(("head_warmup", "head_steps"), [(1 / 12, 1), (2, 2)])
+def test_by_default_riemannian_adam_warms_up_behind_the_head_and_ends_at_zero(warmup, steps, head_warmup, head_steps):
     rates = []
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, module, *args):
             rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
-    module = Small(warmup=warmup)
+    module = Small(warmup=warmup, head_warmup=head_warmup)
     trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, loader())
     assert isinstance(module.optimizers(), RiemannianAdam)
-    adapters, head = ([row[i] for row in rates] for i in (0, 1))
-    assert adapters == pytest.approx([200 * lr for lr in head])
-    assert adapters[:steps] == pytest.approx([0.2 * (t + 1) / 3 for t in range(steps)])
-    assert max(adapters) == pytest.approx(0.2)
-    assert adapters[steps:] == sorted(adapters[steps:], reverse=True)
-    assert adapters[-1] < 0.02
+    of_groups = [[row[i] for row in rates] for i in range(3)]
+    assert of_groups[1] == of_groups[2]
+    for of_group, lr, length in zip(of_groups, (0.3, 0.001), (steps, head_steps), strict=False):
+        assert of_group[:length] == pytest.approx([lr * (t + 1) / length for t in range(length)])
+        assert max(of_group) == pytest.approx(lr)
+        assert of_group[length:] == sorted(of_group[length:], reverse=True)
+        assert of_group[-1] < 0.1 * lr
 
 
 def test_a_run_of_unknown_length_still_learns():
@@ -124,11 +126,11 @@ def test_a_run_of_unknown_length_still_learns():
 
     trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, DataLoader(Endless(), batch_size=8))
     assert not torch.equal(module.model[4].weight, before["head"])
-    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.2)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.3)
 
 
 def test_a_run_without_an_end_stays_at_its_lr():
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "adapters": True}], lr=1.0)
     schedule = warmup_cosine(optimizer, 2, float("inf"))
     rates = []
     for _ in range(4):

@@ -1,0 +1,47 @@
+"""The schedule of the learning rates: warm up, the head before the adapters, then half a cosine to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_warmup: float = 0.02) -> LambdaLR:
+    """Linear warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
+
+    The adapters warm up more slowly than the head. A new head points nowhere at first, and what it asks of the body in
+    its first steps only distorts the pretrained features (Kumar et al., ICLR 2022, who train it alone before).
+
+    Args:
+        optimizer: Whose learning rates are scaled, every group from its own; groups with ``adapters: True`` are the
+            adapters (see ``parameter_groups``).
+        warmup: Length of the adapters' warm-up: a part of the run below 1, a number of steps from 1 on.
+        total_steps: Optimizer steps of the run; may be infinite, and then a part of it is no warm-up at all.
+        head_warmup: That of everything else.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "adapters": True}], lr=1.0)
+        >>> schedule = warmup_cosine(optimizer, warmup=2, total_steps=4)
+        >>> schedule.get_last_lr()
+        [0.5]
+    """
+    endless = math.isinf(total_steps)
+
+    def schedule(length: float) -> Callable[[int], float]:
+        steps = round(length) if length >= 1 else 0 if endless else round(length * total_steps)
+
+        def factor(t: int) -> float:
+            if t < steps:
+                return (t + 1) / steps
+            if endless:
+                return 1.0
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - steps) / max(1, total_steps - steps))))
+
+        return factor
+
+    lengths = [warmup if group.get("adapters") else head_warmup for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [schedule(length) for length in lengths])
