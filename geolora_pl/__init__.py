@@ -7,6 +7,7 @@ from geolora_pl.inject import inject_adapters, merge_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.optim import RiemannianAdam, parameter_groups
+from geolora_pl.schedule import warmup_cosine
 
 __all__ = [
     "AdapterConfig",
@@ -19,4 +20,5 @@ __all__ = [
     "inject_adapters",
     "merge_adapters",
     "parameter_groups",
+    "warmup_cosine",
 ]

@@ -65,7 +65,7 @@ class GeoLoRACallback(L.Callback):
         RuntimeError: Training ended without a single adaptation.
 
     Example:
-        >>> trainer = L.Trainer(callbacks=GeoLoRACallback(tau=0.1), logger=False)
+        >>> trainer = L.Trainer(callbacks=GeoLoRACallback(tau=0.2), logger=False)
     """
 
     def __init__(
