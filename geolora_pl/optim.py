@@ -72,15 +72,16 @@ class RiemannianAdam(Optimizer):
     Rows in which the gradient has turned against the momentum stay (Cautious Optimizers, Liang et al. 2024, there
     entry by entry): steps that are too long for the loss shorten themselves.
 
-    **What lr means.** One step moves the update of every adapter by a Frobenius norm of about ``alpha * lr``, in every
-    geometry (less where the gradients disagree). The norm is a sum over the entries of K and L, so neither the live
-    rank nor ``max_rank`` nor the size of the layer changes its meaning.
+    **What lr means.** One step moves the update of every adapter by a Frobenius norm of about ``alpha * lr`` at most,
+    in every geometry, and by less where the gradients disagree. The norm is a sum over the entries of K and L, so
+    neither the live rank nor ``max_rank`` nor the size of the layer changes its meaning; m + n counts the rows that ever
+    had a gradient.
 
     Args:
         params: The model, its parameters, or groups: from :func:`parameter_groups`, or your own, in which those with K
             and L side by side carry ``adapters: True``.
         lr: Norm of a step of an adapter, at least 0; also AdamW's learning rate in groups without one of their own.
-        betas: Decay of first and second moments, in [0, 1).
+        betas: Decay of first and second moments, in [0, 1); AdamW's, too.
         eps: Added to the root of the second moment, above 0.
         weight_decay: Decoupled; for the adapters the integrator applies it to S.
         geometry: ``rowwise`` as above; ``isotropic``: one second moment for each pair of K and L; ``spectral``: the
@@ -126,6 +127,20 @@ class RiemannianAdam(Optimizer):
         for group in self.param_groups:
             _check(group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of an optimizer of the same geometry.
+
+        Raises:
+            ValueError: It has another, whose second moments mean something else.
+        """
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if (geometry := theirs.get("geometry")) != ours["geometry"]:
+                raise ValueError(
+                    f"geometry={ours['geometry']!r} does not fit the state, which was made with {geometry!r}: set it "
+                    "to that, or start a new run from the weights"
+                )
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
@@ -151,7 +166,7 @@ class RiemannianAdam(Optimizer):
         return loss
 
     def _step_adapters(self, factors: list[Tensor], group: dict[str, Any]) -> None:
-        """K and L of one adapter are neighbours; vectors below have one entry an adapter."""
+        """K and L of one adapter are neighbours; biases and scale have one entry an adapter."""
         if not factors:
             return
         beta1, beta2 = group["betas"]
@@ -171,35 +186,38 @@ class RiemannianAdam(Optimizer):
             directions, scale = momenta, 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
         elif group["geometry"] == "rowwise":
             squares = [torch.linalg.vector_norm(g, dim=1).square_() for g in gradients]
-            roots = self._roots(factors, squares, bias2, beta2, group["eps"])
+            roots = self._second_moment_roots(factors, squares, bias2, beta2, group["eps"])
             # Cautious: the rows in which momentum and gradient agree, and no step in the others.
             agree = [(m * g).sum(1) > 0 for m, g in zip(momenta, gradients, strict=True)]
             inverse = torch._foreach_div([rows.to(root.dtype) for rows, root in zip(agree, roots, strict=True)], roots)
             directions = torch._foreach_mul(momenta, [rows.unsqueeze(1) for rows in inverse])
-            scale = 1 / (bias1 * self._live(factors))
+            scale = 1 / (bias1 * self._norm_of_ones(factors))
         else:
-            roots = self._roots(factors, torch._foreach_mul(gradients, gradients), bias2, beta2, group["eps"])
+            roots = self._second_moment_roots(
+                factors, torch._foreach_mul(gradients, gradients), bias2, beta2, group["eps"]
+            )
             directions = torch._foreach_div(momenta, roots)
-            scale = 1 / (bias1 * self._live(factors))
+            scale = 1 / (bias1 * self._norm_of_ones(factors))
         factor_of = (-group["lr"] * scale).repeat_interleave(2)
         if group["weight_decay"]:
             torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(factors, torch._foreach_mul(list(directions), list(factor_of.unbind())))
 
-    def _roots(
+    def _second_moment_roots(
         self, factors: Sequence[Tensor], squares: Sequence[Tensor], bias: Tensor, beta: float, eps: float
     ) -> list[Tensor]:
-        """Take up the squares into the second moments of each factor, and return their roots."""
+        """Add the squares to the second moments of each factor, and return the moments' roots."""
         for factor, square in zip(factors, squares, strict=True):
-            self.state[factor].setdefault("exp_avg_sq", torch.zeros_like(square))
+            if "exp_avg_sq" not in self.state[factor]:
+                self.state[factor]["exp_avg_sq"] = torch.zeros_like(square)
         seconds = [self.state[factor]["exp_avg_sq"] for factor in factors]
         torch._foreach_lerp_(seconds, list(squares), 1 - beta)
         roots = torch._foreach_sqrt(torch._foreach_div(seconds, list(bias.repeat_interleave(2).unbind())))
         torch._foreach_add_(roots, eps)
         return list(roots)
 
-    def _live(self, factors: Sequence[Tensor]) -> Tensor:
-        """Root of the number of second moments of each K and L that are not zero: the norm of as many ones."""
+    def _norm_of_ones(self, factors: Sequence[Tensor]) -> Tensor:
+        """Norm of each K and L if all were one whose second moment is not zero."""
         counts = torch.stack([torch.count_nonzero(self.state[factor]["exp_avg_sq"]) for factor in factors])
         return counts.view(-1, 2).sum(1).clamp_min(1).sqrt()
 

@@ -17,7 +17,7 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
 
     Args:
         optimizer: Whose learning rates are scaled, every group from its own; groups with ``adapters: True`` are the
-            adapters (see ``parameter_groups``).
+            adapters (see ``parameter_groups``); without any, all warm up as they do.
         warmup: Length of the adapters' warm-up: a part of the run below 1, a number of steps from 1 on.
         total_steps: Optimizer steps of the run; may be infinite, and then a part of it is no warm-up at all.
         head_warmup: That of everything else.
@@ -43,5 +43,6 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
 
         return factor
 
-    lengths = [warmup if group.get("adapters") else head_warmup for group in optimizer.param_groups]
+    marked = [group.get("adapters", False) for group in optimizer.param_groups]
+    lengths = [warmup if mark or not any(marked) else head_warmup for mark in marked]
     return LambdaLR(optimizer, [schedule(length) for length in lengths])

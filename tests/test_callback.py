@@ -236,9 +236,21 @@ def test_training_without_one_adaptation_is_an_error():
 
     with (
         pytest.warns(GeoLoRAWarning, match="is not finite: this optimizer step is skipped whole"),
-        pytest.raises(RuntimeError, match=r"without one adaptation.*6 steps were skipped"),
+        pytest.raises(RuntimeError, match=r"without one adaptation.*6 were skipped"),
     ):
         trainer(GeoLoRACallback(adapter=ADAPTER)).fit(Broken(), loader())
+
+
+def test_a_run_that_ends_before_its_cadence_is_retracted_once():
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    module, callback = Foreign(), GeoLoRACallback(tau=0.01, adapter=ADAPTER)
+    trainer(callback, Stop(), max_epochs=100, min_epochs=0, min_steps=0).fit(module, loader())
+    assert callback.integrator.adapt_every == 10
+    assert (callback.integrator.total_steps, callback.integrator.adaptations) == (1, 1)
+    assert torch.count_nonzero(module.body[0].K) == 0
 
 
 def test_a_broken_batch_changes_nothing_and_the_run_goes_on():
@@ -349,6 +361,16 @@ def test_the_usual_cadence_is_ten_and_less_in_a_short_run():
         trainer(callback).fit(Foreign(), loader(batch_size=1, batches=batches))
         assert callback.integrator.total_steps == batches
         assert callback.integrator.adaptations == adaptations
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3), (5, 5)])
+def test_a_run_that_is_resumed_keeps_its_cadence_unless_told(tmp_path, given, expected):
+    first = trainer(GeoLoRACallback(adapter=ADAPTER), max_epochs=5)
+    first.fit(Foreign(), loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=given)
+    trainer(callback, max_epochs=30).fit(Foreign(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert callback.integrator.adapt_every == expected
 
 
 def test_ranks_change_in_a_run_of_unknown_length():

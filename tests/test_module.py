@@ -129,6 +129,12 @@ def test_a_run_of_unknown_length_still_learns():
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.3)
 
 
+def test_parameters_that_are_not_marked_as_adapters_warm_up_as_they_do():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = warmup_cosine(optimizer, warmup=4, total_steps=10, head_warmup=2)
+    assert schedule.get_last_lr() == [0.25]
+
+
 def test_a_run_without_an_end_stays_at_its_lr():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "adapters": True}], lr=1.0)
     schedule = warmup_cosine(optimizer, 2, float("inf"))

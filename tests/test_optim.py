@@ -188,6 +188,13 @@ def test_state_dict_resumes_exactly(geometry):
         assert torch.equal(a, b)
 
 
+def test_the_state_of_another_geometry_is_refused():
+    _, adapter, _ = one_layer(5, 4, 2, 2)
+    state = pair(adapter, geometry="isotropic").state_dict()
+    with pytest.raises(ValueError, match="geometry='rowwise' does not fit the state, which was made with 'isotropic'"):
+        pair(adapter).load_state_dict(state)
+
+
 def test_closure():
     _, adapter, _ = one_layer(5, 4, 2, 2)
     optimizer = pair(adapter)
