@@ -1,0 +1,97 @@
+"""What the experiments say of their runs: tables, pages, figures, and the descent on one matrix."""
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+import ablations
+import figures
+import matrix_approximation
+import rank_adaptation
+import readme_tables
+import report
+import sweep
+from methods import GeoLoRA
+
+
+def record(method="geolora", lr=0.1, seed=0, score=0.9, task="digits", parameters=100, **more):
+    scores = [[10, 1.0, score / 2], [20, 2.0, score]]
+    values = {"task": task, "method": method, "lr": lr, "seed": seed, "score": score, "scores": scores}
+    sizes = [[1, parameters], [20, parameters]]
+    return {**values, "parameters": parameters, "sizes": sizes, "command": "python compare.py", **more}
+
+
+def test_the_table_of_the_comparison():
+    records = [
+        record("lora", lr=0.001, score=0.5),
+        record("lora", lr=0.01, score=0.8),
+        record("lora", lr=0.1, score=0.79),
+        record("lora", lr=0.01, score=0.82, seed=1),
+        record("geolora", lr=1.0, score=1.0, parameters=80),
+        record("geolora", lr=1.0, score=0.98, parameters=90, seed=1),
+    ]
+    lora, geolora = report.rows(records)
+    assert lora == ["lora", "0.810 ± 0.014", "0.810 ± 0.014", "100", "10", "1.00", "1.00"]
+    assert geolora[:5] == ["geolora", "0.990 ± 0.014", "0.990 ± 0.014", "85", "1"]
+    assert float(geolora[5]) == pytest.approx((10 + 10 * (0.81 - 0.495) / 0.495) / 20, abs=0.01)
+    assert "| geolora_pl | 0.990" in readme_tables.markdown(report.header(records), [lora, geolora])
+
+
+def test_a_rate_is_alive_only_without_a_gap():
+    assert report.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91}) == 10
+    assert report.alive({0.1: 0.9}) == 1
+    assert report.reach([[10, 1.0, 0.1]], 0.2) is None
+
+
+def test_start_ranks_are_compared_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    records = [record("2", parameters=100, score=0.9), record("4", parameters=120, score=0.88)]
+    assert rank_adaptation.rows(records)[-1] == ["apart", "20%", "0.020"]
+    rank_adaptation.draw(records)
+    assert (
+        "from 2" in (tmp_path / "rank_adaptation.svg").read_text() or (tmp_path / "rank_adaptation.svg").stat().st_size
+    )
+
+
+def test_the_page_of_the_ablations():
+    records = [record("the defaults", parameters=100), record("tau 0.03", parameters=200, score=0.91)]
+    page = ablations.document(records)
+    assert "## How much may a truncation drop?" in page
+    assert "| tau 0.03 | 0.910<br>200 |" in page
+    assert "start from" not in page  # nothing was tried
+
+
+def test_every_ablation_differs_from_the_default():
+    default = GeoLoRA().settings()
+    variants = [method for group in ablations.VARIANTS.values() for method in group.values()]
+    assert len(variants) > 15
+    assert all(method.settings() != default for method in variants)
+
+
+@pytest.mark.parametrize("path", sorted(sweep.RESULTS.glob("ablations.jsonl")))
+def test_the_page_in_the_documentation_is_that_of_the_committed_results(path):
+    assert ablations.DOCUMENT.read_text() == ablations.document(sweep.read(path))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(matrix_approximation, "SIZE", 24)
+
+
+@pytest.mark.parametrize("method", ["geolora", "adaptive"])
+def test_geolora_finds_the_matrix_from_random_starts(small, method):
+    losses, projected = matrix_approximation.descend(method, *matrix_approximation.random_problem(0), 1.0, 30)
+    assert losses[-1] < 1e-12
+    assert projected[-1] < 1e-6
+
+
+@pytest.mark.parametrize("method", ["simultaneous", "orthonormal"])
+def test_simultaneous_descent_rests_where_the_projected_gradient_is_not_zero(small, method):
+    T, start = matrix_approximation.saddle_problem(0)
+    losses, projected = matrix_approximation.descend(method, T, start, 0.1, 50)
+    assert losses[-1] == losses[0] > 0.1
+    assert projected[-1] > 0.1
+    losses, projected = matrix_approximation.descend("geolora", T, start, 0.5, 300)
+    assert losses[-1] < 1e-9
+    assert projected[-1] < 1e-4
