@@ -74,8 +74,8 @@ class RiemannianAdam(Optimizer):
 
     **What lr means.** One step moves the update of every adapter by a Frobenius norm of about ``alpha * lr`` at most,
     in every geometry, and by less where the gradients disagree. The norm is a sum over the entries of K and L, so
-    neither the live rank nor ``max_rank`` nor the size of the layer changes its meaning; m + n counts the rows that ever
-    had a gradient.
+    neither the live rank nor ``max_rank`` nor the size of the layer changes its meaning. (m + n counts the rows that
+    ever had a gradient.)
 
     Args:
         params: The model, its parameters, or groups: from :func:`parameter_groups`, or your own, in which those with K
