@@ -268,7 +268,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = {"random": from_random_starts(args.seeds, args.steps), "saddle": from_saddles(args.seeds, args.steps)}

@@ -112,8 +112,8 @@ class GeoLoRA:
                 integrator.step(optimizer)
             elif (step + 1) % integrator.adapt_every == 0:
                 integrator.retract()
-            if step + 1 == task.steps and integrator.steps:
-                integrator.retract(optimizer)
+            if step + 1 == task.steps:
+                integrator.retract(optimizer)  # what may still be pending, as the callback does
 
         return Training(
             model, optimizer, integrator.adapter_parameters, after_step, lambda: list(integrator.ranks().values())
