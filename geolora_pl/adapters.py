@@ -7,7 +7,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class AdapterConfig:
         alpha: Constant factor of the update, above 0: ``scaling = alpha``, never a function of the rank. A setting
             ``alpha / r`` of other libraries carries over as ``alpha / r``.
         dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
-        train_bias: Whether the biases of the adapted layers are trained.
+        train_bias: Whether the biases of the adapted layers are trained, or ``"all"`` for those of the whole model.
         rank_pattern: Initial rank by name or regular expression, for the layers that differ; the first match counts.
             A rank above ``max_rank`` raises the cap of those layers to it.
 
@@ -53,7 +53,7 @@ class AdapterConfig:
     modules_to_save: Sequence[str] = ()
     alpha: float = 1.0
     dropout: float = 0.0
-    train_bias: bool = False
+    train_bias: bool | Literal["all"] = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +72,8 @@ class AdapterConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(expression := getattr(self, name), str):
                 _check_expression(name, expression)
+        if self.train_bias not in (True, False, "all"):
+            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
         if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
             raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
         if not isinstance(self.rank_pattern, Mapping):

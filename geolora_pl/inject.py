@@ -60,6 +60,10 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
         model.set_submodule(name, shared)
     for module in saved.values():
         module.requires_grad_(True)
+    if config.train_bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # in_proj_bias, too
+                parameter.requires_grad_(True)
     return adapters
 
 
@@ -168,6 +172,10 @@ def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.M
             )
         targets[name] = layer
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not targets and config.target_modules == "auto":
+        raise ValueError(
+            "target_modules='auto' is for a GeoLoRAModule, which knows its own layers: name them, or 'all-linear'"
+        )
     if not targets:
         raise ValueError(
             f"target_modules={config.target_modules!r} matches no linear layer (exclude_modules="

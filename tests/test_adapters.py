@@ -228,6 +228,7 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes():
         ({"max_rank": -1}, "max_rank=-1 must be"),
         ({"max_rank": True}, "max_rank=True must be"),
         ({"init_rank": 8, "max_rank": 4}, "init_rank=8 is above max_rank=4"),
+        ({"train_bias": "some"}, "train_bias='some' must be"),
         ({"alpha": 0.0}, "alpha=0.0 must be"),
         ({"alpha": float("nan")}, "alpha=nan must be"),
         ({"dropout": 1.0}, "dropout=1.0 must lie"),

@@ -63,6 +63,14 @@ def test_everything_else_is_frozen_and_the_output_is_unchanged():
     }
 
 
+@pytest.mark.parametrize(("train_bias", "expected"), [(False, set()), (True, {"0.base.bias"}), ("all", None)])
+def test_biases_of_the_adapted_layers_or_of_the_whole_model_are_trained(train_bias, expected):
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    inject_adapters(model, AdapterConfig(target_modules=["0"], train_bias=train_bias))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad} - {"0.K", "0.L"}
+    assert trained == ({"0.base.bias", "1.bias", "2.bias"} if expected is None else expected)
+
+
 def test_rank_pattern_by_name_and_by_expression():
     config = AdapterConfig(init_rank=2, max_rank=4, rank_pattern={"0.query": 3, r"blocks\.1\..*": 6})
     adapters = inject_adapters(Model(), config)
