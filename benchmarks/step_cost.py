@@ -14,8 +14,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import replace
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import figures
@@ -34,6 +33,7 @@ from geolora_pl import AdapterConfig, inject_adapters
 
 PARTS = ("forward", "backward", "optimizer", "after")
 WARMUP = 3  # rounds that do not count
+RUN = 1000  # steps of the run that the rounds are taken from the middle of: cadence and phases depend on it
 BASELINE = "lora"
 
 Times = dict[str, list[dict[str, float]]]  # of each method, a round after the other
@@ -53,13 +53,12 @@ class Bound(Full):
 COMPARED: dict[str, Method] = {**{m: METHODS[m] for m in ("geolora", "lora", "adalora", "full")}, "bound": Bound()}
 
 
-def vit(size: str, batch_size: int, steps: int) -> Task:
+def vit(size: str, batch_size: int) -> Task:
     """A ViT for images of 224 pixels with random weights, and one random batch.
 
     Args:
         size: ``tiny``, ``small`` or ``base``.
         batch_size: Images.
-        steps: Steps of the run, which AdaLoRA must know.
     """
 
     def make_model(seed: int) -> WithLoss:
@@ -70,22 +69,21 @@ def vit(size: str, batch_size: int, steps: int) -> Task:
     samples = Samples(batch_size, lambda index: batch)
     heads = ["model.head"]
     targets = list(inject_adapters(make_model(0), AdapterConfig(modules_to_save=heads)))
-    return Task(f"vit_{size}", make_model, samples, samples, 100, ["accuracy"], targets, heads, batch_size, steps, 1e-3)
+    return Task(f"vit_{size}", make_model, samples, samples, 100, ["accuracy"], targets, heads, batch_size, RUN, 1e-3)
 
 
-def measure(task: Task, methods: dict[str, Method], device: str = "cpu") -> tuple[Times, dict[str, float]]:
-    """Let the methods take turns for ``task.steps`` rounds and the warm-up before them.
+def measure(task: Task, methods: dict[str, Method], rounds: int, device: str = "cpu") -> tuple[Times, dict[str, float]]:
+    """Let the methods take turns, in the middle of the task's run.
 
     Args:
         task: Whose first batch is trained on again and again.
         methods: By name.
+        rounds: Steps of each method, without the warm-up.
         device: Where.
 
     Returns:
         Seconds of the parts of every step, and megabytes that each method's forward keeps for the backward.
     """
-    rounds = WARMUP + task.steps
-    task = replace(task, steps=rounds)
     batch = on(device, next(task.batches(0)))
     trainings = {
         name: m.start(task, task.make_model(0).to(device), LRS.get(name, (1e-3,))[0]) for name, m in methods.items()
@@ -94,11 +92,11 @@ def measure(task: Task, methods: dict[str, Method], device: str = "cpu") -> tupl
     times: Times = {name: [] for name in methods}
     order = list(methods)
     shuffle = random.Random(0)
-    for number in range(rounds):
+    for number in range(-WARMUP, rounds):
         shuffle.shuffle(order)
         for name in order:
-            seconds = _step(trainings[name], batch, number)
-            if number >= WARMUP:
+            seconds = _step(trainings[name], batch, task.steps // 2 + number)
+            if number >= 0:
                 times[name].append(seconds)
     return times, memory
 
@@ -135,10 +133,15 @@ def kept(training: Training, batch: Batch) -> float:
 
 
 def summary(times: Times, memory: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Milliseconds of the parts, and quartiles of the step's time over that of ``BASELINE`` in the same round."""
-    base = [sum(seconds.values()) for seconds in times[BASELINE]]
+    """Milliseconds of the parts, and quartiles of the step's time over that of ``BASELINE`` in the same round.
+
+    What comes after the optimizer's step comes in some rounds only: every round takes the mean of it.
+    """
+    after = {name: mean(seconds["after"] for seconds in rounds) for name, rounds in times.items()}
+    spread_out = {name: [seconds | {"after": after[name]} for seconds in rounds] for name, rounds in times.items()}
+    base = [sum(seconds.values()) for seconds in spread_out[BASELINE]]
     found = {}
-    for name, rounds in times.items():
+    for name, rounds in spread_out.items():
         ratios = [sum(seconds.values()) / other for seconds, other in zip(rounds, base, strict=True)]
         found[name] = {
             **{part: round(1e3 * median(seconds[part] for seconds in rounds), 3) for part in PARTS},
@@ -180,13 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="tiny")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30, help="a multiple of the cadence of retractions, 10")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = vit(args.size, args.batch_size, args.rounds)
-    found = summary(*measure(task, COMPARED, device))
+    task = vit(args.size, args.batch_size)
+    found = summary(*measure(task, COMPARED, args.rounds, device))
     draw(found, task.name)
     command = "python benchmarks/step_cost.py " + " ".join(f"--{name} {value}" for name, value in vars(args).items())
     content = {"command": command, "machine": harness.machine(), "results": found}
