@@ -83,6 +83,17 @@ TEST_HEADER = {
     "rte": ["index", "sentence1", "sentence2"],
     "wnli": ["index", "sentence1", "sentence2"],
 }
+CLASSES = {
+    "cola": ["unacceptable", "acceptable"],
+    "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"],
+    "qqp": ["not_duplicate", "duplicate"],
+    "stsb": [],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
+    "wnli": ["not_entailment", "entailment"],
+}  # in the order of the indices on the hub
 METRICS = {"cola": ["matthews"], "mrpc": ["f1", "accuracy"], "qqp": ["f1", "accuracy"], "stsb": ["pearson", "spearman"]}
 
 
@@ -122,6 +133,7 @@ def test_the_official_layout_with_its_quirks(tmp_path, task):
     wanted = {"qqp": "question", "qnli": "question", "mrpc": "#1"}.get(task, "sentence")
     assert splits["predict"][0]["text"].startswith(f'"{wanted}')
     assert data.metrics == METRICS.get(task, ["accuracy"])
+    assert data.class_names == CLASSES[task]
     assert data.num_classes == {"stsb": 1, "mnli": 3}.get(task, 2)
 
 
@@ -131,14 +143,16 @@ def test_the_hub_gives_the_same(tmp_path, monkeypatch, task):
     local = GLUE(task, write_glue(tmp_path, task))
     pairs = {"qqp": ["question1", "question2"], "qnli": ["question", "sentence"], "mnli": ["premise", "hypothesis"]}
     names = pairs.get(task, ["sentence1", "sentence2"] if task not in {"cola", "sst2"} else ["sentence"])
-    rename = {"dev": "validation"}
+    label = datasets.ClassLabel(names=CLASSES[task]) if CLASSES[task] else datasets.Value("float32")
+    features = datasets.Features({**dict.fromkeys(names, datasets.Value("string")), "label": label})
+    kinds = {"train": "train", "val": "validation", "predict": "test"}
     hub = {}
-    for split, file in local.source.splits.items():
-        texts = local.load_splits()[split]
+    for split, texts in local.load_splits().items():
         columns = {name: texts[column][:] for name, column in zip(names, ["text", "text_pair"], strict=False)}
         columns["label"] = texts["label"][:] if "label" in texts.column_names else [-1] * len(texts)
-        kind, _, rest = file.partition("_")
-        hub["_".join(filter(None, (rename.get(kind, kind), rest)))] = datasets.Dataset.from_dict(columns)
+        kind, _, rest = split.partition("_")
+        end = "" if task != "mnli" or kind == "train" else f"_{rest or 'matched'}"
+        hub[kinds[kind] + end] = datasets.Dataset.from_dict(columns, features=features)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: (asked.append(args), datasets.DatasetDict(hub))[1])
     found = GLUE(task).load_splits()
@@ -146,6 +160,14 @@ def test_the_hub_gives_the_same(tmp_path, monkeypatch, task):
     assert {name: split.to_dict() for name, split in found.items()} == {
         name: split.to_dict() for name, split in local.load_splits().items()
     }
+
+
+def test_labels_of_the_hub_in_another_order_are_refused(monkeypatch):
+    features = datasets.Features({"label": datasets.ClassLabel(names=CLASSES["mnli"][::-1])})
+    train = datasets.Dataset.from_dict({"label": [0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: datasets.DatasetDict(train=train))
+    with pytest.raises(ValueError, match=r"has the labels \['contradiction', .* for mnli, and not \['entailment', "):
+        GLUE("mnli").load_splits()
 
 
 def test_a_hub_that_cannot_be_reached_names_the_remedy(monkeypatch):
@@ -165,7 +187,7 @@ def test_lines_that_lack_a_field_are_left_out_and_counted(tmp_path, capfd):
         file.write("7\t8\t9\te?\tf?\ttwo\n")
     with pytest.raises(ValueError, match=r"dev\.tsv: row 3 has is_duplicate='two', which is none of the labels 0, 1"):
         GLUE("qqp", folder).load_splits()
-    (tmp_path / "QQP" / "dev.tsv").unlink()
+    write_tsv(tmp_path / "QQP" / "dev.tsv", [LAYOUTS["qqp"][1], *LAYOUTS["qqp"][2]])
     capfd.readouterr()
     assert GLUE("qqp", folder).load_splits()["train"]["text"][:] == ['what is "a?', "c?", "e?"]
     assert "train.tsv: lines left out for not having 6 fields: 1" in "".join(capfd.readouterr())
@@ -178,8 +200,18 @@ def test_an_unknown_task_and_a_folder_without_it_are_refused_at_once(tmp_path):
         GLUE("sst2", write_glue(tmp_path, "rte"))
 
 
+@pytest.mark.parametrize(("task", "dev"), [("rte", "dev"), ("mnli", "dev_matched"), ("mnli", "dev_mismatched")])
+def test_a_folder_to_train_from_without_a_set_to_validate_on_is_refused_at_once(tmp_path, task, dev):
+    folder = write_glue(tmp_path, task)
+    (tmp_path / task.upper() / f"{dev}.tsv").unlink()
+    with pytest.raises(ValueError, match=rf"holds {task.upper()}/train\.tsv, so it must hold {dev}\.tsv as well"):
+        GLUE(task, folder)
+    (tmp_path / task.upper() / "train.tsv").unlink()
+    assert [name for name in GLUE(task, folder).load_splits() if name.startswith("predict")]  # enough to predict
+
+
 def test_a_file_of_another_layout_is_refused_and_its_columns_are_named(tmp_path):
-    write_tsv(tmp_path / "RTE" / "train.tsv", [["id", "premise", "hypothesis", "label"], ["0", "a", "b", "c"]])
+    write_tsv(tmp_path / "RTE" / "dev.tsv", [["id", "premise", "hypothesis", "label"], ["0", "a", "b", "c"]])
     with pytest.raises(ValueError, match="has no column 'sentence1', 'sentence2'; it has 'id', 'premise'"):
         GLUE("rte", str(tmp_path)).load_splits()
 

@@ -106,7 +106,7 @@ class GLUE(TextDataModule):
     The development set is the validation set; of MNLI it is the matched one, and the mismatched one is logged with
     ``_mismatched`` at the end of the names. The test sets have no labels: they are there to predict.
 
-    Lines of the official files that lack a field (a few in QQP) are left out, and their number is said.
+    Lines of the official files with too few or too many fields (a few in QQP) are left out, and their number is said.
 
     Args:
         task: One of ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte`` and ``wnli``.
@@ -115,7 +115,7 @@ class GLUE(TextDataModule):
         **kwargs: Arguments of :class:`TextDataModule`.
 
     Raises:
-        ValueError: The task is unknown, or the files are not there.
+        ValueError: The task is unknown, or the files are not there, or those to train on without those to validate on.
     """
 
     def __init__(self, task: Task, folder: str | None = None, **kwargs: Any) -> None:
@@ -123,45 +123,56 @@ class GLUE(TextDataModule):
         if task not in _SOURCES:
             raise ValueError(f"task={task!r} must be one of {', '.join(_SOURCES)}")
         self.task = task
-        self.source = _SOURCES[task]
-        self.folder = None if folder is None else Path(folder) / self.source.folder
-        if self.folder is not None and not any((self.folder / f"{file}.tsv").is_file() for file in self._files()):
-            raise ValueError(
-                f"folder={folder!r} must hold {self.source.folder}/{' or '.join(f'{f}.tsv' for f in self._files())}; "
-                "without it GLUE comes from the hub"
-            )
+        self._source = _SOURCES[task]
+        self.folder = None if folder is None else Path(folder) / self._source.folder
+        if self.folder is not None:
+            self._refuse_missing(self.folder)
 
-    def _files(self) -> list[str]:
-        return list(self.source.splits.values())
+    def _files(self, folder: Path) -> dict[str, Path]:
+        return {split: folder / f"{file}.tsv" for split, file in self._source.splits.items()}
+
+    def _refuse_missing(self, folder: Path) -> None:
+        files = self._files(folder)
+        absent = {split: path.name for split, path in files.items() if not path.is_file()}
+        if len(absent) == len(files):
+            raise ValueError(
+                f"folder={str(folder.parent)!r} must hold {folder.name}/{' or '.join(absent.values())}; without it "
+                "GLUE comes from the hub"
+            )
+        to_validate = [name for split, name in absent.items() if split.startswith("val")]
+        if to_validate and "train" not in absent:
+            raise ValueError(
+                f"folder={str(folder.parent)!r} holds {folder.name}/train.tsv, so it must hold {to_validate[0]} as "
+                "well, the set on which GLUE validates"
+            )
 
     @property
     def class_names(self) -> list[str]:
         """The names that the hub has, in its order; none for STS-B."""
-        return list(self.source.classes.values())
+        return list(self._source.classes.values())
 
     @property
     def metrics(self) -> list[str]:
         """What GLUE reports for the task."""
-        return list(self.source.metrics)
+        return list(self._source.metrics)
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
         """Read the files that there are, or fetch all from the hub."""
         if self.folder is None:
             return self._from_hub()
-        files = {split: self.folder / f"{file}.tsv" for split, file in self.source.splits.items()}
-        return {split: self._read(split, path) for split, path in files.items() if path.is_file()}
+        return {split: self._read(split, path) for split, path in self._files(self.folder).items() if path.is_file()}
 
     def _read(self, split: str, path: Path) -> datasets.Dataset:
         unlabelled = split.startswith("predict")
-        label = None if unlabelled else self.source.label
+        label = None if unlabelled else self._source.label
         table = read_delimited(
             path,
-            [*self.source.texts, *([] if label is None else [label])],
+            [*self._source.texts, *([] if label is None else [label])],
             tab=True,
-            header=() if unlabelled else self.source.header,
+            header=() if unlabelled else self._source.header,
             skip_malformed=True,
         )
-        return to_dataset(table, self.source.texts, label, self.source.classes, path)
+        return to_dataset(table, self._source.texts, label, self._source.classes, path)
 
     def _from_hub(self) -> dict[str, datasets.Dataset]:
         try:
@@ -170,13 +181,19 @@ class GLUE(TextDataModule):
             raise ValueError(
                 f"folder=None: {_HUB} cannot be had from the hub ({error}); name the folder of the official files"
             ) from error
-        by_index = {str(index): name for index, name in enumerate(self.class_names)}
+        theirs = getattr(hub["train"].features["label"], "names", [])
+        if theirs != self.class_names:
+            raise ValueError(
+                f"{_HUB} has the labels {theirs} for {self.task}, and not {self.class_names}: name the folder of the "
+                "official files"
+            )
+        by_index = {str(index): name for index, name in enumerate(theirs)}
         splits: dict[str, datasets.Dataset] = {}
-        for split, file in self.source.splits.items():
+        for split, file in self._source.splits.items():
             name = file.replace("dev", "validation")
             table: pa.Table = hub[name].with_format("arrow")[:]
             label = None if split.startswith("predict") else "label"
-            splits[split] = to_dataset(table, self.source.hub_texts, label, by_index, f"{_HUB} {name}")
+            splits[split] = to_dataset(table, self._source.hub_texts, label, by_index, f"{_HUB} {name}")
         return splits
 
     def test_dataloader(self) -> NoReturn:
