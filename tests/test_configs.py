@@ -32,7 +32,6 @@ TWO_STEPS = {
     "trainer.log_every_n_steps": 1,
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
-    "geolora.adapt_every": 1,
     "data.init_args.batch_size": 4,
 }
 SMALL_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -44,6 +43,8 @@ IMAGES = {
     "model.init_args.optimizer.class_path": "torch.optim.AdamW",
     "model.init_args.optimizer.init_args.lr": 1e-3,
     "model.init_args.head_lr": None,
+    "model.init_args.warmup": 0.06,
+    "model.init_args.head_warmup": 0.06,
     "model.init_args.adapter.train_bias": True,
     "data.init_args.batch_size": 256,
     "geolora.tau": 0.15,
@@ -154,6 +155,8 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)  # of the real files
     config = parsed(path)
     settings = {**TWO_STEPS, **tiny_model(config, tmp_path), **tiny_data(config, tmp_path)}
+    if config["geolora"]["adapt_every"] is not None:  # else it is shortened to the run, as the user's would be
+        settings["geolora.adapt_every"] = 1
     files = [f"--config={path.relative_to(ROOT)}", "--config=configs/trainer/cpu.yaml"]
     main(["fit", *files, *[f"--{name}={value}" for name, value in settings.items()]])
 
