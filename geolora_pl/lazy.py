@@ -8,16 +8,19 @@ from importlib import import_module
 _EXTRAS = {"transformers": "text", "datasets": "text"}  # by library
 
 
-def lazy_exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
-    """Make the ``__getattr__`` of a package (PEP 562).
+def lazy_exports(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Make the ``__getattr__`` and the ``__dir__`` of a package (PEP 562).
 
     Args:
         package: The package's ``__name__``.
         names: Its public names by the module that defines them.
 
     Example:
-        >>> lazy_exports("geolora_pl", {"errors": ["GeoLoRAWarning"]})("GeoLoRAWarning").__name__
-        'GeoLoRAWarning'
+        >>> load, names = lazy_exports("geolora_pl", {"errors": ["GeoLoRAWarning"]})
+        >>> load("GeoLoRAWarning").__name__, names()
+        ('GeoLoRAWarning', ['GeoLoRAWarning'])
     """
     homes = {name: module for module, of_module in names.items() for name in of_module}
 
@@ -33,4 +36,4 @@ def lazy_exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[
             raise ImportError(f"{package}.{name} needs {error.name}: pip install 'geolora_pl[{extra}]'") from error
         return getattr(module, name)
 
-    return load
+    return load, lambda: sorted(homes)

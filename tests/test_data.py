@@ -1,6 +1,7 @@
 import gzip
 import pickle
 import struct
+from importlib import import_module
 from pathlib import Path
 
 import lightning as L
@@ -28,6 +29,12 @@ def attach(data: ImageDataModule, config=GREY) -> ImageDataModule:
     data.trainer = trainer
     data.setup("fit")
     return data
+
+
+@pytest.mark.parametrize("name", ["geolora_pl.data", "geolora_pl.tasks"])
+def test_what_is_imported_at_its_first_use_is_listed_before(name):
+    package = import_module(name)
+    assert dir(package) == sorted(package.__all__)
 
 
 def write_idx(path: Path, array: np.ndarray, compress: bool) -> None:

@@ -29,7 +29,7 @@ __all__ = [
     "TinyImageNet",
 ]
 
-__getattr__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "cifar": ["CIFAR10", "CIFAR100"],

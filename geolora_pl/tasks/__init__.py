@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageClassification", "TextClassification"]
 
-__getattr__ = lazy_exports(__name__, {"image": ["ImageClassification"], "text": ["TextClassification"]})
+__getattr__, __dir__ = lazy_exports(__name__, {"image": ["ImageClassification"], "text": ["TextClassification"]})
