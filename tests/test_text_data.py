@@ -67,7 +67,7 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".CSV", ".tsv", ".jsonl", ".parquet"])
 def test_every_format_gives_the_texts_as_they_stand(tmp_path, suffix):
     file = write(tmp_path / f"train{suffix}", id=range(6), label=LABELS, text=TEXTS, second=TEXTS[::-1])
     data = TextFiles(file, pair_column="second")
@@ -95,10 +95,13 @@ def test_a_quoted_line_break_belongs_to_the_text_and_a_byte_order_mark_to_none(t
         ([10, 2, 2, 10], {}, ["2", "10"], [1, 0, 0, 1]),
         ([True, False, False, True], {}, ["false", "true"], [1, 0, 0, 1]),
         (["b", "a", "a", "b"], {"labels": ["b", "a"]}, ["b", "a"], [0, 1, 1, 0]),
+        ([" 1", "0", "1 ", "10"], {}, ["0", "1", "10"], [1, 0, 1, 2]),
+        (["a ", " a", "b", "b"], {"labels": ["b ", "a"]}, ["b ", "a"], [1, 1, 0, 0]),
+        (["2024-01-02", "2024-01-01"] * 2, {}, ["2024-01-01", "2024-01-02"], [1, 0, 1, 0]),
         ([1, 2, 3, 4], {"regression": True}, [], [1.0, 2.0, 3.0, 4.0]),
         ([1.0, 2.0, 3.0, 4.0], {}, [], [1.0, 2.0, 3.0, 4.0]),
         ([0.5, 2, 3.25, 4], {}, [], [0.5, 2.0, 3.25, 4.0]),
-        ([0.5, 2, 0.5, 2], {"regression": False}, ["0.5", "2"], [0, 1, 0, 1]),
+        ([0.5, 2, 0.5, 10], {"regression": False}, ["0.5", "2", "10"], [0, 1, 0, 2]),
     ],
 )
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -147,10 +150,48 @@ def test_categories_of_pandas_are_what_they_stand_for(tmp_path):
         TextFiles(file, labels=["x", "z"]).load_splits()
 
 
-def test_a_missing_text_is_refused_with_its_row(tmp_path):
-    file = write(tmp_path / "train.jsonl", text=["a", None], label=["x", "y"])
-    with pytest.raises(ValueError, match="row 2 has text=None, which is no text"):
+@pytest.mark.parametrize(("suffix", "missing"), [(".csv", ""), (".tsv", ""), (".jsonl", None), (".parquet", None)])
+def test_a_missing_text_is_an_empty_one_and_said(tmp_path, capfd, suffix, missing):
+    file = write(tmp_path / f"train{suffix}", text=["a", missing, missing], label=["x", "y", "x"])
+    assert TextFiles(file).load_splits()["train"]["text"][:] == ["a", "", ""]
+    assert f"train{suffix}: text is empty in 2 rows, row 2 first" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_predictions_keep_to_the_lines_of_a_file_of_texts_alone(tmp_path, train, suffix):
+    (tmp_path / f"new{suffix}").write_text("text\na\n\nb\n")
+    predict = TextFiles(train, predict_file=str(tmp_path / f"new{suffix}")).load_splits()["predict"]
+    assert predict["text"][:] == ["a", "", "b"]
+
+
+def test_a_text_that_looks_like_a_date_stays_as_it_is(tmp_path):
+    file = write(tmp_path / "train.jsonl", text=["2024-01-01", "2024-01-02T10:00:00Z"], label=["x", "y"])
+    assert TextFiles(file).load_splits()["train"]["text"][:] == ["2024-01-01", "2024-01-02T10:00:00Z"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_a_column_of_lists_is_refused(tmp_path, suffix, column):
+    columns = {"text": ["a", "b"], "label": ["x", "y"], column: [["a"], ["b"]]}
+    file = write(tmp_path / f"train{suffix}", **columns)
+    with pytest.raises(ValueError, match=rf"train{suffix}: {column} holds list<.*>, and must hold strings or numbers"):
         TextFiles(file).load_splits()
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a", "label": 0}]', '[\n{"text": "a", "label": 0}\n]'])
+def test_a_json_file_that_is_one_list_is_told_its_form(tmp_path, content):
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(ValueError, match=r"train\.json cannot be read: .*; it must hold one object a line"):
+        TextFiles(str(tmp_path / "train.json")).load_splits()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_regression_that_nobody_asked_for_is_said_with_what_to_do(tmp_path, capfd, suffix):
+    file = write(tmp_path / f"train{suffix}", text=["a", "b", "c"], label=[0.0, 1.0, 1.0])
+    for regression, said in ((None, True), (True, False), (False, False)):
+        TextFiles(file, regression=regression).load_splits()
+        message = "label holds numbers with decimals, so this is a regression; set regression: false"
+        assert (message in "".join(capfd.readouterr())) == said
 
 
 def test_an_unknown_label_of_another_split_is_refused_with_its_row(tmp_path, train):
@@ -182,6 +223,10 @@ def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
         ({"num_workers": -1}, "num_workers=-1"),
         ({"labels": ["a", "a"]}, "labels=.*each once"),
         ({"labels": ["a", "b"], "regression": True}, "labels=.*none in a regression"),
+        ({"labels": [0, 1]}, r"labels=\[0, 1\] must name two or more classes as strings"),
+        ({"label_column": "text"}, "text_column='text', .*label_column='text' must be different columns"),
+        ({"pair_column": "label"}, "pair_column='label' and label_column='label' must be different columns"),
+        ({"pair_column": "text"}, "pair_column='text' .* must be different columns"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):
@@ -210,9 +255,16 @@ def test_the_part_held_out_keeps_the_shares_of_the_classes_and_depends_on_the_se
     assert texts_of(1) != [train, val]
 
 
-def test_a_part_that_cannot_be_held_out_is_refused(tmp_path):
-    file = write(tmp_path / "train.tsv", text=["a", "b", "c"], label=["x", "x", "y"])
-    with pytest.raises(ValueError, match=r"val_fraction=0\.3 of 3 texts is 1, .*give texts for validation"):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("xxyy", r"val_fraction=0\.3 of 4 texts is 1, .*give texts for validation"),
+        ("xxyx", r"class 'y' has one text, .*drop the class, or give texts for validation"),
+    ],
+)
+def test_a_part_that_cannot_be_held_out_is_refused(tmp_path, labels, message):
+    file = write(tmp_path / "train.tsv", text=["a", "b", "c", "d"], label=labels)
+    with pytest.raises(ValueError, match=message):
         attach(TextFiles(file, val_fraction=0.3, cache_dir=tmp_path))
 
 
@@ -246,6 +298,29 @@ def test_a_data_set_of_the_hub_by_its_folder(tmp_path):
         TextHub(str(tmp_path)).load_splits()
     with pytest.raises(ValueError, match=r"dataset='.*gone', subset=None cannot be loaded"):
         TextHub(str(tmp_path / "gone")).load_splits()
+
+
+@pytest.mark.parametrize("labels", [datasets.Value("float32"), datasets.ClassLabel(names=["low", "high"])])
+@pytest.mark.parametrize("splits", [None, {"train": "train", "test": "test"}])
+def test_a_test_set_of_the_hub_with_hidden_labels_is_there_to_predict(tmp_path, labels, splits):
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+    for split, of_split in (("train", [1, 0]), ("test", [-1, -1])):
+        table = datasets.Dataset.from_dict({"text": TEXTS[:2], "label": of_split}, features=features)
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    found = TextHub(str(tmp_path), splits=splits).load_splits()
+    assert {name: split.column_names for name, split in found.items()} == {
+        "train": ["text", "label"],
+        "predict": ["text"],
+    }
+
+
+@pytest.mark.parametrize(("pair", "special"), [(None, 2), ("second", 3)])
+def test_a_length_that_the_special_tokens_fill_is_refused(tmp_path, pair, special):
+    file = write(tmp_path / "train.tsv", text=TEXTS, second=TEXTS, label=LABELS)
+    settings = {"pair_column": pair, "val_fraction": 0.5, "cache_dir": tmp_path}
+    with pytest.raises(ValueError, match=f"max_length={special} leaves no room .* the tokenizer's {special} special"):
+        attach(TextFiles(file, max_length=special, **settings))
+    assert attach(TextFiles(file, max_length=special + 1, **settings)).splits
 
 
 def test_pairs_are_cut_to_the_limit_and_padded_to_the_longest_of_the_batch(tmp_path):

@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
 
-from geolora_pl.data.settings import check_loading
+from geolora_pl.data.settings import settle_num_workers
 
 Sample = tuple[Image.Image, int]
 
@@ -85,7 +85,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
-        self.num_workers = check_loading(batch_size, val_fraction, num_workers)
+        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
         self.augment = augment
         self.splits: dict[str, Dataset[Sample]] = {}
 

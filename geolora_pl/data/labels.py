@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
+from lightning.pytorch.utilities import rank_zero_info
 
 
 def to_dataset(
     table: pa.Table, texts: Sequence[str], label: str | None, classes: Mapping[str, str], source: object
 ) -> datasets.Dataset:
     """Name the columns ``text``, ``text_pair`` and ``label``, and turn labels into class indices or numbers.
+
+    A missing text is an empty one, since CSV cannot tell them apart; the number of such rows is said.
 
     Args:
         table: What was read.
@@ -25,7 +28,7 @@ def to_dataset(
         The data set; ``label`` is a ``ClassLabel`` or a float.
 
     Raises:
-        ValueError: A text is missing, or a label is missing or unknown; the row is named, the first one is 1.
+        ValueError: A label is missing or unknown; the row is named, the first one is 1.
 
     Example:
         >>> table = pa.table({"review": ["good", "bad"], "stars": ["5", "1"]})
@@ -34,11 +37,15 @@ def to_dataset(
     """
     columns = {}
     for name, column in zip(("text", "text_pair"), texts, strict=False):
-        _refuse(table[column], table[column].is_null(), source, column, "is no text: leave the row out, or fill it")
-        columns[name] = table[column].cast(pa.string())
+        columns[name] = table[column].cast(pa.string()).fill_null("")
+        empty = pc.equal(columns[name], "")
+        if count := pc.sum(empty).as_py():
+            rank_zero_info(
+                f"{source}: {column} is empty in {count} rows, row {pc.index(empty, True).as_py() + 1} first"
+            )
     features = {name: datasets.Value("string") for name in columns}
     if label is not None and classes:
-        indices = pc.index_in(as_strings(table[label]), value_set=pa.array(list(classes), pa.string()))
+        indices = pc.index_in(as_strings(table[label]), value_set=as_strings(pa.array(list(classes))))
         why = f"is none of the labels {', '.join(classes)}: mend the row, or name all labels"
         _refuse(table[label], indices.is_null(), source, label, why)
         columns["label"] = indices.cast(pa.int64())
@@ -52,9 +59,9 @@ def to_dataset(
     return datasets.Dataset(pa.table(columns), info=datasets.DatasetInfo(features=datasets.Features(features)))
 
 
-def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Labels as the words by which they are mapped to classes: the number 1 is ``"1"``."""
-    return column.cast(pa.string())
+def as_strings(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Labels as the words by which they are mapped to classes: the number 1 is ``"1"``, and so is ``" 1 "``."""
+    return pc.utf8_trim_whitespace(column.cast(pa.string()))
 
 
 def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 
-def check_loading(batch_size: int, val_fraction: float, num_workers: int | None) -> int:
-    """Check the settings of splits and loaders.
+def settle_num_workers(batch_size: int, val_fraction: float, num_workers: int | None) -> int:
+    """The number of loader processes, once the settings of splits and loaders are checked.
 
     Returns:
         The number of loader processes: the given one, or as many as there are cores beyond the first two, at most 8.

@@ -1,4 +1,4 @@
-"""Tables from files: CSV, TSV, JSON lines and Parquet, each text as it stands in the file."""
+"""Tables of plain columns from files: CSV, TSV, JSON lines and Parquet."""
 
 from __future__ import annotations
 
@@ -17,39 +17,51 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
     """Read some columns of a file, by its suffix.
 
     In ``.csv`` a field may be quoted; in ``.tsv`` quotes are data. Both are read as UTF-8, every column as strings;
-    ``.jsonl`` (or ``.json`` with one object a line) and ``.parquet`` know their types.
+    ``.jsonl`` (or ``.json`` with one object a line) and ``.parquet`` know their types, and a string is one also where
+    it looks like a date.
 
     Args:
         path: The file.
         columns: The columns to keep, in this order.
 
     Raises:
-        ValueError: The file is missing, empty, broken or of another kind, or a column is not there.
+        ValueError: The file is missing, empty, broken or of another kind, or a column is not there or not plain.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}: the ending says how it is read")
-    if path.suffix in (".csv", ".tsv"):
-        return read_delimited(path, columns, tab=path.suffix == ".tsv")
+    if suffix in (".csv", ".tsv"):
+        return read_delimited(path, columns, tab=suffix == ".tsv")
     _refuse_missing(path)
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             with parquet.ParquetFile(path) as file:
                 there, table = file.schema_arrow.names, file.read(columns=list(columns))
         else:
-            table = json.read_json(path, read_options=json.ReadOptions(block_size=_BLOCK))
+            table = _read_json_lines(path)
             there = table.column_names
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        remedy = "" if suffix == ".parquet" else "; it must hold one object a line"
+        raise ValueError(f"{path} cannot be read: {error}{remedy}") from error
     if not set(columns) <= set(there):
         raise _absent(path, columns, there)
-    return _not_empty(path, _plain(table.select(list(columns))))
+    return _not_empty(path, plain(table.select(list(columns)), path))
+
+
+def _read_json_lines(path: Path) -> pa.Table:
+    read = json.ReadOptions(block_size=_BLOCK)
+    table = json.read_json(path, read_options=read)
+    dates = [(field.name, pa.string()) for field in table.schema if pa.types.is_temporal(field.type)]
+    if not dates:
+        return table
+    return json.read_json(path, read_options=read, parse_options=json.ParseOptions(explicit_schema=pa.schema(dates)))
 
 
 def read_delimited(
     path: Path, columns: Sequence[str], *, tab: bool, header: Sequence[str] = (), skip_malformed: bool = False
 ) -> pa.Table:
-    """Read some columns of a file of lines, as strings.
+    """Read some columns of a file of lines, as strings; an empty line is a row where there is but one column.
 
     Args:
         path: The file; a byte-order mark at its start is no data.
@@ -69,10 +81,14 @@ def read_delimited(
         malformed.append(row)
         return "skip" if skip_malformed else "error"
 
+    delimiter = "\t" if tab else ","
+    with path.open("rb") as file:
+        one_column = delimiter.encode() not in file.readline()
     parse = csv.ParseOptions(
-        delimiter="\t" if tab else ",",
+        delimiter=delimiter,
         quote_char=False if tab else '"',
         newlines_in_values=not tab,
+        ignore_empty_lines=not one_column,
         invalid_row_handler=skip,
     )
     # A row has no number, for a message, where several threads read.
@@ -108,9 +124,15 @@ def _absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> ValueEr
     return ValueError(f"{path} has no column {', '.join(map(repr, absent))}; it has {', '.join(map(repr, there))}")
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Columns of pandas' categories as the values that they stand for."""
+def plain(table: pa.Table, source: object) -> pa.Table:
+    """Columns of pandas' categories as the values that they stand for, the others as they are.
+
+    Raises:
+        ValueError: A column holds lists or structures.
+    """
     for index, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            raise ValueError(f"{source}: {field.name} holds {field.type}, and must hold strings or numbers")
         if pa.types.is_dictionary(field.type):
             table = table.set_column(index, field.name, table[index].cast(field.type.value_type))
     return table

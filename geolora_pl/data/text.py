@@ -14,20 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from geolora_pl.data.sampler import ShuffledSampler
-from geolora_pl.data.settings import check_loading
+from geolora_pl.data.settings import settle_num_workers
 from geolora_pl.data.tokens import tokenize, tokenizer_hash
 
 
 class TextDataModule(L.LightningDataModule):
     """The base of the text sources: a subclass names its classes and loads its texts.
 
-    Texts are tokenized by the tokenizer of the model that is trained on them, which the task offers as ``tokenizer``:
-    once, before training, and from then on read from a cache on disk that notices when a text, the tokenizer or a
-    setting changes. A batch is padded to its longest text.
+    Texts are tokenized by the tokenizer of the model that is trained on them, which the task offers as ``tokenizer``,
+    and ``max_positions`` beside it where the model has only so many: once, before training, and from then on read from
+    a cache on disk that notices when a text, the tokenizer or a setting changes. A batch is padded to its longest text.
 
     Args:
         batch_size: Texts or pairs a step and process, at least 1.
-        max_length: Tokens that a text or pair is cut to, at least 1; by default the limit of the tokenizer.
+        max_length: Tokens that a text or pair is cut to, special ones included; by default the limit of the tokenizer.
         val_fraction: The share of the training texts held out for validation where the source has no split of its
             own, in (0, 1); every class keeps its share.
         seed: Seed of the splits and of the order of the training texts.
@@ -57,7 +57,7 @@ class TextDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.val_fraction = val_fraction
         self.seed = seed
-        self.num_workers = check_loading(batch_size, val_fraction, num_workers)
+        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
         self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
@@ -93,9 +93,9 @@ class TextDataModule(L.LightningDataModule):
         """Read the texts; needs no trainer.
 
         Returns:
-            Data sets by name: ``train``, and where the source has them ``val``, ``test`` and ``predict``, or several
-            of a kind as ``val`` and ``val_other``. Columns are ``text``, ``text_pair`` for pairs, and ``label``, a
-            class index or a number, where labels are known.
+            Data sets by name: ``train``, and where the source has them ``val``, ``test`` and ``predict``; of ``val``
+            and ``predict`` there may be several, as ``val`` and ``val_other``. Columns are ``text``, ``text_pair`` for
+            pairs, and ``label``, a class index or a number, where labels are known.
         """
         raise NotImplementedError(f"{type(self).__name__} must load its texts")
 
@@ -106,19 +106,38 @@ class TextDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load the texts, hold out a part of ``train`` where there is no ``val``, and tokenize."""
         tokenizer = self.tokenizer()
-        limit = self.max_length or tokenizer.model_max_length
-        if limit > 1_000_000:  # what tokenizers that know of no limit answer
-            raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give it")
+        limit = self._limit(tokenizer)
         if self._made_with == (made_with := (tokenizer_hash(tokenizer), limit)):
             return
         splits = self.load_splits()
+        special = tokenizer.num_special_tokens_to_add(
+            any("text_pair" in texts.column_names for texts in splits.values())
+        )
+        if limit <= special:
+            raise ValueError(
+                f"max_length={limit} leaves no room for a text beside the tokenizer's {special} special tokens"
+            )
         if "train" in splits and not _of_kind("val", splits):
             splits |= self._hold_out(splits["train"])
         self.splits = {name: tokenize(texts, tokenizer, limit, self.cache_dir, name) for name, texts in splits.items()}
         self._made_with = made_with
 
+    def _limit(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        limit = self.max_length or tokenizer.model_max_length
+        if limit > 1_000_000:  # what tokenizers that know of no limit answer
+            raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give it")
+        positions = getattr(self._module(), "max_positions", None)
+        if positions is not None and limit > positions:
+            raise ValueError(f"max_length={limit} is more than the {positions} positions of the model")
+        return limit
+
     def _hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
         count = round(self.val_fraction * len(texts))
+        if not self.is_regression and 1 in (counts := np.bincount(texts["label"][:]).tolist()):
+            raise ValueError(
+                f"class {self.class_names[counts.index(1)]!r} has one text, which cannot be both in training and held "
+                "out: drop the class, or give texts for validation"
+            )
         classes = None if self.is_regression else "label"
         try:
             parts = texts.train_test_split(count, seed=self.seed, stratify_by_column=classes, keep_in_memory=True)
@@ -135,14 +154,16 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             ValueError: It has none.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        tokenizer = getattr(module, "tokenizer", None)
+        tokenizer = getattr(self._module(), "tokenizer", None)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                f"{type(module).__name__} has no tokenizer: give it one, "
+                f"{type(self._module()).__name__} has no tokenizer: give it one, "
                 "tokenizer = transformers.AutoTokenizer.from_pretrained(...), so that texts become what it expects"
             )
         return tokenizer
+
+    def _module(self) -> L.LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
 
     def splits_of(self, kind: str) -> list[str]:
         """Names of the splits of a kind: ``splits_of("val")`` may be ``["val", "val_mismatched"]``."""

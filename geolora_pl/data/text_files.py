@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
+from lightning.pytorch.utilities import rank_zero_info
 
 from geolora_pl.data.labels import as_strings, to_dataset
-from geolora_pl.data.tables import read_table
+from geolora_pl.data.tables import plain, read_table
 from geolora_pl.data.text import TextDataModule
 
 
@@ -29,7 +30,8 @@ class LabelledTexts(TextDataModule):
         **kwargs: Arguments of :class:`TextDataModule`.
 
     Raises:
-        ValueError: ``labels`` holds one twice, or is given for a regression.
+        ValueError: ``labels`` holds one twice or what is no string, or is given for a regression, or two columns have
+            the same name.
     """
 
     def __init__(
@@ -42,9 +44,18 @@ class LabelledTexts(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if labels is not None and (regression or len(set(labels)) < max(2, len(labels))):
-            raise ValueError(f"labels={labels!r} must name two or more classes, each once, and none in a regression")
+        if labels is not None and (
+            regression or len(set(labels)) < max(2, len(labels)) or not all(isinstance(name, str) for name in labels)
+        ):
+            raise ValueError(
+                f"labels={labels!r} must name two or more classes as strings, each once, and none in a regression"
+            )
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
+        if len({*self.text_columns, label_column}) <= len(self.text_columns):
+            raise ValueError(
+                f"text_column={text_column!r}, pair_column={pair_column!r} and label_column={label_column!r} must be "
+                "different columns"
+            )
         self.label_column = label_column
         self.regression = regression
         self._labels = labels
@@ -67,6 +78,11 @@ class LabelledTexts(TextDataModule):
         if self._labels is None:
             source, table = tables["train"]
             self._labels = _find_labels(table[self.label_column], self.regression)
+            if not self._labels and self.regression is None:
+                rank_zero_info(
+                    f"{source}: {self.label_column} holds numbers with decimals, so this is a regression; set "
+                    "regression: false to make each of them a class"
+                )
             if len(self._labels) == 1:
                 raise ValueError(
                     f"{source}: every {self.label_column} is {self._labels[0]!r}: there must be two classes"
@@ -164,7 +180,7 @@ class TextHub(LabelledTexts):
                 raise ValueError(f"{self.dataset} has no split {theirs!r}; it has {', '.join(hub)}: set splits")
             source = f"{self.dataset} {theirs}"
             table = self._table(hub[theirs], ours, source)
-            if self.named_splits is None and table[-1].null_count == len(table):  # a test set with hidden labels
+            if ours == "test" and set(pc.unique(table[-1]).to_pylist()) <= {None, -1}:  # its labels are hidden
                 ours, table = "predict", table.select(self.text_columns)
             tables[ours] = (source, table)
         return tables
@@ -173,7 +189,7 @@ class TextHub(LabelledTexts):
         columns = self.text_columns if split == "predict" else [*self.text_columns, self.label_column]
         if absent := [name for name in columns if name not in texts.column_names]:
             raise ValueError(f"{source} has no column {absent[0]!r}; it has {', '.join(texts.column_names)}")
-        table: pa.Table = texts.select_columns(columns).with_format("arrow")[:]
+        table = plain(texts.select_columns(columns).with_format("arrow")[:], source)
         feature = texts.features[columns[-1]]
         if self.regression or not isinstance(feature, datasets.ClassLabel):
             return table
@@ -185,12 +201,14 @@ class TextHub(LabelledTexts):
 
 def _find_labels(column: pa.ChunkedArray, regression: bool | None) -> list[str]:
     """The classes, sorted, numbers by their value; none for a regression."""
-    values = pc.unique(column.drop_null())
-    whole = None if pa.types.is_floating(values.type) else _cast(values, pa.int64())
-    if regression or (regression is None and whole is None and _cast(values, pa.float64()) is not None):
+    words = pc.unique(as_strings(column.drop_null()))
+    words = words.filter(pc.not_equal(words, ""))
+    numbers = _cast(words, pa.float64())
+    decimals = pa.types.is_floating(column.type) or _cast(words, pa.int64()) is None
+    if regression or (regression is None and numbers is not None and decimals):
         return []
-    order = pc.sort_indices(values if whole is None else whole)
-    return [word for word in as_strings(values.take(order)).to_pylist() if word]
+    names: list[str] = words.take(pc.sort_indices(words if numbers is None else numbers)).to_pylist()
+    return names
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array | None:

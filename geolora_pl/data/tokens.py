@@ -69,9 +69,10 @@ def content_hash(dataset: datasets.Dataset) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does, which is the same before and after its first use and wherever it lies.
+    """A hash of what a tokenizer does, which is the same before and after its first use.
 
-    Calling a fast tokenizer leaves the truncation and padding of that call in its state; they do not count here.
+    Calling a fast tokenizer leaves the truncation and padding of that call in its state; they do not count here. That
+    of a slow one is of the whole object, with the folder from which it was loaded.
     """
     if not tokenizer.is_fast:
         return str(Hasher.hash(tokenizer))
