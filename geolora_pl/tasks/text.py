@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from geolora_pl.adapters import AdapterConfig
@@ -31,8 +33,8 @@ class TextClassification(GeoLoRAModule):
     """Adapt a pretrained transformer to the classes of a data set, or to numbers.
 
     Any model that ``AutoModelForSequenceClassification`` builds: encoders, and decoders with a classification head.
-    The head, and the pooler before it, are trained in full; what of them has no pretrained weights is made anew. One
-    class means a regression, with the squared error as loss.
+    The head, and the pooler before it, are trained in full; what of them has no pretrained weights is initialised
+    at random. One class means a regression, with the squared error as loss.
 
     A checkpoint holds the model and its configuration, and is loaded without data, hub or folder. It does not hold the
     tokenizer, which comes from ``model_name`` when texts are tokenized.
@@ -98,7 +100,6 @@ class TextClassification(GeoLoRAModule):
         if not hasattr(self, "model"):
             self._settle_classes()
         super().configure_model()
-        self._refuse_longer_than_positions()
 
     def _settle_classes(self) -> None:
         data = self._data()
@@ -117,11 +118,6 @@ class TextClassification(GeoLoRAModule):
     def _data(self) -> object:
         return getattr(self._trainer, "datamodule", None)
 
-    def _refuse_longer_than_positions(self) -> None:
-        wanted, positions = getattr(self._data(), "max_length", None), position_limit(self.model)
-        if wanted is not None and positions is not None and wanted > positions:
-            raise ValueError(f"max_length={wanted} is more than the {positions} positions of {self.model_name}")
-
     def build_model(self) -> nn.Module:
         """Load the model with a head for these classes."""
         config = load_config(self.model_name, self.model_args)
@@ -131,7 +127,7 @@ class TextClassification(GeoLoRAModule):
             config.pad_token_id = self.tokenizer.pad_token_id
         model, new = load_model(self.model_name, config, self.pretrained)
         if new:
-            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: made anew")
+            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: initialised at random")
         # From now on the weights are in the checkpoints, which must load where neither folder nor hub is at hand.
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
         return model
@@ -151,8 +147,16 @@ class TextClassification(GeoLoRAModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, with a padding token and the model's limit as ``model_max_length``."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.model_name, load_config(self.model_name, self.model_args))
+            tokenizer = load_tokenizer(self.model_name, load_config(self.model_name, self.model_args))
+            if self.max_positions is not None:
+                tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_positions)
+            self._tokenizer = tokenizer
         return self._tokenizer
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for; ``None`` if its positions are relative."""
+        return position_limit(load_config(self.model_name, self.model_args))
 
     def setup(self, stage: str) -> None:
         """Make the metrics, a set for every set of texts."""
@@ -197,8 +201,9 @@ class TextClassification(GeoLoRAModule):
         of_split = self.metrics[split]
         assert isinstance(of_split, nn.ModuleDict)
         for name, metric in of_split.items():
-            metric(predictions, labels)
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)  # type: ignore[arg-type]
+            assert isinstance(metric, Metric)
+            metric.update(predictions, labels)  # and no value of this batch alone, as a call makes: it may be undefined
+            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Probabilities of the classes (batch, classes), or numbers (batch,)."""
