@@ -45,7 +45,7 @@ IMAGES = {
     "model.init_args.head_lr": None,
     "model.init_args.warmup": 0.06,
     "model.init_args.head_warmup": 0.06,
-    "model.init_args.adapter.train_bias": True,
+    "model.init_args.adapter.train_bias": "all",
     "data.init_args.batch_size": 256,
     "geolora.tau": 0.15,
     "trainer.max_epochs": 5,
