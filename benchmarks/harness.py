@@ -45,7 +45,10 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     head_parameters = sum(p.numel() for head in task.heads for p in model.get_submodule(head).parameters())
     training = method.start(task, model, lr)
     optimizer = training.optimizer
-    schedule = warmup_cosine(optimizer, total_steps=task.steps, **warmup())
+    lengths = warmup()
+    if not any(group.get("adapters") for group in optimizer.param_groups):  # the head alone
+        lengths["warmup"] = lengths["head_warmup"]
+    schedule = warmup_cosine(optimizer, total_steps=task.steps, **lengths)
     evaluated_at = {round(task.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
 
     sized_at = {round(task.steps ** (i / (SIZES - 1))) for i in range(SIZES)}

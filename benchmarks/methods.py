@@ -227,11 +227,11 @@ _OF_OURS = tuple(float(f"{default_lr() * x:.1g}") for x in (0.1, 1 / 3, 1.0, 3.0
 _OF_LORA = (1e-3, 3e-3, 1e-2)
 LRS: dict[str, tuple[float, ...]] = {
     "geolora": _OF_OURS,
-    "lora": (3e-4, *_OF_LORA, 3e-2),
-    "adalora": (1e-3, 3e-3, 1e-2, 3e-2),
+    "lora": (3e-4, *_OF_LORA),
+    "adalora": (3e-3, 1e-2, 3e-2),
     "dora": _OF_LORA,
-    "pissa": (3e-4, 1e-3, 3e-3, 1e-2),
+    "pissa": (3e-4, 1e-3, 3e-3),
     "rslora": _OF_LORA,
-    "full": (3e-5, 1e-4, 3e-4, 1e-3),
+    "full": (3e-5, 1e-4, 3e-4),
     "head": (1e-3, 1e-2),
 }

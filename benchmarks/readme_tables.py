@@ -1,6 +1,6 @@
 """Write the tables of the documents from the committed results: ``python benchmarks/readme_tables.py``.
 
-In the README a table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is of ``TABLES``; the page of
+In ``DOCUMENTS`` a table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is of ``TABLES``; the page of
 the ablations is written whole.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from statistics import mean
 
 import ablations
 import matrix_approximation
@@ -19,6 +18,7 @@ import step_cost
 from sweep import RESULTS, read
 from tasks import ROOT
 
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
 NAMES = {
     "geolora": "geolora_pl",
     "lora": "LoRA r 8 (PEFT)",
@@ -45,21 +45,6 @@ def compare() -> str:
     return markdown(report.header(records), report.rows(records))
 
 
-def lr_sweep(name: str) -> str:
-    """Mean and spread of the score: a row a method, a column a learning rate."""
-    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
-    rates = sorted({r["lr"] for r in results if r["method"] != "head"})
-    rows = []
-    for method in dict.fromkeys(r["method"] for r in results):
-        runs = [r for r in results if r["method"] == method]
-        best = max({r["lr"] for r in runs}, key=lambda lr: mean(r["score"] for r in runs if r["lr"] == lr))
-        sizes = [r["parameters"] for r in runs if r["lr"] == best and "parameters" in r]
-        scores = [[r["score"] for r in runs if r["lr"] == lr] for lr in rates]
-        cells = [report.spread(of_rate) if of_rate else "" for of_rate in scores]
-        rows.append([method, f"{mean(sizes):,.0f}" if sizes else "", *cells])
-    return markdown(["", "parameters", *(f"{lr:g}" for lr in rates)], rows)
-
-
 def rank_adaptation_table() -> str:
     """Parameters and scores by start rank."""
     records = read(RESULTS / "rank_adaptation.jsonl")
@@ -80,8 +65,6 @@ def step_cost_table(size: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
-    "lr_sweep_digits": lambda: lr_sweep("lr_sweep_digits"),
-    "lr_sweep_sst2": lambda: lr_sweep("lr_sweep_sst2"),
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
     **{f"step_cost_{size}": lambda size=size: step_cost_table(size) for size in ("tiny", "small", "base")},
@@ -98,8 +81,9 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    texts = {document: with_tables(document.read_text()) for document in DOCUMENTS}  # all of them before any is written
+    for document, text in texts.items():
+        document.write_text(text)
     ablations.DOCUMENT.write_text(ablations.document(read(RESULTS / "ablations.jsonl")))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+NONE = "-"
 ALIVE = 0.03  # how far below its best score a learning rate may be
 
 Records = Sequence[dict[str, Any]]
@@ -20,16 +21,16 @@ class Summary:
 
     Attributes:
         lr: The best learning rate.
-        scores: At it, one a seed.
+        scores: At it, by seed.
         parameters: Active adapter parameters at it, the mean over the seeds.
         alive: Largest by smallest learning rate around the best whose score of the sweep is within ``ALIVE`` of it.
         curve: ``[step, seconds, score]`` on the way, means over the seeds.
     """
 
     lr: float
-    scores: list[float]
+    scores: dict[int, float]
     parameters: float
-    alive: float
+    alive: str
     curve: list[list[float]]
 
 
@@ -47,19 +48,22 @@ def summary(records: Records) -> Summary:
     whole = [r["scores"] for r in runs if len(r["scores"]) == max(len(r["scores"]) for r in runs)]
     return Summary(
         lr=lr,
-        scores=[r["score"] for r in runs],
+        scores={r["seed"]: r["score"] for r in runs},
         parameters=mean(r["parameters"] for r in runs),
         alive=alive(sweep),
         curve=[[mean(values) for values in zip(*points, strict=True)] for points in zip(*whole, strict=True)],
     )
 
 
-def alive(sweep: dict[float, float]) -> float:
+def alive(sweep: dict[float, float]) -> str:
     """Largest by smallest learning rate around the best whose score is within ``ALIVE`` of it, without a gap.
 
+    Returns:
+        The ratio, as a bound where these reach the edge of the sweep.
+
     Example:
-        >>> alive({0.001: 0.88, 0.01: 0.9, 0.1: 0.2, 1.0: 0.9})
-        10.0
+        >>> alive({0.001: 0.88, 0.01: 0.9, 0.1: 0.2, 1.0: 0.9}), alive({0.1: 0.2, 1.0: 0.9, 10.0: 0.1})
+        ('≥ 10', '1')
     """
     rates = sorted(sweep)
     best = max(rates, key=lambda lr: sweep[lr])
@@ -69,7 +73,8 @@ def alive(sweep: dict[float, float]) -> float:
         low -= 1
     while high + 1 < len(rates) and good[high + 1]:
         high += 1
-    return round(rates[high] / rates[low], 6)
+    at_edge = low == 0 or high == len(rates) - 1
+    return f"{'≥ ' if at_edge else ''}{rates[high] / rates[low]:.3g}"
 
 
 def reach(curve: list[list[float]], score: float) -> tuple[float, float] | None:
@@ -131,23 +136,31 @@ def rows(records: Records) -> list[list[str]]:
     for method in dict.fromkeys(r["method"] for r in records):
         of_method = [found.get((name, method)) for name in names]
         there = [s for s in of_method if s is not None]
-        cells = [method, *(spread(s.scores) if s else "" for s in of_method)]
-        whole = len(there) == len(names)
-        seeds = min(len(s.scores) for s in there)
-        cells.append(spread([mean(s.scores[i] for s in there) for i in range(seeds)]) if whole else "")
-        cells.append(" / ".join(f"{s.parameters:,.0f}" for s in there))
-        cells.append(" / ".join(f"{s.alive:.3g}" for s in there))
-        reached = [
-            (reach(s.curve, lora.curve[-1][2]), lora.curve[-1])
-            for name, s in zip(names, of_method, strict=True)
-            if s is not None and (lora := found.get((name, "lora"))) and lora.curve
-        ]
+        cells = [method, *(spread(s.scores.values()) if s else NONE for s in of_method)]
+        seeds = set.intersection(*(set(s.scores) for s in there))
+        means = [mean(s.scores[seed] for s in there) for seed in sorted(seeds)]
+        cells.append(spread(means) if len(there) == len(names) else NONE)
+        cells.append(" / ".join(f"{s.parameters:,.0f}" if s else NONE for s in of_method))
+        cells.append(" / ".join(s.alive if s else NONE for s in of_method))
         for axis in (0, 1):
-            cells.append(" / ".join(f"{at[axis] / end[axis]:.2f}" if at else "never" for at, end in reached))
+            parts = [
+                _part_of_lora(s, found.get((name, "lora")), axis) for name, s in zip(names, of_method, strict=True)
+            ]
+            cells.append(" / ".join(parts))
         lines.append(cells)
     return lines
 
 
-def spread(scores: Sequence[float]) -> str:
+def _part_of_lora(method: Summary | None, lora: Summary | None, axis: int) -> str:
+    """When the score is reached that LoRA ends with, in steps (axis 0) or seconds (1), as a part of LoRA's run."""
+    if method is None or lora is None or not lora.curve:
+        return NONE
+    end = lora.curve[-1]
+    at = reach(method.curve, end[2])
+    return f"{at[axis] / end[axis]:.2f}" if at else "never"
+
+
+def spread(values: Iterable[float]) -> str:
     """Mean and standard deviation."""
+    scores = list(values)
     return f"{mean(scores):.3f}" + (f" ± {stdev(scores):.3f}" if len(scores) > 1 else "")

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from report import best_lr
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
+_NOT_TOLD = ("jobs", "glue", "output", "document")  # arguments that change nothing in the results
 KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
 
 Record = dict[str, Any]
@@ -58,8 +60,9 @@ class Planned:
 
 
 def read(path: Path) -> list[Record]:
-    """The runs in a file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The runs in a file, each once; none if there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list({_key(record): record for record in map(json.loads, lines)}.values())
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,22 @@ class Sweep:
     def search(self, planned: Sequence[Planned], seeds: int) -> list[Record]:
         """Make the runs, and then those with more seeds at the best learning rate of each method on each task.
 
+        While the best one lies at the edge of those that were tried, the next one beyond it is tried, too.
+
         Args:
-            planned: Runs with seed 0.
+            planned: Runs with seed 0, learning rates in geometric steps.
             seeds: Seeds in all.
         """
         swept = self.make(planned)
         pairs = {(run.task, run.name): run for run in planned}
-        best = {pair: best_lr(r for r in swept if (r["task"], r["method"]) == pair) for pair in pairs}
+
+        def rates(pair: tuple[str, str]) -> tuple[float, list[float]]:
+            of_pair = [r for r in swept if (r["task"], r["method"]) == pair]
+            return best_lr(of_pair), sorted(r["lr"] for r in of_pair)
+
+        while beyond := [replace(run, lr=lr) for pair, run in pairs.items() if (lr := beyond_edge(*rates(pair)))]:
+            swept += self.make(beyond)
+        best = {pair: rates(pair)[0] for pair in pairs}
         more = [replace(run, lr=best[pair], seed=seed) for pair, run in pairs.items() for seed in range(1, seeds)]
         return swept + self.make(more)
 
@@ -116,6 +128,19 @@ class Sweep:
                 yield future.result()
         finally:  # an interruption loses the runs under way, not those that have ended
             pool.shutdown(cancel_futures=True)
+
+
+def beyond_edge(best: float, rates: Sequence[float]) -> float | None:
+    """The next learning rate beyond an edge at which the best one lies, in the step of the two there, to one digit.
+
+    Example:
+        >>> beyond_edge(0.01, [0.001, 0.003, 0.01]), beyond_edge(0.003, [0.001, 0.003, 0.01])
+        (0.03, None)
+    """
+    if len(rates) < 2 or rates[0] < best < rates[-1]:
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best**2 / neighbour:.1g}")
 
 
 def one(planned: Planned, glue: Path) -> Record:
@@ -155,6 +180,9 @@ def begin(script: str, args: Namespace) -> tuple[Sweep, dict[str, int]]:
         script: Name of the command, for the record.
         args: From :func:`parser`.
     """
-    command = f"python benchmarks/{script}.py --tasks {' '.join(args.tasks)} --seeds {args.seeds}"
-    steps = {name: args.steps or tasks.load(name, args.glue).steps for name in args.tasks}  # also pretrains held_out's
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in _NOT_TOLD}
+    words = [["--" + name, *map(str, value if isinstance(value, list) else [value])] for name, value in given.items()]
+    command = " ".join(["python", f"benchmarks/{script}.py", *chain.from_iterable(words)])
+    loaded = {name: tasks.load(name, args.glue).steps for name in args.tasks}  # also pretrains held_out's model, once
+    steps = {name: args.steps or of_task for name, of_task in loaded.items()}
     return Sweep(args.output, command, args.jobs, args.glue), steps

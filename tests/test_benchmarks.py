@@ -165,7 +165,7 @@ def runs(tmp_path, monkeypatch):
         calls.append((lr, seed))
         if lr < 0:
             raise RuntimeError("out of memory")
-        return {"score": lr, "seconds": 0.0, "parameters": 8}
+        return {"score": 1 - abs(lr - 0.2), "seconds": 0.0, "parameters": 8}
 
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(1))
     monkeypatch.setattr(tasks, "load", lambda name, glue: tiny_task())
@@ -183,7 +183,7 @@ def test_a_sweep_goes_on_where_it_stopped(runs):
         made.make([planned(0.1), planned(-1.0), planned(0.2)])
     assert [record["lr"] for record in sweep.read(made.path)] == [0.1]
     records = made.make([planned(0.1), planned(0.2)])
-    assert [record["score"] for record in records] == [0.1, 0.2]
+    assert [record["score"] for record in records] == [0.9, 1.0]
     assert calls.count((0.1, 0)) == 1
     assert records[0]["command"] == "a command"
     assert records[0]["machine"]["versions"]["torch"] == torch.__version__
@@ -203,7 +203,14 @@ def test_runs_of_other_settings_are_made_anew(runs):
 def test_a_search_gives_more_seeds_to_the_best_rate(runs):
     made, _ = runs
     records = made.search([planned(0.1), planned(0.3), planned(0.2)], seeds=3)
-    assert [(r["lr"], r["seed"]) for r in records] == [(0.1, 0), (0.3, 0), (0.2, 0), (0.3, 1), (0.3, 2)]
+    assert [(r["lr"], r["seed"]) for r in records] == [(0.1, 0), (0.3, 0), (0.2, 0), (0.2, 1), (0.2, 2)]
+
+
+@pytest.mark.parametrize(("tried", "beyond"), [([0.05, 0.1], [0.2, 0.4]), ([0.4, 0.8], [0.2, 0.1])])
+def test_a_search_goes_on_beyond_an_edge_where_the_best_rate_lies(runs, tried, beyond):
+    made, _ = runs
+    records = made.search([planned(lr) for lr in tried], seeds=1)
+    assert [r["lr"] for r in records] == tried + beyond
 
 
 def test_a_retraction_without_the_optimizer_leaves_the_moments():

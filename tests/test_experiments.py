@@ -32,15 +32,29 @@ def test_the_table_of_the_comparison():
         record("geolora", lr=1.0, score=0.98, parameters=90, seed=1),
     ]
     lora, geolora = report.rows(records)
-    assert lora == ["lora", "0.810 ± 0.014", "0.810 ± 0.014", "100", "10", "1.00", "1.00"]
-    assert geolora[:5] == ["geolora", "0.990 ± 0.014", "0.990 ± 0.014", "85", "1"]
+    assert lora == ["lora", "0.810 ± 0.014", "0.810 ± 0.014", "100", "≥ 10", "1.00", "1.00"]
+    assert geolora[:5] == ["geolora", "0.990 ± 0.014", "0.990 ± 0.014", "85", "≥ 1"]
     assert float(geolora[5]) == pytest.approx((10 + 10 * (0.81 - 0.495) / 0.495) / 20, abs=0.01)
     assert "| geolora_pl | 0.990" in readme_tables.markdown(report.header(records), [lora, geolora])
 
 
+def test_a_method_without_a_task_leaves_its_place_empty_and_seeds_are_matched():
+    records = [
+        record("lora", score=0.8),
+        record("lora", score=0.6, seed=1),
+        record("lora", task="sst2", score=0.5, seed=1),
+        record("lora", task="sst2", score=0.9),
+        record("dora", task="sst2", score=0.7),
+    ]
+    lora, dora = report.rows(records)
+    assert lora[3] == "0.700 ± 0.212"  # of .85 and .55, whatever the order of the runs
+    assert dora[1:5] == ["-", "0.700", "-", "- / 100"]
+
+
 def test_a_rate_is_alive_only_without_a_gap():
-    assert report.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91}) == 10
-    assert report.alive({0.1: 0.9}) == 1
+    assert report.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91, 1.0: 0.3}) == "10"
+    assert report.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91}) == "≥ 10"
+    assert report.alive({0.1: 0.9}) == "≥ 1"
     assert report.reach([[10, 1.0, 0.1]], 0.2) is None
 
 
@@ -49,9 +63,7 @@ def test_start_ranks_are_compared_and_drawn(tmp_path, monkeypatch):
     records = [record("2", parameters=100, score=0.9), record("4", parameters=120, score=0.88)]
     assert rank_adaptation.rows(records)[-1] == ["apart", "20%", "0.020"]
     rank_adaptation.draw(records)
-    assert (
-        "from 2" in (tmp_path / "rank_adaptation.svg").read_text() or (tmp_path / "rank_adaptation.svg").stat().st_size
-    )
+    assert (tmp_path / "rank_adaptation.svg").stat().st_size > 1000
 
 
 def test_the_page_of_the_ablations():
