@@ -61,6 +61,22 @@ class Built(Foreign):
             self.head = nn.Linear(8, 2)
 
 
+class Several(Foreign):
+    """Three optimizer steps a batch, by hand."""
+
+    def __init__(self, after_step=lambda: None):
+        super().__init__()
+        self.automatic_optimization = False
+        self.after_step = after_step
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(3):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+            self.after_step()
+
+
 def trainer(callback, *more, **settings):
     defaults = {
         "max_epochs": 1,
@@ -280,17 +296,6 @@ def test_a_run_shorter_than_the_cadence_is_refused_before_it_starts():
 
 
 def test_the_cadence_may_exceed_the_batches_where_steps_are_manual():
-    class Several(Foreign):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for _ in range(3):
-                self.optimizers().zero_grad()
-                self.manual_backward(super().training_step(batch, batch_idx))
-                self.optimizers().step()
-
     callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=9)
     trainer(callback).fit(Several(), loader())
     assert callback.integrator.adaptations == 2
@@ -398,20 +403,8 @@ def test_a_second_run_with_another_trainer_starts_anew():
 def test_several_manual_steps_a_batch_do_not_shorten_the_adapting_part(adapt_until, changing):
     seen = []
 
-    class Several(Foreign):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for _ in range(3):
-                self.optimizers().zero_grad()
-                self.manual_backward(super().training_step(batch, batch_idx))
-                self.optimizers().step()
-                seen.append(callback.integrator.rank_changes)
-
     callback = GeoLoRACallback(adapter=ADAPTER, adapt_until=adapt_until)
-    trainer(callback).fit(Several(), loader())
+    trainer(callback).fit(Several(lambda: seen.append(callback.integrator.rank_changes)), loader())
     assert seen == [True] * changing + [False] * (18 - changing)
 
 
