@@ -175,7 +175,7 @@ def draw(found: dict[str, dict[str, Any]], name: str) -> None:
         ax.barh(names, width, left=left, label=part)
         left = [a + b for a, b in zip(left, width, strict=True)]
     ax.set(xlabel="milliseconds a step", title=name)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figures.save(figure, f"step_cost_{name}")
 
 
