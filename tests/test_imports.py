@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "functional", "lazy", "loggers", "schedule"],
     ["adapters"],
     ["inject", "moments", "watch"],
-    ["optim", "integrator"],
+    ["optim", "integrator", "fingerprint"],
     ["callback"],
     ["module"],
     ["tasks", "cli"],
