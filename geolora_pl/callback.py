@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from geolora_pl.adapters import AdapterConfig
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
+from geolora_pl.resume import TrainingPosition
 
 
 def run_length(trainer: L.Trainer) -> float:
@@ -91,6 +92,7 @@ class GeoLoRACallback(L.Callback):
         self._restored: dict[str, Any] | None = None
         self._optimizer: Optimizer | None = None
         self._hook: RemovableHandle | None = None
+        self._position = TrainingPosition()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
@@ -180,6 +182,18 @@ class GeoLoRACallback(L.Callback):
             return self._restored.get("adapt_every")
         return self.integrator.adapt_every if trainer.global_step and self.integrator else None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go to the batch that comes next, where a run is resumed."""
+        self._position.train_starts(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember where the epoch starts."""
+        self._position.epoch_starts(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let a validation leave no trace in the random numbers of the training."""
+        self._position.validation_ended()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -188,6 +202,7 @@ class GeoLoRACallback(L.Callback):
             metrics = self._metrics()
             pl_module.log("rank/mean", metrics.pop("rank/mean"), prog_bar=True, rank_zero_only=True)
             pl_module.log_dict(metrics, rank_zero_only=True)
+        self._position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the loggers the ranks once an epoch, whatever their cadence."""
@@ -247,8 +262,11 @@ class GeoLoRACallback(L.Callback):
             "integrator": self.integrator.state_dict(),
             "optimizer": type(self._optimizer).__name__,
             "adapt_every": self.integrator.adapt_every,
+            "position": self._position.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the counters until the integrator is made."""
         self._restored = state_dict or None
+        if state_dict:
+            self._position.load_state_dict(state_dict["position"])

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from geolora_pl import functional
 from geolora_pl.adapters import FACTORS, GeoLoRALinear
+from geolora_pl.agreement import broadcast_packed, decides, processes
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.moments import transport_moments
-from geolora_pl.watch import StepWatch
+from geolora_pl.watch import OnNonfinite, StepWatch
 
 _REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
 _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error")
@@ -34,9 +35,14 @@ class RankAdaptiveIntegrator:
     the pending increments, and the integrator multiplies S by ``1 - lr * weight_decay`` for every step, with the lr of
     that step, at the retraction.
 
-    A step whose gradients are not all finite is skipped whole, head and moments included: just before the optimizer's
-    step the gradients of all its parameters are set to ``None``. The integrator sees the steps of any torch optimizer
-    that holds its adapters, from the first one on, without being told.
+    A step whose gradients are not all finite is skipped whole, head and moments included (or refused, with
+    ``on_nonfinite="raise"``): just before the optimizer's step the gradients of all its parameters are set to
+    ``None``. The integrator sees the steps of any torch optimizer that holds its adapters, from the first one on,
+    without being told.
+
+    Where several processes train together (``torch.distributed`` is initialised), rank 0 decides every retraction and
+    sends ranks and factors to the others in one message, so that all stay the same to the bit. They must hold the same
+    adapters and gradients that are already reduced, as with DDP.
 
     The defaults are Algorithm 1; those of :class:`~geolora_pl.GeoLoRACallback` are what was measured best.
 
@@ -56,10 +62,12 @@ class RankAdaptiveIntegrator:
             ``max_rank``.
         min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
 
     Raises:
         ValueError: An argument is out of range, the model has no adapters, or the budget is below what ``min_rank``
             asks for.
+        FloatingPointError: From the optimizer's step with ``on_nonfinite="raise"``; nothing has changed then.
 
     Example:
         >>> from geolora_pl import inject_adapters
@@ -80,6 +88,7 @@ class RankAdaptiveIntegrator:
         budget: int | None = None,
         min_rank: int = 1,
         adapt_every: int = 1,
+        on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         check_settings(tau, budget, min_rank, adapt_every)
         self.adapters = find_adapters(model)
@@ -102,7 +111,7 @@ class RankAdaptiveIntegrator:
             costs = [layer.in_features + layer.out_features for layer in layers]
             floors = [min(min_rank, layer.max_rank) for layer in layers]
             functional.ranks_by_budget([[]] * len(costs), floors, costs, budget, floors)  # raises if they exceed it
-        self._watch = StepWatch(model, self.adapters)
+        self._watch = StepWatch(model, self.adapters, on_nonfinite)
 
     @property
     def skipped_steps(self) -> int:
@@ -139,6 +148,10 @@ class RankAdaptiveIntegrator:
             return False
         self.retract(optimizer)
         return True
+
+    def require_gradients(self) -> None:
+        """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
+        self._watch.every_adapter_needs_a_gradient = True
 
     def close(self) -> None:
         """Stop watching the optimizer; the integrator is of no use after it."""
@@ -185,13 +198,12 @@ class RankAdaptiveIntegrator:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
         groups = _group_by_shape(self.adapters)
-        decompositions, pending = [], []
-        for names in groups:
-            U, S, V, K, L = self._stack(names)
-            decay = torch.tensor([self._watch.decay[name] for name in names], dtype=S.dtype, device=S.device)
-            decompositions.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
-            pending.append((K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1))
-        ranks = self._choose_ranks(groups, decompositions, pending)
+        if decides():
+            decompositions, ranks = self._decide(groups)
+        else:
+            decompositions, ranks = [self._empty_decomposition(names) for names in groups], {}
+        if processes() > 1:
+            ranks = self._agree(groups, decompositions, ranks)
 
         for names, decomposition in zip(groups, decompositions, strict=True):
             moved = [i for i, name in enumerate(names) if name in ranks]
@@ -201,6 +213,37 @@ class RankAdaptiveIntegrator:
         self.steps = 0
         self.adaptations += 1
         self._watch.forget_decay()
+
+    def _decide(self, groups: Sequence[Sequence[str]]) -> tuple[list[functional.Decomposition], dict[str, int]]:
+        """Where every adapter would go, and the new rank of those that move."""
+        decompositions, pending = [], []
+        for names in groups:
+            U, S, V, K, L = self._stack(names)
+            decay = torch.tensor([self._watch.decay[name] for name in names], dtype=S.dtype, device=S.device)
+            decompositions.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
+            pending.append((K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1))
+        return decompositions, self._choose_ranks(groups, decompositions, pending)
+
+    def _empty_decomposition(self, names: Sequence[str]) -> functional.Decomposition:
+        layer, B = self.adapters[names[0]], len(names)
+        U, V = (basis.new_empty(B, *basis.shape) for basis in (layer.U, layer.V))
+        return functional.Decomposition(U, U.new_empty(B, layer.max_rank), V)
+
+    def _agree(
+        self,
+        groups: Sequence[Sequence[str]],
+        decompositions: Sequence[functional.Decomposition],
+        ranks: Mapping[str, int],
+    ) -> dict[str, int]:
+        """Take over what rank 0 decided, in one message: linear algebra may differ between machines in its last bit."""
+        names = [name for group in groups for name in group]
+        device = decompositions[0].U.device
+        chosen = torch.tensor([ranks.get(name, -1) for name in names], device=device)  # -1: it does not move
+        error = torch.tensor(self.truncation_error, dtype=torch.float64, device=device)
+        factors = [(step.U, step.sigma[:, : step.U.shape[-1]], step.V) for step in decompositions]
+        broadcast_packed([chosen, error, *(factor for of_group in factors for factor in of_group)])
+        self.truncation_error = error.item()
+        return {name: rank for name, rank in zip(names, chosen.tolist(), strict=True) if rank >= 0}
 
     def _anything_pending(self) -> bool:
         return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))

@@ -6,15 +6,18 @@ import math
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geolora_pl.adapters import GeoLoRALinear
+from geolora_pl.agreement import anywhere
 from geolora_pl.errors import GeoLoRAWarning
+
+OnNonfinite = Literal["skip", "raise"]
 
 
 class StepWatch:
@@ -28,14 +31,23 @@ class StepWatch:
         decay: For each adapter, the product of ``1 - lr * weight_decay`` since :meth:`forget_decay`, with the lr of
             each step.
         skipped_steps: Steps skipped because a gradient was not finite.
+        every_adapter_needs_a_gradient: Raise where one has none, instead of a warning.
 
     Args:
         model: The model, for the names of its parameters.
         adapters: Its adapters by name.
+        on_nonfinite: What to do with a step whose gradient is not finite: ``skip`` it, or ``raise`` a
+            ``FloatingPointError`` before anything has changed.
     """
 
-    def __init__(self, model: nn.Module, adapters: Mapping[str, GeoLoRALinear]) -> None:
+    def __init__(
+        self, model: nn.Module, adapters: Mapping[str, GeoLoRALinear], on_nonfinite: OnNonfinite = "skip"
+    ) -> None:
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")
         self.adapters = adapters
+        self.on_nonfinite = on_nonfinite
+        self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
         self.skipped_steps = 0
         self.decay: dict[str, float] = {}
@@ -106,10 +118,16 @@ class StepWatch:
             names = {id(parameter): name for name, parameter in self._model.named_parameters()}
             for parameter in parameters:
                 parameter.grad = None
+            what = f"the gradient of {names.get(id(broken), 'a parameter')} is not finite"
+            # A gradient scaler that leaves the check to the optimizer overflows as a matter of course.
+            if self.on_nonfinite == "raise" and getattr(optimizer, "found_inf", None) is None:
+                raise FloatingPointError(
+                    f"{what}: no step was taken and nothing has changed; look at the last batch, lower lr, clip the "
+                    "gradients, or set on_nonfinite='skip'"
+                )
             self.skipped_steps += 1
             _warn(
-                f"the gradient of {names.get(id(broken), 'a parameter')} is not finite: this optimizer step is skipped "
-                "whole and nothing has changed; skipped_steps counts such steps"
+                f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps"
             )
             return
         trained = {name for name, layer in self.adapters.items() if layer.K.requires_grad}
@@ -129,6 +147,12 @@ class StepWatch:
                         self.decay[adapter] *= decay
 
     def _name_missing(self, missing: set[str], trained: set[str]) -> None:
+        if missing and self.every_adapter_needs_a_gradient:
+            raise ValueError(
+                f"no gradient reaches the adapters {', '.join(sorted(missing))} in this process, and the others would "
+                "wait for it without an end: add the layers to exclude_modules, or let every process use the same "
+                "layers, or set find_unused_parameters of the strategy"
+            )
         new = missing - self._without_gradient
         if not new:
             return
@@ -150,11 +174,28 @@ def _warn(message: str) -> None:
 
 
 def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
-    """The first parameter with a gradient that is not finite; one wait for the device if all are."""
-    values = [g.coalesce().values() if g.is_sparse else g for p in parameters if (g := p.grad) is not None]
-    checked = [(p, value) for p, value in zip(parameters, values, strict=True) if value.numel()]
+    """The first parameter with a gradient that is not finite; one wait for the device if all are.
+
+    A process holds a part only of a sharded parameter: what one finds there counts for all.
+    """
+    checked = [(p, values) for p in parameters if (values := _values(p.grad)).numel()]
     if not checked:
         return None
-    largest = torch._foreach_norm([value for _, value in checked], ord=math.inf)
+    largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
     finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
-    return None if finite.all() else checked[int(finite.logical_not().int().argmax())][0]
+    broken = ~finite.all()
+    if any(_is_sharded(p) for p in parameters):
+        broken = anywhere(broken)
+    return checked[int(finite.logical_not().int().argmax())][0] if broken else None
+
+
+def _values(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    if _is_sharded(gradient):
+        local: Tensor = gradient.to_local()  # type: ignore[attr-defined]
+        return local
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor, whose import takes a second

@@ -13,10 +13,10 @@ import geolora_pl.tasks
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
-    ["errors", "functional", "lazy", "loggers", "schedule"],
+    ["agreement", "errors", "functional", "lazy", "loggers", "schedule"],
     ["adapters"],
     ["inject", "moments", "watch"],
-    ["optim", "integrator", "fingerprint"],
+    ["optim", "integrator", "fingerprint", "resume"],
     ["callback"],
     ["module"],
     ["tasks", "cli"],

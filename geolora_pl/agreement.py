@@ -1,0 +1,56 @@
+"""Several processes, one decision: what rank 0 computed replaces what the others have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def processes() -> int:
+    """How many processes train together; one where ``torch.distributed`` is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def decides() -> bool:
+    """Whether this process is the one whose decisions count."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def broadcast_packed(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors in place with those of rank 0, all of them in one message.
+
+    Args:
+        tensors: Of any dtypes and shapes, on one device; every process passes the same dtypes and shapes.
+
+    Example:
+        >>> broadcast_packed([torch.zeros(3)])  # one process: nothing happens
+    """
+    if processes() == 1:
+        return
+    as_bytes = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    message = torch.cat(as_bytes)
+    dist.broadcast(message, src=0)
+    for tensor, part in zip(tensors, message.split([len(b) for b in as_bytes]), strict=True):
+        tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # a clone is aligned for any dtype
+
+
+def average(gradients: Sequence[Tensor]) -> None:
+    """Overwrite tensors of one dtype in place with their mean over the processes, all of them in one message."""
+    if processes() == 1 or not gradients:
+        return
+    message = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(message)
+    parts = (message / processes()).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(list(gradients), [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)])
+
+
+def anywhere(flag: Tensor) -> Tensor:
+    """Whether a condition, a boolean tensor without dimensions, holds in any process."""
+    if processes() == 1:
+        return flag
+    count = flag.to(torch.int32)
+    dist.all_reduce(count)
+    return count > 0
