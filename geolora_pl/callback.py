@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.adapters import AdapterConfig
+from geolora_pl.checkpoints import WholeFiles, describe_base, shrink
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
 from geolora_pl.resume import TrainingPosition
+from geolora_pl.watch import OnNonfinite
 
 
 def run_length(trainer: L.Trainer) -> float:
@@ -57,6 +62,10 @@ class GeoLoRACallback(L.Callback):
             a run of less than 100 (:func:`usual_cadence`); a run that is resumed keeps its own.
         adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on at the
             ranks found.
+        on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
+            has changed.
+        small_checkpoints: Whether checkpoints leave out the frozen weights. The module must bring the same base when
+            such a one is loaded; its hash is compared.
         adapter: What to adapt in a module that has no adapters of its own; by default ``AdapterConfig()``. Name a new
             head in ``modules_to_save``, or it stays frozen.
 
@@ -64,6 +73,7 @@ class GeoLoRACallback(L.Callback):
         ValueError: An argument is out of range, or the run cannot work: the module's optimizers do not hold the
             adapters, weights are averaged, or the run is shorter than ``adapt_every``.
         RuntimeError: Training ended without a single adaptation.
+        FloatingPointError: A gradient is not finite, with ``on_nonfinite="raise"``.
 
     Example:
         >>> trainer = L.Trainer(callbacks=GeoLoRACallback(tau=0.2), logger=False)
@@ -76,9 +86,11 @@ class GeoLoRACallback(L.Callback):
         min_rank: int = 1,
         adapt_every: int | None = None,
         adapt_until: float = 1.0,
+        on_nonfinite: OnNonfinite = "skip",
+        small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
     ) -> None:
-        check_settings(tau, budget, min_rank, 1 if adapt_every is None else adapt_every)
+        check_settings(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, on_nonfinite)
         if not 0 < adapt_until <= 1:
             raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
         self.tau = tau
@@ -86,6 +98,8 @@ class GeoLoRACallback(L.Callback):
         self.min_rank = min_rank
         self.adapt_every = adapt_every
         self.adapt_until = adapt_until
+        self.on_nonfinite = on_nonfinite
+        self.small_checkpoints = small_checkpoints
         self.adapter = adapter
         self.integrator: RankAdaptiveIntegrator | None = None
         self._injected = False
@@ -93,9 +107,12 @@ class GeoLoRACallback(L.Callback):
         self._optimizer: Optimizer | None = None
         self._hook: RemovableHandle | None = None
         self._position = TrainingPosition()
+        self._base: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
+        if type(trainer.strategy._checkpoint_io) in (NoneType, TorchCheckpointIO, WholeFiles):  # not the user's own
+            trainer.strategy._checkpoint_io = WholeFiles(pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
             if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                 raise ValueError(
@@ -129,7 +146,14 @@ class GeoLoRACallback(L.Callback):
         """Check the run before its first step and start to follow the optimizer."""
         steps = run_length(trainer)
         adapt_every = self.adapt_every or self._cadence_so_far(trainer) or usual_cadence(steps)
-        integrator = RankAdaptiveIntegrator(pl_module, self.tau, self.budget, self.min_rank, adapt_every)
+        integrator = RankAdaptiveIntegrator(
+            pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.on_nonfinite
+        )
+        wrapped = trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel) and not (
+            wrapped.find_unused_parameters or wrapped.static_graph
+        ):
+            integrator.require_gradients()
         factors = {id(layer.K) for layer in integrator.adapters.values()}
         holders = [
             optimizer
@@ -253,6 +277,12 @@ class GeoLoRACallback(L.Callback):
             self._hook = None
         if self.integrator is not None:
             self.integrator.close()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave the base out, if asked to."""
+        if self.small_checkpoints:
+            self._base = self._base or describe_base(pl_module)  # it does not change
+            shrink(checkpoint, pl_module, self._base)
 
     def state_dict(self) -> dict[str, Any]:
         """The integrator's counters, for a run that is resumed."""

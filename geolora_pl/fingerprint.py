@@ -67,6 +67,8 @@ def base_hash(model: nn.Module, trained: Collection[str]) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    if hasattr(tensor, "full_tensor"):  # sharded
+        tensor = tensor.full_tensor()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)
     flat: bytes = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from geolora_pl import functional
-from geolora_pl.adapters import FACTORS, GeoLoRALinear
-from geolora_pl.agreement import broadcast_packed, decides, processes
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.moments import transport_moments
+from geolora_pl.plan import plan_retraction, stack
 from geolora_pl.watch import OnNonfinite, StepWatch
 
 _REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
@@ -90,7 +88,7 @@ class RankAdaptiveIntegrator:
         adapt_every: int = 1,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        check_settings(tau, budget, min_rank, adapt_every)
+        check_settings(tau, budget, min_rank, adapt_every, on_nonfinite)
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
@@ -197,103 +195,20 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
-        groups = _group_by_shape(self.adapters)
-        if decides():
-            decompositions, ranks = self._decide(groups)
-        else:
-            decompositions, ranks = [self._empty_decomposition(names) for names in groups], {}
-        if processes() > 1:
-            ranks = self._agree(groups, decompositions, ranks)
-
-        for names, decomposition in zip(groups, decompositions, strict=True):
-            moved = [i for i, name in enumerate(names) if name in ranks]
+        tau = self.tau if self.rank_changes else None
+        plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
+        for names, step in zip(plan.groups, plan.steps, strict=True):
+            moved = [i for i, name in enumerate(names) if name in plan.ranks]
             if moved:
-                of_moved = functional.Decomposition(*(values[moved] for values in decomposition))
-                self._move([names[i] for i in moved], of_moved, ranks, optimizer)
+                of_moved = functional.Decomposition(*(values[moved] for values in step))
+                self._move([names[i] for i in moved], of_moved, plan.ranks, optimizer)
+        self.truncation_error = plan.truncation_error
         self.steps = 0
         self.adaptations += 1
         self._watch.forget_decay()
 
-    def _decide(self, groups: Sequence[Sequence[str]]) -> tuple[list[functional.Decomposition], dict[str, int]]:
-        """Where every adapter would go, and the new rank of those that move."""
-        decompositions, pending = [], []
-        for names in groups:
-            U, S, V, K, L = self._stack(names)
-            decay = torch.tensor([self._watch.decay[name] for name in names], dtype=S.dtype, device=S.device)
-            decompositions.append(functional.decompose(U, S * decay[:, None, None], V, K, L))
-            pending.append((K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1))
-        return decompositions, self._choose_ranks(groups, decompositions, pending)
-
-    def _empty_decomposition(self, names: Sequence[str]) -> functional.Decomposition:
-        layer, B = self.adapters[names[0]], len(names)
-        U, V = (basis.new_empty(B, *basis.shape) for basis in (layer.U, layer.V))
-        return functional.Decomposition(U, U.new_empty(B, layer.max_rank), V)
-
-    def _agree(
-        self,
-        groups: Sequence[Sequence[str]],
-        decompositions: Sequence[functional.Decomposition],
-        ranks: Mapping[str, int],
-    ) -> dict[str, int]:
-        """Take over what rank 0 decided, in one message: linear algebra may differ between machines in its last bit."""
-        names = [name for group in groups for name in group]
-        device = decompositions[0].U.device
-        chosen = torch.tensor([ranks.get(name, -1) for name in names], device=device)  # -1: it does not move
-        error = torch.tensor(self.truncation_error, dtype=torch.float64, device=device)
-        factors = [(step.U, step.sigma[:, : step.U.shape[-1]], step.V) for step in decompositions]
-        broadcast_packed([chosen, error, *(factor for of_group in factors for factor in of_group)])
-        self.truncation_error = error.item()
-        return {name: rank for name, rank in zip(names, chosen.tolist(), strict=True) if rank >= 0}
-
     def _anything_pending(self) -> bool:
         return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))
-
-    def _stack(self, names: Sequence[str]) -> list[Tensor]:
-        return [torch.stack([getattr(self.adapters[name], factor) for name in names]) for factor in FACTORS]
-
-    def _choose_ranks(
-        self,
-        groups: Sequence[Sequence[str]],
-        decompositions: Sequence[functional.Decomposition],
-        pending: Sequence[Tensor],
-    ) -> dict[str, int]:
-        """The new rank of every adapter that moves: by tau or as it is, then by the budget."""
-        # One transfer to the host an adaptation: all singular values, and which adapters have something pending.
-        device = decompositions[0].sigma.device
-        facts = [
-            torch.cat([p[:, None], decomposition.sigma], 1).to(device)
-            for p, decomposition in zip(pending, decompositions, strict=True)
-        ]
-        on_host = torch.cat([fact.flatten() for fact in facts]).cpu().double().split([fact.numel() for fact in facts])
-
-        ranks: dict[str, int] = {}
-        floors: dict[str, int] = {}
-        sigmas: dict[str, list[float]] = {}
-        is_pending: dict[str, bool] = {}
-        for names, fact, decomposition in zip(groups, on_host, decompositions, strict=True):
-            sigma = fact.view(len(names), -1)[:, 1:]
-            layer = self.adapters[names[0]]
-            resolution = functional.resolution(layer.out_features, layer.in_features, decomposition.sigma.dtype)
-            floor = min(self.min_rank, layer.max_rank)
-            by_tau = functional.ranks_by_tau(sigma, self.tau, resolution, floor, layer.max_rank).tolist()
-            for i, name in enumerate(names):
-                current = self.adapters[name].rank
-                is_pending[name] = bool(fact.view(len(names), -1)[i, 0])
-                ranks[name] = by_tau[i] if is_pending[name] and self.rank_changes else current
-                floors[name] = min(floor, ranks[name])
-                sigmas[name] = sigma[i].tolist()
-        if self.budget is not None:
-            costs = [self.adapters[name].in_features + self.adapters[name].out_features for name in ranks]
-            within = functional.ranks_by_budget(
-                list(sigmas.values()), list(ranks.values()), costs, self.budget, list(floors.values())
-            )
-            ranks = dict(zip(ranks, within, strict=True))
-
-        moved = {name: r for name, r in ranks.items() if is_pending[name] or r != self.adapters[name].rank}
-        total = sum(value**2 for name in moved for value in sigmas[name])
-        dropped = sum(value**2 for name, rank in moved.items() for value in sigmas[name][rank:])
-        self.truncation_error = math.sqrt(dropped / total) if total else 0.0
-        return moved
 
     def _move(
         self,
@@ -305,7 +220,7 @@ class RankAdaptiveIntegrator:
         """Write the truncated factors of adapters of one shape and carry their moments along."""
         layers = [self.adapters[name] for name in names]
         chosen = [ranks[name] for name in names]
-        U, _, V, _, _ = self._stack(names)
+        U, _, V, _, _ = stack(self.adapters, names)
         U_new, S_new, V_new = functional.truncate(decomposition, torch.tensor(chosen, device=U.device))
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new)))
@@ -327,7 +242,7 @@ class RankAdaptiveIntegrator:
             )
 
 
-def check_settings(tau: float, budget: int | None, min_rank: int, adapt_every: int) -> None:
+def check_settings(tau: float, budget: int | None, min_rank: int, adapt_every: int, on_nonfinite: str) -> None:
     """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
     if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
         raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
@@ -336,11 +251,5 @@ def check_settings(tau: float, budget: int | None, min_rank: int, adapt_every: i
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
     if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
         raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
-
-
-def _group_by_shape(adapters: Mapping[str, GeoLoRALinear]) -> list[list[str]]:
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, layer in adapters.items():
-        key = (layer.out_features, layer.in_features, layer.max_rank, layer.U.dtype, layer.U.device)
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
+    if on_nonfinite not in get_args(OnNonfinite):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters import AdapterConfig
 from geolora_pl.callback import GeoLoRACallback, run_length
+from geolora_pl.checkpoints import complete
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.optim import RiemannianAdam, parameter_groups
 from geolora_pl.schedule import warmup_cosine
@@ -113,11 +114,12 @@ class GeoLoRAModule(L.LightningModule):
         return [] if any(isinstance(callback, GeoLoRACallback) for callback in callbacks) else [GeoLoRACallback()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose adapters are not those of this module.
+        """Refuse a checkpoint whose adapters are not those of this module, and complete a small one.
 
         Raises:
-            ValueError: The checkpoint was made with other adapters.
+            ValueError: The checkpoint was made with other adapters or on another base.
         """
+        complete(checkpoint, self)
         theirs = checkpoint.get("hyper_parameters", {}).get("adapter")
         if not isinstance(theirs, dict):  # load_from_checkpoint was given another one on purpose
             return
