@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -70,10 +69,13 @@ class WholeFiles(TorchCheckpointIO):
         """
         try:
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # what torch raises for a damaged file depends on where it ends
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
-                f"{path} is no checkpoint that can be read ({str(error).splitlines()[0]}): it is damaged or something "
-                "else; go back to an earlier one"
+                f"{path} is no checkpoint that can be read ({reason}): it is damaged or something else; go back to an "
+                "earlier one"
             ) from error
         complete(checkpoint, self._module)
         return checkpoint

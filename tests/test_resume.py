@@ -2,6 +2,7 @@
 
 import random
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -53,7 +54,7 @@ class Recorded(Foreign):
 
 def run(folder, ckpt_path=None, module=None, seed=0, **settings):
     """Fit from scratch or go on, from another random state than the first time."""
-    torch.manual_seed(seed)
+    L.seed_everything(seed, verbose=False)
     module = module or Recorded()
     checkpoint = {"every_n_train_steps": 0, **settings.pop("checkpoint", {})}
     callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=settings.pop("adapt_every", 2))
