@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -37,14 +37,24 @@ def broadcast_packed(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # a clone is aligned for any dtype
 
 
-def average(gradients: Sequence[Tensor]) -> None:
-    """Overwrite tensors of one dtype in place with their mean over the processes, all of them in one message."""
+def average_unsharded(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over the processes, in one message, the gradients of those parameters that are whole in each.
+
+    Args:
+        parameters: Some may be sharded or have no gradient; the same do in every process.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
     if processes() == 1 or not gradients:
         return
     message = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(message)
     parts = (message / processes()).split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(list(gradients), [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)])
+    torch._foreach_copy_(gradients, [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)])
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    return hasattr(tensor, "to_local")  # a DTensor, whose import takes a second
 
 
 def anywhere(flag: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.adapters import AdapterConfig
+from geolora_pl.agreement import average_unsharded
 from geolora_pl.checkpoints import WholeFiles, describe_base, shrink
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
@@ -199,6 +201,11 @@ class GeoLoRACallback(L.Callback):
             integrator.step(optimizer)
 
         self._hook = holders[0].register_step_post_hook(after_step)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Reduce the gradients of the adapters where the strategy does not, before they are clipped."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            average_unsharded([p for group in optimizer.param_groups for p in group["params"]])
 
     def _cadence_so_far(self, trainer: L.Trainer) -> int | None:
         """The cadence of the run that is resumed, or of an earlier fit with the same trainer, which goes on."""

@@ -107,11 +107,30 @@ class GeoLoRAModule(L.LightningModule):
                 modules_to_save=(*self.adapter.modules_to_save, *self.new_modules()),
             )
             inject_adapters(self.model, config)
+            if self._device_mesh is not None:  # ModelParallelStrategy
+                from geolora_pl.sharding import shard_model  # imports a second's worth of torch
+
+                shard_model(self.model, self._device_mesh)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
         return [] if any(isinstance(callback, GeoLoRACallback) for callback in callbacks) else [GeoLoRACallback()]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, also where the base is sharded and the adapters are not."""
+        sharded = self._device_mesh is not None
+        if sharded and gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm"):
+            from geolora_pl.sharding import clip_by_norm
+
+            clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose adapters are not those of this module, and complete a small one.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geolora_pl.adapters import GeoLoRALinear
-from geolora_pl.agreement import anywhere
+from geolora_pl.agreement import anywhere, is_sharded
 from geolora_pl.errors import GeoLoRAWarning
 
 OnNonfinite = Literal["skip", "raise"]
@@ -182,18 +182,14 @@ def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
     finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
     broken = ~finite.all()
-    if any(_is_sharded(p) for p in parameters):
+    if any(is_sharded(p) for p in parameters):
         broken = anywhere(broken)
     return checked[int(finite.logical_not().int().argmax())][0] if broken else None
 
 
 def _values(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
-    if _is_sharded(gradient):
+    if is_sharded(gradient):
         local: Tensor = gradient.to_local()  # type: ignore[attr-defined]
         return local
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")  # a DTensor, whose import takes a second

@@ -16,7 +16,7 @@ LAYERS = [
     ["agreement", "errors", "functional", "lazy", "loggers", "schedule"],
     ["adapters"],
     ["inject", "moments", "plan", "watch"],
-    ["optim", "integrator", "fingerprint"],
+    ["optim", "integrator", "fingerprint", "sharding"],
     ["checkpoints", "resume"],
     ["callback"],
     ["module"],
