@@ -180,20 +180,10 @@ class GeoLoRACallback(L.Callback):
                 f"adapt_until={self.adapt_until} is a part of a run without an end: set max_steps or max_epochs"
             )
         adapting = self.adapt_until * steps if self.adapt_until < 1 else math.inf
-        for layer in integrator.adapters.values():
-            layer.read_rank()  # another process's factors may have been broadcast to this one
-        optimizer_name = type(holders[0]).__name__
-        if self._restored is not None:
-            if (theirs := self._restored["optimizer"]) != optimizer_name:
-                raise ValueError(
-                    f"the checkpoint was made with the optimizer {theirs} and this run has {optimizer_name}, which "
-                    "cannot take up its state: use the same one, or start a new run from the weights"
-                )
-            integrator.load_state_dict(self._restored["integrator"])
-            self._restored = None
-        elif trainer.global_step and self.integrator and self.integrator.adapters == integrator.adapters:
+        if trainer.global_step and self.integrator and self.integrator.adapters == integrator.adapters:
             integrator.load_state_dict(self.integrator.state_dict())  # a second fit with the same trainer goes on
         self.integrator, self._optimizer = integrator, holders[0]
+        self._take_up()
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # Batches, as the length of the run is counted: manual optimization may take several steps in one.
@@ -212,6 +202,23 @@ class GeoLoRACallback(L.Callback):
         if self._restored is not None:
             return self._restored.get("adapt_every")
         return self.integrator.adapt_every if trainer.global_step and self.integrator else None
+
+    def _take_up(self) -> None:
+        """Go on from what was restored: factors always, for another process's may have been sent to this one."""
+        assert self.integrator is not None
+        for layer in self.integrator.adapters.values():
+            layer.read_rank()
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        ours, theirs = type(self._optimizer).__name__, restored["optimizer"]
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint was made with the optimizer {theirs} and this run has {ours}, which cannot take up "
+                "its state: use the same one, or start a new run from the weights"
+            )
+        self.integrator.adapt_every = self.adapt_every or restored["adapt_every"]
+        self.integrator.load_state_dict(restored["integrator"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go to the batch that comes next, where a run is resumed."""
@@ -303,7 +310,9 @@ class GeoLoRACallback(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the counters until the integrator is made."""
+        """Keep the counters until the integrator is made; strategies that shard restore after that."""
         self._restored = state_dict or None
         if state_dict:
             self._position.load_state_dict(state_dict["position"])
+            if self._hook is not None:
+                self._take_up()

@@ -1,0 +1,99 @@
+"""Low precision and broken batches leave the adapters whole."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from test_callback import ADAPTER, Foreign, loader, trainer
+from torch import nn
+
+from geolora_pl import GeoLoRACallback, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
+from geolora_pl.functional import orthonormality_defect
+from geolora_pl.inject import find_adapters
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_thousand_steps_leave_the_factors_in_float32_and_the_bases_orthonormal(precision):
+    module = Foreign(RiemannianAdam)
+    callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=1)
+    trainer(callback, precision=precision, max_epochs=-1, max_steps=1000).fit(module, loader())
+    assert callback.integrator.adaptations == 1000
+    for layer in find_adapters(module).values():
+        assert {getattr(layer, name).dtype for name in "USVKL"} == {torch.float32}
+        assert max(orthonormality_defect(layer.U), orthonormality_defect(layer.V)) < 1e-5
+    if precision == "bf16-true":
+        assert module.head.weight.dtype == torch.bfloat16
+
+
+class Broken(Foreign):
+    """One batch of the first epoch is not finite."""
+
+    def __init__(self, value, at=3):
+        super().__init__()
+        self.value, self.at = value, at
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.value if self.trainer.global_step == self.at else loss
+
+
+class States(L.Callback):
+    """Everything that a step may change, after every batch."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        moments = [v for s in trainer.optimizers[0].state.values() for v in s.values()]
+        self.states.append([t.detach().clone() for t in (*module.parameters(), *moments)])
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_raise_stops_before_anything_has_changed(value):
+    module, callback, states = Broken(value), GeoLoRACallback(adapter=ADAPTER, on_nonfinite="raise"), States()
+    with pytest.raises(FloatingPointError, match=r"the gradient of .* is not finite: no step was taken"):
+        trainer(callback, states).fit(module, loader())
+    assert len(states.states) == 3
+    assert same(module.parameters(), states.states[-1][: len(list(module.parameters()))])
+    assert callback.integrator.total_steps == 3
+
+
+def test_skip_goes_on():
+    callback, states = GeoLoRACallback(adapter=ADAPTER, on_nonfinite="skip"), States()
+    with pytest.warns(GeoLoRAWarning, match="this optimizer step is skipped whole"):
+        trainer(callback, states).fit(Broken(float("nan")), loader())
+    assert same(states.states[2], states.states[3])
+    assert (callback.integrator.total_steps, callback.integrator.skipped_steps) == (5, 1)
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises(ValueError, match="on_nonfinite='stop' must be one of skip, raise"):
+        GeoLoRACallback(on_nonfinite="stop")
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model)
+    with pytest.raises(ValueError, match="on_nonfinite='stop' must be one of skip, raise"):
+        RankAdaptiveIntegrator(model, on_nonfinite="stop")
+
+
+# A scaler calls fused optimizers even after an overflow, and leaves the check to them.
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+def test_an_overflow_of_the_gradient_scaler_is_no_broken_batch(fused, on_nonfinite):
+    """Lightning's 16-mixed with its scaler, on a CPU, with a planted overflow."""
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    callback, states = GeoLoRACallback(adapter=ADAPTER, on_nonfinite=on_nonfinite), States()
+    module = Broken(float("inf"))
+    module.make = partial(torch.optim.AdamW, fused=fused)
+    if fused:
+        with pytest.warns(GeoLoRAWarning, match="skipped whole"):
+            trainer(callback, states, plugins=[plugin]).fit(module, loader())
+    else:
+        trainer(callback, states, plugins=[plugin]).fit(module, loader())
+    assert same(states.states[2], states.states[3])
+    assert callback.integrator.total_steps == callback.integrator.adaptations == 5
