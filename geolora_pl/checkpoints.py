@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,15 @@ class WholeFiles(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        temporary = target.with_name(f".{target.name}.part")  # what a process that died left there is written over
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
+            temporary.replace(target)
         except BaseException as error:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             if isinstance(error, (OSError, RuntimeError)):  # torch's writer tells of a full disk by a RuntimeError
                 raise OSError(
                     f"{target} cannot be written ({error}): free space or choose another folder; what was there before "
@@ -79,12 +77,6 @@ class WholeFiles(TorchCheckpointIO):
             ) from error
         complete(checkpoint, self._module)
         return checkpoint
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def describe_base(module: nn.Module) -> dict[str, Any]:
