@@ -1,10 +1,12 @@
 """GeoLoRA: low-rank fine-tuning that finds its own ranks, for PyTorch Lightning."""
 
-from geolora_pl.adapters import AdapterConfig, GeoLoRALinear
+from geolora_pl.adapters import GeoLoRALayer, GeoLoRALinear
 from geolora_pl.callback import GeoLoRACallback
+from geolora_pl.config import AdapterConfig
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.inject import inject_adapters, merge_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator
+from geolora_pl.layers import register_adapter
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.optim import RiemannianAdam, parameter_groups
 from geolora_pl.schedule import warmup_cosine
@@ -12,6 +14,7 @@ from geolora_pl.schedule import warmup_cosine
 __all__ = [
     "AdapterConfig",
     "GeoLoRACallback",
+    "GeoLoRALayer",
     "GeoLoRALinear",
     "GeoLoRAModule",
     "GeoLoRAWarning",
@@ -20,5 +23,6 @@ __all__ = [
     "inject_adapters",
     "merge_adapters",
     "parameter_groups",
+    "register_adapter",
     "warmup_cosine",
 ]

@@ -1,104 +1,20 @@
-"""The adapter: a frozen linear layer plus a low-rank update that is trained in its tangent space."""
+"""The adapter: a frozen layer plus a low-rank update that is trained in its tangent space."""
 
 from __future__ import annotations
 
-import math
-import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geolora_pl.config import AdapterConfig
 from geolora_pl.functional import factored, project_out, working_dtype
 
 FACTORS = ("U", "S", "V", "K", "L")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What is adapted, and how large the adapters may become.
-
-    Args:
-        init_rank: Rank at the start, in [1, max_rank]; the rank found in the end hardly depends on it.
-        max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the layer's
-            smaller side.
-        target_modules: ``"all-linear"`` (every linear layer but the task head and ``modules_to_save``), a list of
-            names (a module matches by its whole name or its last components), or one regular expression that must
-            match the whole name, as in PEFT. A task takes ``"auto"``, too: what suits its model.
-        exclude_modules: Names, matched likewise, or one regular expression: never adapted.
-        modules_to_save: Names of modules that are trained in full, such as a new head.
-        alpha: Constant factor of the update, above 0: ``scaling = alpha``, never a function of the rank. A setting
-            ``alpha / r`` of other libraries carries over as ``alpha / r``.
-        dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
-        train_bias: Whether the biases of the adapted layers are trained, or ``"all"`` for those of the whole model.
-        rank_pattern: Initial rank by name or regular expression, for the layers that differ; the first match counts.
-            A rank above ``max_rank`` raises the cap of those layers to it.
-
-    Raises:
-        ValueError: An argument is out of range.
-
-    Example:
-        >>> AdapterConfig(target_modules=["query", "value"], rank_pattern={"value": 8}).init_rank
-        4
-    """
-
-    init_rank: int = 4
-    max_rank: int = 16
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] = ()
-    modules_to_save: Sequence[str] = ()
-    alpha: float = 1.0
-    dropout: float = 0.0
-    train_bias: bool | Literal["all"] = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_rank("max_rank", self.max_rank)
-        _check_rank("init_rank", self.init_rank)
-        if self.init_rank > self.max_rank:
-            raise ValueError(
-                f"init_rank={self.init_rank} is above max_rank={self.max_rank}: lower init_rank or raise max_rank"
-            )
-        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r} must be a finite number above 0")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
-        if not self.target_modules:
-            raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(expression := getattr(self, name), str):
-                _check_expression(name, expression)
-        if self.train_bias not in (True, False, "all"):
-            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
-        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
-        if not isinstance(self.rank_pattern, Mapping):
-            raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
-        for pattern, rank in self.rank_pattern.items():
-            _check_expression("rank_pattern", pattern)
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_expression(name: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(
-            f"{name}={expression!r} is no regular expression: {error}; a list holds plain names"
-        ) from error
-
-
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{name}={rank!r} must be a whole number of at least 1")
 
 
 class _TangentGradient(torch.autograd.Function):
@@ -125,65 +41,76 @@ def _with_tangent_gradient(L: Tensor, V: Tensor) -> Tensor:
 
 
 # So that an optimizer that is given bare parameters can tell which of them are K and L of one adapter.
-_living: weakref.WeakSet[GeoLoRALinear] = weakref.WeakSet()
+_living: weakref.WeakSet[GeoLoRALayer] = weakref.WeakSet()
 
 
-def adapter_of_factor() -> dict[int, GeoLoRALinear]:
+def adapter_of_factor() -> dict[int, GeoLoRALayer]:
     """Every adapter there is, by the identity of its K."""
     return {id(layer.K): layer for layer in _living}
 
 
-class GeoLoRALinear(nn.Module):
-    r"""A linear layer with a low-rank update in tangent coordinates.
+class GeoLoRALayer(nn.Module):
+    r"""The base of the adapters: a frozen layer and the factors of a low-rank update of its weight.
 
-    .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
+    Whatever the layer, its weight is seen as a matrix (out, in), and the update is
+
+    .. math:: \Delta W = \alpha \left( (U S + K) V^T + U L^T \right)
 
     U (out, R) and V (in, R) are orthonormal in their live columns and zero beyond; U, S, V are frozen parameters that
-    only the integrator moves, K (out, R) and L (in, R) are trained. With K = L = 0 the gradients are
-    ``alpha G V`` and ``alpha (I - V V^T) G^T U`` for the weight gradient G (out, in), the Riemannian gradient in
-    orthonormal coordinates (GeoLoRA, arXiv 2410.18720, without the inverse of S).
+    only the integrator moves, K (out, R) and L (in, R) are trained. With K = L = 0 and the gradient G (out, in) of that
+    matrix, the gradients are ``alpha G V`` and ``alpha (I - V V^T) G^T U``, the Riemannian gradient in orthonormal
+    coordinates (GeoLoRA, arXiv 2410.18720, without the inverse of S).
 
     The factors stay float32 (float64 in a float64 model) whatever precision the module is cast to; the products run
-    in the precision of the input.
+    in the precision of the layer's output.
+
+    A subclass says how the matrix lies in the weight of its kind of layer (:meth:`matrix_shape`, :meth:`from_matrix`)
+    and how the update acts on an input (:meth:`apply_update`); what is written here is right for a layer
+    ``y = W x + b`` with the weight (out, in). :func:`~geolora_pl.register_adapter` makes it known.
 
     Attributes:
         rank: The live rank: how many columns of U and V are in use. A plain integer, so that reading it never waits
             for the device.
+        is_linear: Of the class: whether ``target_modules="all-linear"`` takes this kind of layer; others are named.
 
     Args:
         base: The layer to adapt; frozen here, and its weight never written to.
-        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``; ranks are cut to the layer's smaller side.
+        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``; ranks are cut to the matrix's smaller side.
 
-    Example:
-        >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
-        >>> layer.rank, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
-        (2, (6, 4), (6, 8))
+    Raises:
+        ValueError: This kind of adapter cannot serve the layer.
     """
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
+    is_linear: ClassVar[bool] = True
+    rank: int
+    base: Any  # a module, whose attributes depend on its kind
+
+    def __init__(self, base: nn.Module, config: AdapterConfig) -> None:
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        if (reason := self.refusal(base)) is not None:
+            raise ValueError(f"the layer {reason}")
+        self.out_features, self.in_features = self.matrix_shape(base)
         self.scaling = float(config.alpha)
         self.base = base.requires_grad_(False)
-        if config.train_bias and base.bias is not None:
-            base.bias.requires_grad_(True)
+        if config.train_bias and self.bias is not None:
+            self.bias.requires_grad_(True)
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
 
         m, n = self.out_features, self.in_features
         R = min(config.max_rank, m, n)
         self.rank = min(config.init_rank, R)
-        weight = base.weight
-        dtype = working_dtype(weight.dtype)
+        like = next(chain(base.parameters(), base.buffers()))  # quantised layers may have no weight of that name
+        device, dtype = like.device, working_dtype(like.dtype)
 
         def zeros(rows: int, *, trained: bool) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(rows, R, device=weight.device, dtype=dtype), requires_grad=trained)
+            return nn.Parameter(torch.zeros(rows, R, device=device, dtype=dtype), requires_grad=trained)
 
         self.U, self.S, self.V = zeros(m, trained=False), zeros(R, trained=False), zeros(n, trained=False)
         self.K, self.L = zeros(m, trained=True), zeros(n, trained=True)
         _living.add(self)
         with torch.no_grad():
             for basis in (self.U, self.V):
-                gaussian = torch.randn(len(basis), self.rank, device=weight.device, dtype=dtype)
+                gaussian = torch.randn(len(basis), self.rank, device=device, dtype=dtype)
                 basis[:, : self.rank] = torch.linalg.qr(gaussian).Q
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,31 +122,62 @@ class GeoLoRALinear(nn.Module):
         """The number of columns allocated."""
         return self.U.shape[1]
 
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Why this kind of adapter cannot serve a layer, as the end of a sentence about it; ``None`` if it can."""
+        return None
+
+    @staticmethod
+    def matrix_shape(base: Any) -> tuple[int, int]:
+        """Rows and columns, (out, in), of the matrix that a layer's weight stands for."""
+        return base.out_features, base.in_features
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) as it lies in the weight of the layer."""
+        return matrix
+
+    def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """What the update ``A B^T``, with A (out, 2 R) and B (in, 2 R), adds to the layer's output for an input x."""
+        x = self.dropout(x)
+        return F.linear(F.linear(x, B.mT.to(x.dtype)), A.to(x.dtype))
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight in the layout of the layer, as floating-point numbers."""
+        weight: Tensor = self.base.weight
+        return weight
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """The layer without its adapter, with this weight in the place of its own."""
+        self.base.weight = nn.Parameter(weight, requires_grad=self.base.weight.requires_grad)
+        return self.base  # type: ignore[no-any-return]
+
     @property
     def weight(self) -> Tensor:
-        """The effective weight (out, in), for code that reads ``layer.weight`` instead of calling the layer."""
-        weight: Tensor = self.base.weight + self.delta_weight().to(self.base.weight.dtype)
-        return weight
+        """The effective weight in the layout of the layer, for code that reads it instead of calling the layer.
+
+        The sum is formed in the precision of the factors and rounded once to that of the base.
+        """
+        weight, delta = self.base_weight(), self.from_matrix(self.delta_weight())
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias."""
-        return self.base.bias
+        return getattr(self.base, "bias", None)
 
     def _factored(self) -> tuple[Tensor, Tensor]:
         return factored(self.U, self.S, self.V, self.K, _with_tangent_gradient(self.L, self.V))
 
     def delta_weight(self) -> Tensor:
-        """The update of the weight, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending increments included."""
+        """The update of the weight as a matrix, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending part included."""
         with torch.autocast(self.U.device.type, enabled=False):
             A, B = self._factored()
             return self.scaling * (A @ B.mT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (..., in)."""
+        """Apply the layer to x, shaped as the base takes it."""
         A, B = self._factored()
-        coordinates = F.linear(self.dropout(x), B.mT.to(x.dtype))
-        y: Tensor = self.base(x) + F.linear(coordinates, (self.scaling * A).to(x.dtype))
+        y: Tensor = self.base(x) + self.apply_update(x, self.scaling * A, B)
         return y
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -236,7 +194,7 @@ class GeoLoRALinear(nn.Module):
         if not self.U.is_meta:
             self.rank = int((self.U != 0).any(0).sum())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GeoLoRALinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GeoLoRALayer:
         """Move the factors with the module, but never round them on the way (``.half()``, ``bf16-true``)."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -256,3 +214,59 @@ class GeoLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"max_rank={self.max_rank}, scaling={self.scaling}"
         )
+
+
+class GeoLoRALinear(GeoLoRALayer):
+    r"""A linear layer with a low-rank update in tangent coordinates.
+
+    .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
+
+    The weight of the base may be quantised: all that is used of it is its forward, and ``in_features``,
+    ``out_features`` and ``bias``. Merged, such a layer becomes a plain ``nn.Linear`` that is no longer quantised.
+
+    Args:
+        base: The layer to adapt, an ``nn.Linear`` or alike.
+        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``.
+
+    Example:
+        >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
+        >>> layer.rank, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
+        (2, (6, 4), (6, 8))
+    """
+
+    def _is_quantised(self) -> bool:
+        """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
+        weight = getattr(self.base, "weight", None)
+        return (
+            not _is_plain(weight)
+            or weight.shape != (self.out_features, self.in_features)
+            or type(weight).dequantize is not Tensor.dequantize
+        )
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight (out, in); of a quantised layer what its forward makes of the unit vectors.
+
+        No library of quantised layers needs to be known for that.
+        """
+        if not self._is_quantised():
+            return super().base_weight()
+        weight = getattr(self.base, "weight", None)
+        like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        with torch.no_grad(), torch.autocast(self.U.device.type, enabled=False):
+            columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
+            return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
+        if not self._is_quantised():
+            return super().plain(weight)
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.bias.requires_grad)
+        return layer.train(self.training)
+
+
+def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -69,6 +69,8 @@ def base_hash(model: nn.Module, trained: Collection[str]) -> str:
 def _bytes(tensor: Tensor) -> bytes:
     if hasattr(tensor, "full_tensor"):  # sharded
         tensor = tensor.full_tensor()
+    if type(tensor).dequantize is not Tensor.dequantize:  # a quantised one of its own kind, as torchao's
+        tensor = tensor.dequantize()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)
     flat: bytes = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -9,20 +9,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from geolora_pl.adapters import AdapterConfig, GeoLoRALinear
+from geolora_pl.adapters import GeoLoRALayer
+from geolora_pl.config import AdapterConfig
+from geolora_pl.layers import adapter_class_of
 
 # Names that libraries give to the part of a model that is made anew for each task.
 _HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
 
 
-def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> dict[str, GeoLoRALinear]:
+def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> dict[str, GeoLoRALayer]:
     """Put adapters on the chosen layers, in place, and freeze everything else but ``modules_to_save``.
 
     The output of the model does not change. A module that the model holds under several names is adapted once, and so
     is a weight that several layers share.
 
     Args:
-        model: Any module; its linear layers are replaced inside their parents.
+        model: Any module; its layers are replaced inside their parents.
         config: What to adapt; by default every linear layer but the head.
 
     Returns:
@@ -30,7 +32,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
 
     Raises:
         ValueError: The model already has adapters, nothing matches, a name in ``modules_to_save`` matches nothing, a
-            layer belongs to ``nn.MultiheadAttention``, or layers share a weight but not their bias.
+            layer belongs to ``nn.MultiheadAttention`` or cannot be adapted, layers share a weight but not their bias,
+            or an embedding shares its table with another layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -41,22 +44,24 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
     config = config or AdapterConfig()
     if has_adapters(model):
         raise ValueError("the model already has adapters: merge_adapters(model) first, or inject into a fresh model")
-    if isinstance(model, (nn.Linear, GeoLoRALinear)):
-        raise ValueError("the model is itself a linear layer and cannot be replaced in place: wrap it in nn.Sequential")
+    if adapter_class_of(model) is not None:
+        raise ValueError("the model is itself one layer and cannot be replaced in place: wrap it in nn.Sequential")
     saved = _modules_to_save(model, config.modules_to_save)
     targets = _find_targets(model, config, saved)
 
     _check_rank_pattern(config, targets)
 
     model.requires_grad_(False)
-    adapters: dict[str, GeoLoRALinear] = {}
-    of_weight: dict[int, GeoLoRALinear] = {}
+    adapters: dict[str, GeoLoRALayer] = {}
+    of_weight: dict[int, GeoLoRALayer] = {}
     for name, layer in targets.items():
-        shared = of_weight.get(id(layer.weight))
+        shared = of_weight.get(_identity(layer))
         if shared is None:
-            shared = adapters[name] = GeoLoRALinear(layer, _config_for(name, config))
-            of_weight[id(layer.weight)] = shared
-        assert shared.base.bias is layer.bias, "tied weights with two biases are refused before anything is replaced"
+            kind = adapter_class_of(layer)
+            assert kind is not None, "a target has an adapter"
+            shared = adapters[name] = kind(layer, _config_for(name, config))
+            of_weight[_identity(layer)] = shared
+        assert shared.bias is _bias(layer), "tied weights with two biases are refused before anything is replaced"
         model.set_submodule(name, shared)
     for module in saved.values():
         module.requires_grad_(True)
@@ -67,17 +72,17 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
     return adapters
 
 
-def find_adapters(model: nn.Module) -> dict[str, GeoLoRALinear]:
+def find_adapters(model: nn.Module) -> dict[str, GeoLoRALayer]:
     """The adapters of a model by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GeoLoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, GeoLoRALayer)}
 
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model holds an adapter."""
-    return any(isinstance(module, GeoLoRALinear) for module in model.modules())
+    return any(isinstance(module, GeoLoRALayer) for module in model.modules())
 
 
-def adapter_parameters(adapters: dict[str, GeoLoRALinear]) -> int:
+def adapter_parameters(adapters: dict[str, GeoLoRALayer]) -> int:
     """Active adapter parameters: the sum of ``rank * (in + out)``."""
     return sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapters.values())
 
@@ -87,6 +92,7 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
     """Fold every adapter into its base weight, in place, and put the plain layers back.
 
     The sum is formed in the precision of the factors and rounded once to that of the base. Pending increments count.
+    A quantised layer becomes a plain one of more bits.
     The merged weight is a new tensor, so a weight that was tied to one outside the adapters stays as it was there.
 
     Args:
@@ -105,27 +111,24 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
         {'0': 0.0}
     """
     adapters = find_adapters(model)
-    if not adapters or isinstance(model, GeoLoRALinear):
+    if not adapters or isinstance(model, GeoLoRALayer):
         raise ValueError("the model holds no adapters: there is nothing to merge in it")
     merged: dict[str, Tensor] = {}
+    changes: dict[str, float] = {}
     for name, layer in adapters.items():
-        delta = layer.delta_weight()
-        weight = layer.base.weight
-        merged[name] = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        merged[name] = layer.weight
         if not merged[name].isfinite().all():
             raise ValueError(
-                f"the merged weight of {name} is not finite in {weight.dtype}: go back to a checkpoint before the "
-                "update broke, or cast the model to a wider type"
+                f"the merged weight of {name} is not finite in {merged[name].dtype}: go back to a checkpoint before "
+                "the update broke, or cast the model to a wider type"
             )
-    changes: dict[str, float] = {}
+        norm = torch.linalg.vector_norm(layer.base_weight(), dtype=layer.U.dtype)
+        changes[name] = float(torch.linalg.vector_norm(layer.delta_weight()) / norm.clamp_min(1e-30))
     names = _all_names(model)
     for name, layer in adapters.items():
-        base = layer.base
-        norm = torch.linalg.matrix_norm(base.weight.to(layer.U.dtype))
-        changes[name] = float(torch.linalg.matrix_norm(layer.delta_weight()) / norm.clamp_min(1e-30))
-        base.weight = nn.Parameter(merged[name], requires_grad=base.weight.requires_grad)
+        plain = layer.plain(merged[name])
         for alias in names[id(layer)]:
-            model.set_submodule(alias, base)
+            model.set_submodule(alias, plain)
     return changes
 
 
@@ -143,7 +146,7 @@ def _all_names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
     everything = config.target_modules == "all-linear"
     head = _head_modules(model) if everything else set()
     in_saved = {id(module) for root in saved.values() for module in root.modules()}
@@ -153,12 +156,13 @@ def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.M
         if isinstance(attention, nn.MultiheadAttention)
         for module in attention.modules()
     }
-    targets: dict[str, nn.Linear] = {}
+    targets: dict[str, nn.Module] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if not name or not isinstance(layer, nn.Linear) or matches(name, config.exclude_modules):
+        kind = adapter_class_of(layer)
+        if not name or kind is None or matches(name, config.exclude_modules):
             continue
         if everything:
-            if id(layer) in head or id(layer) in in_saved:
+            if not kind.is_linear or id(layer) in head or id(layer) in in_saved:
                 continue
         elif not matches(name, config.target_modules):
             continue
@@ -170,20 +174,22 @@ def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.M
                 f"never calls it, so an adapter there would be ignored: add {name.rpartition('.')[2]!r} to "
                 "exclude_modules, or use attention that calls its linear layers"
             )
+        if (reason := kind.refusal(layer)) is not None:
+            raise ValueError(f"{name} {reason}")
         targets[name] = layer
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    suited = [name for name, module in model.named_modules() if adapter_class_of(module) is not None]
     if not targets and config.target_modules == "auto":
         raise ValueError(
             "target_modules='auto' is for a GeoLoRAModule, which knows its own layers: name them, or 'all-linear'"
         )
     if not targets:
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no linear layer (exclude_modules="
-            f"{config.exclude_modules!r}); the model has {', '.join(linear) if linear else 'none at all'}"
+            f"target_modules={config.target_modules!r} matches no layer that can be adapted (exclude_modules="
+            f"{config.exclude_modules!r}); the model has {', '.join(suited) if suited else 'none at all'}"
         )
-    _refuse_patterns_without_match("target_modules", config.target_modules, linear)
+    _refuse_patterns_without_match("target_modules", config.target_modules, suited)
     _refuse_patterns_without_match("exclude_modules", config.exclude_modules, dict(model.named_modules()))
-    _refuse_tied_weights_with_two_biases(targets)
+    _refuse_what_one_adapter_cannot_serve(model, targets)
     return targets
 
 
@@ -209,15 +215,33 @@ def _means(pattern: str, name: str) -> bool:
     return matches(name, [pattern]) or matches(name, pattern)
 
 
-def _refuse_tied_weights_with_two_biases(targets: dict[str, nn.Linear]) -> None:
+def _refuse_what_one_adapter_cannot_serve(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     first: dict[int, str] = {}
     for name, layer in targets.items():
-        other = first.setdefault(id(layer.weight), name)
-        if targets[other].bias is not layer.bias:
+        other = first.setdefault(_identity(layer), name)
+        if _bias(targets[other]) is not _bias(layer):
             raise ValueError(
                 f"{other} and {name} share a weight but not their bias, which one adapter cannot serve: add one of "
                 "them to exclude_modules"
             )
+    embeddings = {_identity(layer): name for name, layer in targets.items() if isinstance(layer, nn.Embedding)}
+    for name, module in model.named_modules():
+        tied = embeddings.get(id(getattr(module, "weight", None)))
+        if tied is not None and not isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"{tied} shares its table with {name}, which would go on without the update: leave it out of "
+                f"target_modules, or untie it: {name}.weight = nn.Parameter({name}.weight.clone())"
+            )
+
+
+def _identity(layer: nn.Module) -> int:
+    """What tied layers have in common: their weight; a quantised layer may have none of that name."""
+    weight = getattr(layer, "weight", None)
+    return id(layer if weight is None else weight)
+
+
+def _bias(layer: nn.Module) -> object:
+    return getattr(layer, "bias", None)
 
 
 def _modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:

@@ -11,9 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from torch import nn
 from torch.optim import Optimizer
 
-from geolora_pl.adapters import AdapterConfig
 from geolora_pl.callback import GeoLoRACallback, run_length
 from geolora_pl.checkpoints import complete
+from geolora_pl.config import AdapterConfig
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.optim import RiemannianAdam, parameter_groups
 from geolora_pl.schedule import warmup_cosine

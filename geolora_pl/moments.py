@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from geolora_pl.adapters import GeoLoRALinear
+from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.functional import transport_first_moment, transport_second_moment
 
 _FIRST = ("exp_avg", "momentum_buffer")
@@ -17,7 +17,7 @@ _SECOND = ("exp_avg_sq", "max_exp_avg_sq")
 Bases = tuple[Tensor, Tensor]
 
 
-def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALinear], old: Bases, new: Bases) -> set[str]:
+def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALayer], old: Bases, new: Bases) -> set[str]:
     """Rewrite the state that an optimizer keeps for K and L in the coordinates of the new bases, in place.
 
     First moments (``exp_avg``, ``momentum_buffer``) are one tangent vector and are projected as such; elementwise

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from geolora_pl import functional
-from geolora_pl.adapters import FACTORS, GeoLoRALinear
+from geolora_pl.adapters import FACTORS, GeoLoRALayer
 from geolora_pl.agreement import broadcast_packed, decides, processes
 
-Adapters = Mapping[str, GeoLoRALinear]
+Adapters = Mapping[str, GeoLoRALayer]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from geolora_pl.adapters import GeoLoRALinear
+from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.agreement import anywhere, is_sharded
 from geolora_pl.errors import GeoLoRAWarning
 
@@ -41,7 +41,7 @@ class StepWatch:
     """
 
     def __init__(
-        self, model: nn.Module, adapters: Mapping[str, GeoLoRALinear], on_nonfinite: OnNonfinite = "skip"
+        self, model: nn.Module, adapters: Mapping[str, GeoLoRALayer], on_nonfinite: OnNonfinite = "skip"
     ) -> None:
         self.adapters = adapters
         self.on_nonfinite = on_nonfinite

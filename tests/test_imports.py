@@ -13,8 +13,9 @@ import geolora_pl.tasks
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
-    ["agreement", "errors", "functional", "lazy", "loggers", "schedule"],
+    ["agreement", "config", "errors", "functional", "lazy", "loggers", "schedule"],
     ["adapters"],
+    ["layers"],
     ["inject", "moments", "plan", "watch"],
     ["optim", "integrator", "fingerprint", "sharding"],
     ["checkpoints", "resume"],

@@ -104,7 +104,7 @@ def test_a_bert_leaves_out_its_classifier():
 
 def test_no_match_lists_what_there_is():
     with pytest.raises(
-        ValueError, match=r"target_modules=\['q_proj'\] matches no linear layer.*blocks.0.query, .*pooler"
+        ValueError, match=r"target_modules=\['q_proj'\] matches no layer that can be adapted.*blocks.0.query, .*pooler"
     ):
         inject_adapters(Model(), AdapterConfig(target_modules=["q_proj"]))
 

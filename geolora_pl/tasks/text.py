@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.adapters import AdapterConfig
+from geolora_pl.config import AdapterConfig
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.tasks.classes import check_class_weights, settle_class_weights, settle_num_classes
 from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics

@@ -1,0 +1,93 @@
+"""The configuration of the adapters, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is adapted, and how large the adapters may become.
+
+    Args:
+        init_rank: Rank at the start, in [1, max_rank]; the rank found in the end hardly depends on it.
+        max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the smaller
+            side of the layer's matrix.
+        target_modules: ``"all-linear"`` (every linear layer, GPT-2's Conv1D among them, but the task head and
+            ``modules_to_save``), a list of names (a module matches by its whole name or its last components), or one
+            regular expression that must match the whole name, as in PEFT; names also reach convolutions and
+            embeddings. A task takes ``"auto"``, too: what suits its model.
+        exclude_modules: Names, matched likewise, or one regular expression: never adapted.
+        modules_to_save: Names of modules that are trained in full, such as a new head.
+        alpha: Constant factor of the update, above 0: ``scaling = alpha``, never a function of the rank. A setting
+            ``alpha / r`` of other libraries carries over as ``alpha / r``.
+        dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
+        train_bias: Whether the biases of the adapted layers are trained, or ``"all"`` for those of the whole model.
+        rank_pattern: Initial rank by name or regular expression, for the layers that differ; the first match counts.
+            A rank above ``max_rank`` raises the cap of those layers to it.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> AdapterConfig(target_modules=["query", "value"], rank_pattern={"value": 8}).init_rank
+        4
+    """
+
+    init_rank: int = 4
+    max_rank: int = 16
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
+    alpha: float = 1.0
+    dropout: float = 0.0
+    train_bias: bool | Literal["all"] = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_rank("max_rank", self.max_rank)
+        _check_rank("init_rank", self.init_rank)
+        if self.init_rank > self.max_rank:
+            raise ValueError(
+                f"init_rank={self.init_rank} is above max_rank={self.max_rank}: lower init_rank or raise max_rank"
+            )
+        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r} must be a finite number above 0")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
+        if not self.target_modules:
+            raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(self, name), str):
+                _check_expression(name, expression)
+        if self.train_bias not in (True, False, "all"):
+            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
+        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
+        if not isinstance(self.rank_pattern, Mapping):
+            raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
+        for pattern, rank in self.rank_pattern.items():
+            _check_expression("rank_pattern", pattern)
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{name}={expression!r} is no regular expression: {error}; a list holds plain names"
+        ) from error
+
+
+def _check_rank(name: str, rank: object) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"{name}={rank!r} must be a whole number of at least 1")
