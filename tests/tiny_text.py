@@ -66,9 +66,18 @@ FAMILIES = {
     "electra": {**_COMMON, "embedding_size": 12},
     "albert": {**_COMMON, "embedding_size": 12},
     "llama": {**_COMMON, "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": 2, "eos_token_id": 3},
+    "gpt2": {
+        "vocab_size": SIZE,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "bos_token_id": 3,
+        "eos_token_id": 3,
+    },
     "qwen3": {**_COMMON, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": 3},
 }
-DECODERS = {"llama", "qwen3"}
+DECODERS = {"llama", "gpt2", "qwen3"}
 
 
 def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedTokenizerFast:

@@ -1,67 +1,24 @@
-"""What every text source shares: splits, tokenizing with the model's own tokenizer, loaders."""
+"""What the sources of texts with labels share: classes or numbers, one text or a pair."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
-import lightning as L
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from geolora_pl.data.sampler import ShuffledSampler
-from geolora_pl.data.settings import settle_num_workers
-from geolora_pl.data.tokens import tokenize, tokenizer_hash
+from geolora_pl.data.token_data import TokenDataModule
+from geolora_pl.data.tokens import tokenize
 
 
-class TextDataModule(L.LightningDataModule):
-    """The base of the text sources: a subclass names its classes and loads its texts.
+class TextDataModule(TokenDataModule):
+    """The base of the sources of labelled texts: a subclass names its classes and loads its texts.
 
-    Texts are tokenized by the tokenizer of the model that is trained on them, which the task offers as ``tokenizer``,
-    and ``max_positions`` beside it where the model has only so many: once, before training, and from then on read from
-    a cache on disk that notices when a text, the tokenizer or a setting changes. A batch is padded to its longest text.
-
-    Args:
-        batch_size: Texts or pairs a step and process, at least 1.
-        max_length: Tokens that a text or pair is cut to, special ones included; by default the limit of the tokenizer.
-        val_fraction: The share of the training texts held out for validation where the source has no split of its
-            own, in (0, 1); every class keeps its share.
-        seed: Seed of the splits and of the order of the training texts.
-        num_workers: Loader processes; by default as many as there are cores beyond the first two, at most 8, so that
-            a small machine is left to the training.
-        cache_dir: Where the token ids are kept; by default beside the cache of ``datasets``. It may be deleted.
-        group_by_length: Whether the training texts of a batch are of similar length, which saves padding.
-
-    Raises:
-        ValueError: An argument is out of range.
+    Columns are ``text``, ``text_pair`` for pairs, and ``label``, a class index or a number, where labels are known.
+    Every class keeps its share in what is held out for validation. The arguments are those of
+    :class:`TokenDataModule`.
     """
-
-    def __init__(
-        self,
-        batch_size: int = 32,
-        max_length: int | None = None,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        num_workers: int | None = None,
-        cache_dir: str | None = None,
-        group_by_length: bool = True,
-    ) -> None:
-        super().__init__()
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} must be at least 1")
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
-        self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
-        self.group_by_length = group_by_length
-        self.splits: dict[str, datasets.Dataset] = {}
-        self._made_with: tuple[str, int] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -89,27 +46,8 @@ class TextDataModule(L.LightningDataModule):
         labels = np.asarray(self._split("train")["label"][:])
         return np.bincount(labels, minlength=self.num_classes).tolist()  # type: ignore[no-any-return]
 
-    def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the texts; needs no trainer.
-
-        Returns:
-            Data sets by name: ``train``, and where the source has them ``val``, ``test`` and ``predict``; of ``val``
-            and ``predict`` there may be several, as ``val`` and ``val_other``. Columns are ``text``, ``text_pair`` for
-            pairs, and ``label``, a class index or a number, where labels are known.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must load its texts")
-
-    def prepare_data(self) -> None:
-        """Tokenize in one process, so that the others find the cache."""
-        self.setup("fit")
-
-    def setup(self, stage: str) -> None:
-        """Load the texts, hold out a part of ``train`` where there is no ``val``, and tokenize."""
-        tokenizer = self.tokenizer()
-        limit = self._limit(tokenizer)
-        if self._made_with == (made_with := (tokenizer_hash(tokenizer), limit)):
-            return
-        splits = self.load_splits()
+    def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Refuse a limit that the special tokens alone reach."""
         special = tokenizer.num_special_tokens_to_add(
             any("text_pair" in texts.column_names for texts in splits.values())
         )
@@ -117,104 +55,28 @@ class TextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"max_length={limit} leaves no room for a text beside the tokenizer's {special} special tokens"
             )
-        if "train" in splits and not _of_kind("val", splits):
-            splits |= self._hold_out(splits["train"])
-        self.splits = {name: tokenize(texts, tokenizer, limit, self.cache_dir, name) for name, texts in splits.items()}
-        self._made_with = made_with
 
-    def _limit(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        limit = self.max_length or tokenizer.model_max_length
-        if limit > 1_000_000:  # what tokenizers that know of no limit answer
-            raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give it")
-        positions = getattr(self._module(), "max_positions", None)
-        if positions is not None and limit > positions:
-            raise ValueError(f"max_length={limit} is more than the {positions} positions of the model")
-        return limit
+    def tokenize(
+        self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
+    ) -> datasets.Dataset:
+        """Texts or pairs, cut to the limit."""
+        return tokenize(texts, tokenizer, limit, self.cache_dir, name)
 
-    def _hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
-        count = round(self.val_fraction * len(texts))
-        if not self.is_regression and 1 in (counts := np.bincount(texts["label"][:]).tolist()):
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Any:
+        """A batch padded to its longest text."""
+        return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+
+    def stratify_by(self, texts: datasets.Dataset) -> str | None:
+        """The labels, where they are classes.
+
+        Raises:
+            ValueError: A class has one text.
+        """
+        if self.is_regression:
+            return None
+        if 1 in (counts := np.bincount(texts["label"][:]).tolist()):
             raise ValueError(
                 f"class {self.class_names[counts.index(1)]!r} has one text, which cannot be both in training and held "
                 "out: drop the class, or give texts for validation"
             )
-        classes = None if self.is_regression else "label"
-        try:
-            parts = texts.train_test_split(count, seed=self.seed, stratify_by_column=classes, keep_in_memory=True)
-        except ValueError as error:
-            raise ValueError(
-                f"val_fraction={self.val_fraction} of {len(texts)} texts is {count}, and that split cannot be made: "
-                f"{error} Choose another fraction, or give texts for validation"
-            ) from error
-        return {"train": parts["train"], "val": parts["test"]}
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the module that is trained.
-
-        Raises:
-            ValueError: It has none.
-        """
-        tokenizer = getattr(self._module(), "tokenizer", None)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"{type(self._module()).__name__} has no tokenizer: give it one, "
-                "tokenizer = transformers.AutoTokenizer.from_pretrained(...), so that texts become what it expects"
-            )
-        return tokenizer
-
-    def _module(self) -> L.LightningModule | None:
-        return None if self.trainer is None else self.trainer.lightning_module
-
-    def splits_of(self, kind: str) -> list[str]:
-        """Names of the splits of a kind: ``splits_of("val")`` may be ``["val", "val_mismatched"]``."""
-        return _of_kind(kind, self.splits)
-
-    def _split(self, name: str) -> datasets.Dataset:
-        if name not in self.splits:
-            raise ValueError(f"{type(self).__name__} has no {name} texts: it has {', '.join(self.splits)}")
-        return self.splits[name]
-
-    def _loader(self, name: str) -> DataLoader[Any]:
-        tokens = self._split(name)
-        samples = tokens.remove_columns("length")
-        sampler = None
-        if name == "train":
-            lengths = tokens["length"][:] if self.group_by_length else None
-            assert self.trainer is not None
-            processes: dict[str, int] = self.trainer.distributed_sampler_kwargs or {}  # none with one process
-            sampler = ShuffledSampler(samples, self.batch_size, lengths, self.seed, **processes)
-        on_gpu = torch.cuda.is_available()
-        return DataLoader(
-            samples,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=DataCollatorWithPadding(self.tokenizer(), pad_to_multiple_of=8 if on_gpu else None),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=on_gpu,
-        )
-
-    def _loaders(self, kind: str) -> Any:
-        names = self.splits_of(kind) or [kind]
-        loaders = [self._loader(name) for name in names]
-        return loaders if len(loaders) > 1 else loaders[0]
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training texts, in a new order each epoch."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> Any:
-        """Validation texts in their order; a list where there are several sets."""
-        return self._loaders("val")
-
-    def test_dataloader(self) -> Any:
-        """Test texts in their order."""
-        return self._loaders("test")
-
-    def predict_dataloader(self) -> Any:
-        """Texts to predict in their order, or those of the test where there are none."""
-        return self._loaders("predict" if self.splits_of("predict") else "test")
-
-
-def _of_kind(kind: str, names: Sequence[str] | dict[str, Any]) -> list[str]:
-    return [name for name in names if name == kind or name.startswith(f"{kind}_")]
+        return "label"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ def tokenize(
 ) -> datasets.Dataset:
     """Replace texts by token ids, or take those of an earlier run from the cache.
 
-    The cache file is written under another name and moved into place, so that processes that meet there all find
-    whole data.
-
     Args:
         texts: Columns ``text``, ``text_pair`` if there are pairs, and ``label`` if there are labels.
         tokenizer: The model's own.
@@ -33,9 +30,6 @@ def tokenize(
         The data set with ``input_ids``, ``length`` (their number), what else the model takes (but no attention mask,
         which comes with the padding) and ``label``.
     """
-    fingerprint = hashlib.sha256(
-        "\n".join((content_hash(texts), tokenizer_hash(tokenizer), str(max_length))).encode()
-    ).hexdigest()
 
     def encode(batch: Mapping[str, Any]) -> BatchEncoding:
         encoded: BatchEncoding = tokenizer(
@@ -48,6 +42,30 @@ def tokenize(
         )
         return encoded
 
+    made_with = (tokenizer_hash(tokenizer), str(max_length))
+    return cached(texts, encode, made_with, cache_dir, name)
+
+
+def cached(
+    texts: datasets.Dataset,
+    encode: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    made_with: Sequence[str],
+    cache_dir: Path,
+    name: str,
+) -> datasets.Dataset:
+    """Replace all columns but ``label`` by those that a function makes of them, or take them from the cache.
+
+    The cache file is written under another name and moved into place, so that processes that meet there all find
+    whole data.
+
+    Args:
+        texts: The data set.
+        encode: From a batch of columns to one of new columns.
+        made_with: Besides the rows themselves, all that the new columns depend on.
+        cache_dir: Where they are kept.
+        name: What the progress bar calls the texts.
+    """
+    fingerprint = hashlib.sha256("\n".join((content_hash(texts), *made_with)).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
     return texts.map(
         encode,

@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from geolora_pl.layers import adapter_class_of
+
 _PACKAGE = "pkg://"
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")  # BERT and most; GPT-2; OPT
 _IN_BLOCK = re.compile(r".*\.\d+\..+")  # a part of a numbered block, as in encoder.layer.0.output.dense
 
 
@@ -90,16 +92,16 @@ def load_tokenizer(model_name: str, config: PreTrainedConfig) -> PreTrainedToken
     return tokenizer
 
 
-def position_limit(config: PreTrainedConfig) -> int | None:
+def position_limit(config: PreTrainedConfig, auto_class: Any = AutoModelForSequenceClassification) -> int | None:
     """Tokens that a model has positions for; ``None`` if its positions are relative.
 
     RoBERTa and its kin count positions from the one after the padding token's, so they have two fewer than their
     configuration says; the tables of Nystromformer, YOSO and MRA have two more. Only the model itself tells.
     """
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = auto_class.from_config(config)
     for name, table in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+        if name.endswith(_POSITION_TABLES) and isinstance(table, nn.Embedding):
             count = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
             return min(count, _configured_positions(config) or count)
     return None
@@ -110,45 +112,36 @@ def _configured_positions(config: PreTrainedConfig) -> int | None:
     return positions if positions is not None and positions > 0 else None  # XLNet answers -1
 
 
-def load_model(model_name: str, config: PreTrainedConfig, pretrained: bool) -> tuple[PreTrainedModel, list[str]]:
-    """Build a model for sequence classification.
+def load_model(
+    model_name: str, config: PreTrainedConfig, pretrained: bool, auto_class: Any = AutoModelForSequenceClassification
+) -> tuple[PreTrainedModel, list[str]]:
+    """Build a model of transformers.
 
     Args:
         model_name: Where its weights lie.
         config: Its configuration.
         pretrained: Whether to load weights; else they are random.
+        auto_class: What builds it; by default for sequence classification.
 
     Returns:
         The model, in training mode and the default precision, and the names of the modules that have no pretrained
         weights.
 
     Raises:
-        ValueError: The weights are not there or belong to another model, or the model is of a kind that adapters
-            cannot serve.
+        ValueError: The weights are not there.
     """
     dtype = torch.get_default_dtype()  # and not that of the file: the precision of a run is the trainer's business
     new: list[str] = []
     with torch.device("cpu"):  # on another device transformers would want accelerate
         if pretrained:
             with _from(model_name) as source:
-                model, report = AutoModelForSequenceClassification.from_pretrained(
+                model, report = auto_class.from_pretrained(
                     **source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
                 )
             weights = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
             new = sorted({name.rpartition(".")[0] for name in weights})
         else:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    heads = head_names(model)
-    if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
-        raise ValueError(
-            f"model_name={model_name!r} has no fitting weights for {absent[0]} ({len(absent)} modules in all): they "
-            f"belong to another model than {config.model_type}, or model_args changed its size"
-        )
-    if not block_linears(model) and any(isinstance(module, Conv1D) for module in model.modules()):
-        raise ValueError(
-            f"model_name={model_name!r}: {config.model_type} is made of Conv1D layers, which cannot be adapted: choose "
-            "a model of linear layers"
-        )
+            model = auto_class.from_config(config, dtype=dtype)
     model.train()  # from_pretrained leaves it in evaluation, and Lightning leaves that as it is
     return model, new
 
@@ -168,9 +161,8 @@ def head_names(model: nn.Module) -> list[str]:
 
 def block_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers in the numbered blocks of a transformer: neither embeddings, pooler nor head."""
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _IN_BLOCK.fullmatch(name)
-    ]
+    kinds = {name: adapter_class_of(module) for name, module in model.named_modules() if _IN_BLOCK.fullmatch(name)}
+    return [name for name, kind in kinds.items() if kind is not None and kind.is_linear]
 
 
 @contextmanager

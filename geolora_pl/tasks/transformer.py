@@ -1,0 +1,111 @@
+"""What the tasks with models of transformers share: where the model comes from, its tokenizer, what is adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from geolora_pl.config import AdapterConfig
+from geolora_pl.module import GeoLoRAModule
+from geolora_pl.tasks.text_models import (
+    block_linears,
+    load_config,
+    load_model,
+    load_tokenizer,
+    plain_config,
+    position_limit,
+)
+
+
+class TransformerTask(GeoLoRAModule):
+    """The base of the tasks with models of transformers: a subclass says which, and writes the steps.
+
+    A checkpoint holds the model and its configuration, and is loaded without data, hub or folder. It does not hold the
+    tokenizer, which comes from ``model_name`` when texts are tokenized.
+
+    Attributes:
+        auto_class: Of the class: what builds the model, such as ``transformers.AutoModelForCausalLM``.
+
+    Args:
+        model_name: A name of the hub, the path of a folder that ``save_pretrained`` wrote, or ``pkg://package/folder``
+            for a folder inside an installed Python package.
+        pretrained: Whether to load the pretrained weights; without them they are random.
+        model_args: Settings of the model's configuration to replace, such as ``hidden_dropout_prob``; with
+            ``model_type`` among them they are the whole configuration, as in a checkpoint.
+        adapter: What to adapt; by default (``target_modules: auto``) the linear layers of the transformer's blocks.
+        **kwargs: Arguments of :class:`GeoLoRAModule`.
+    """
+
+    auto_class: ClassVar[Any]
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: bool = True,
+        model_args: dict[str, Any] | None = None,
+        adapter: AdapterConfig = AdapterConfig(target_modules="auto"),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(adapter=adapter, **kwargs)
+        self.model_name = model_name
+        self.pretrained = pretrained
+        self.model_args = model_args or {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def adjust(self, config: PreTrainedConfig) -> None:
+        """Set in the model's configuration what the task knows."""
+
+    def may_be_new(self, model: nn.Module) -> Sequence[str]:
+        """Names of the modules of a model that need no pretrained weights, such as a new head."""
+        return ()
+
+    def build_model(self) -> nn.Module:
+        """Load the model.
+
+        Raises:
+            ValueError: It is not there, or has no weights for what is not new.
+        """
+        config = load_config(self.model_name, self.model_args)
+        self.adjust(config)
+        model, new = load_model(self.model_name, config, self.pretrained, self.auto_class)
+        heads = self.may_be_new(model)
+        if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
+            raise ValueError(
+                f"model_name={self.model_name!r} has no fitting weights for {absent[0]} ({len(absent)} modules in "
+                f"all): they belong to another model than {config.model_type}, or model_args changed its size"
+            )
+        if new:
+            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: initialised at random")
+        # From now on the weights are in the checkpoints, which must load where neither folder nor hub is at hand.
+        self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
+        return model
+
+    def default_targets(self) -> str | Sequence[str]:
+        """The linear layers of the transformer's blocks; every linear layer of a model that has no such blocks."""
+        if names := block_linears(self.model):
+            return names
+        rank_zero_info(f"{self.model_name} has no numbered blocks: every linear layer but the head is adapted")
+        return super().default_targets()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, with a padding token and the model's limit as ``model_max_length``."""
+        if self._tokenizer is None:
+            tokenizer = load_tokenizer(self.model_name, load_config(self.model_name, self.model_args))
+            if self.max_positions is not None:
+                tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_positions)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for; ``None`` if its positions are relative."""
+        return position_limit(load_config(self.model_name, self.model_args), self.auto_class)
+
+    def _data(self) -> object:
+        return getattr(self._trainer, "datamodule", None)
