@@ -10,11 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from test_data import write_cifar, write_tiny_imagenet
 from test_glue import write_glue, write_tsv
-from tiny_text import save_tiny_model
+from tiny_text import save_tiny_decoder, save_tiny_model
 
 from geolora_pl.cli import main
 from geolora_pl.data import CIFAR10, CIFAR100
@@ -22,7 +23,9 @@ from geolora_pl.data import CIFAR10, CIFAR100
 ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
-NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli"}
+LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
+NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli", *LANGUAGE}
+DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen2", "openai-community/gpt2": "gpt2"}
 
 TWO_STEPS = {
     "trainer.max_epochs": 1,
@@ -120,6 +123,8 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings = config["model"]["init_args"]
     if config["model"]["class_path"].endswith(".TextClassification"):
         return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
+    if config["model"]["class_path"].endswith(".CausalLM"):
+        return {"model.init_args.model_name": save_tiny_decoder(folder / "model", DECODER[settings["model_name"]])}
     if settings["checkpoint_path"]:  # a file of the project
         return {}
     return {
@@ -137,6 +142,25 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         columns = [settings["text_column"], settings["label_column"]]
         write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
+    if source == "LanguageFiles":
+        columns = [settings[name] for name in ("prompt_column", "completion_column") if settings[name]]
+        rows = {name: ["a good film", "the plot was not bad"] * 20 for name in columns or [settings["text_column"]]}
+        datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
+        return {
+            "data.init_args.train_file": folder / "train.parquet",
+            "data.init_args.cache_dir": folder / "cache",
+            "data.init_args.max_length": 8,
+        }
+    if source == "LanguageHub":
+        for split in ("train", "validation"):
+            rows = {settings["text_column"]: ["", "a good film", "the plot was not bad"] * 20}
+            datasets.Dataset.from_dict(rows).to_parquet(folder / "hub" / f"{split}.parquet")
+        return {
+            "data.init_args.dataset": folder / "hub",
+            "data.init_args.subset": "null",
+            "data.init_args.cache_dir": folder / "cache",
+            "data.init_args.max_length": 8,
+        }
     if source == "GLUE":
         write_glue(folder, settings["task"], times=4)
         return {"data.init_args.folder": folder, "data.init_args.cache_dir": folder / "cache"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [
     "good",
@@ -75,9 +75,10 @@ FAMILIES = {
         "bos_token_id": 3,
         "eos_token_id": 3,
     },
+    "qwen2": {**_COMMON, "num_key_value_heads": 2, "pad_token_id": None, "eos_token_id": 3},
     "qwen3": {**_COMMON, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": 3},
 }
-DECODERS = {"llama", "gpt2", "qwen3"}
+DECODERS = {"llama", "gpt2", "qwen2", "qwen3"}
 
 
 def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedTokenizerFast:
@@ -117,5 +118,14 @@ def save_tiny_model(folder: Path, family: str = "bert", **settings) -> str:
     torch.manual_seed(1)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **settings})
     AutoModel.from_config(config).save_pretrained(folder)
+    make_tokenizer(family).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_decoder(folder: Path, family: str = "gpt2", **settings) -> str:
+    """A pretrained language model with random weights, and its tokenizer."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **settings})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     make_tokenizer(family).save_pretrained(folder)
     return str(folder)

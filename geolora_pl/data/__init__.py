@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from geolora_pl.data.folder import ImageFolder
     from geolora_pl.data.glue import GLUE
     from geolora_pl.data.images import ImageDataModule
+    from geolora_pl.data.language import LanguageDataModule, LanguageFiles, LanguageHub
     from geolora_pl.data.text import TextDataModule
     from geolora_pl.data.text_files import TextFiles, TextHub
     from geolora_pl.data.tiny_imagenet import TinyImageNet
@@ -23,6 +24,9 @@ __all__ = [
     "FashionMNIST",
     "ImageDataModule",
     "ImageFolder",
+    "LanguageDataModule",
+    "LanguageFiles",
+    "LanguageHub",
     "TextDataModule",
     "TextFiles",
     "TextHub",
@@ -38,6 +42,7 @@ __getattr__, __dir__ = lazy_exports(
         "folder": ["ImageFolder"],
         "glue": ["GLUE"],
         "images": ["ImageDataModule"],
+        "language": ["LanguageDataModule", "LanguageFiles", "LanguageHub"],
         "text": ["TextDataModule"],
         "text_files": ["TextFiles", "TextHub"],
         "tiny_imagenet": ["TinyImageNet"],

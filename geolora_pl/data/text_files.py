@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lightning.pytorch.utilities import rank_zero_info
 
+from geolora_pl.data.hub import check_split_names, load_hub, select
 from geolora_pl.data.labels import as_strings, to_dataset
-from geolora_pl.data.tables import plain, read_table
+from geolora_pl.data.tables import read_table
 from geolora_pl.data.text import TextDataModule
 
 
@@ -158,38 +159,25 @@ class TextHub(LabelledTexts):
         self, dataset: str, subset: str | None = None, splits: dict[str, str] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if splits is not None and "train" not in splits:
-            raise ValueError(f"splits={splits!r} must name the split to train on: {{train: ...}}")
+        check_split_names(splits)
         self.dataset = dataset
         self.subset = subset
         self.named_splits = splits
 
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
         """Fetch the data set, or take it from the cache of ``datasets``."""
-        try:
-            hub = datasets.load_dataset(self.dataset, self.subset)
-        except (OSError, ValueError) as error:  # a failed connection is one of the first
-            raise ValueError(f"dataset={self.dataset!r}, subset={self.subset!r} cannot be loaded: {error}") from error
-        usual = {"train": "train", "val": "validation", "test": "test"}
-        names = self.named_splits or {
-            ours: theirs for ours, theirs in usual.items() if theirs in hub or ours == "train"
-        }
         tables: dict[str, tuple[object, pa.Table]] = {}
-        for ours, theirs in names.items():
-            if theirs not in hub:
-                raise ValueError(f"{self.dataset} has no split {theirs!r}; it has {', '.join(hub)}: set splits")
-            source = f"{self.dataset} {theirs}"
-            table = self._table(hub[theirs], ours, source)
+        for ours, (source, texts) in load_hub(self.dataset, self.subset, self.named_splits).items():
+            table = self._table(texts, ours, source)
             if ours == "test" and set(pc.unique(table[-1]).to_pylist()) <= {None, -1}:  # its labels are hidden
-                ours, table = "predict", table.select(self.text_columns)
-            tables[ours] = (source, table)
+                tables["predict"] = (source, table.select(self.text_columns))
+            else:
+                tables[ours] = (source, table)
         return tables
 
     def _table(self, texts: datasets.Dataset, split: str, source: str) -> pa.Table:
         columns = self.text_columns if split == "predict" else [*self.text_columns, self.label_column]
-        if absent := [name for name in columns if name not in texts.column_names]:
-            raise ValueError(f"{source} has no column {absent[0]!r}; it has {', '.join(texts.column_names)}")
-        table = plain(texts.select_columns(columns).with_format("arrow")[:], source)
+        table = select(texts, columns, source)
         feature = texts.features[columns[-1]]
         if self.regression or not isinstance(feature, datasets.ClassLabel):
             return table

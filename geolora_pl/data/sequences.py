@@ -1,0 +1,112 @@
+"""From texts to the sequences that a language model is trained on: ends, masks, blocks and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+IGNORED = -100  # the label of a token that is not learnt: what cross_entropy leaves out
+
+Columns = dict[str, list[list[int]] | list[int]]
+
+
+def encode_texts(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
+    """Token ids of texts with the end-of-text token at their end.
+
+    Args:
+        batch: A column ``text``.
+        tokenizer: The model's own.
+        limit: Tokens that a text is cut to at its end, which is then no end of a text; ``None`` for no limit.
+
+    Returns:
+        Columns ``input_ids`` and ``length``.
+    """
+    texts = [[*_open(ids, tokenizer), tokenizer.eos_token_id][:limit] for ids in _ids(tokenizer, batch["text"])]
+    return {"input_ids": texts, "length": [len(text) for text in texts]}
+
+
+def encode_pairs(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
+    """Token ids of prompts, their completions and the end-of-text token, and labels that leave out the prompt.
+
+    Args:
+        batch: Columns ``prompt`` and ``completion``.
+        tokenizer: The model's own.
+        limit: Tokens that a pair is cut to: first the beginning of the prompt, but not the token that starts a text,
+            then the end of the completion; ``None`` for no limit.
+
+    Returns:
+        Columns ``input_ids``, ``labels`` and ``length``.
+    """
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    prompts = _ids(tokenizer, batch["prompt"])
+    completions = _ids(tokenizer, batch["completion"], add_special_tokens=False)
+    for opened, words in zip(prompts, completions, strict=True):
+        prompt, completion = _open(opened, tokenizer), [*words, tokenizer.eos_token_id]
+        if limit is not None:
+            start = prompt[:1] if prompt[:1] == [tokenizer.bos_token_id] else []
+            room = max(0, limit - len(completion) - len(start))
+            prompt = start + prompt[max(len(start), len(prompt) - room) :]
+            completion = completion[: limit - len(prompt)]
+        columns["input_ids"].append(prompt + completion)
+        columns["labels"].append([IGNORED] * len(prompt) + completion)
+    return {**columns, "length": [len(ids) for ids in columns["input_ids"]]}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **settings: bool) -> list[list[int]]:
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False, **settings)  # silent on what it cuts later
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _open(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text without the end that some tokenizers give it: a completion is to follow, or the end just once."""
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def pack(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
+    """Put all sequences one after the other and cut them into blocks.
+
+    Args:
+        tokens: Columns of lists of numbers, all of the same lengths, and ``length``.
+        size: Numbers in a block; the last one may have fewer.
+
+    Example:
+        >>> tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "length": [3, 2]})
+        >>> pack(tokens, 2).to_dict()
+        {'input_ids': [[1, 2], [3, 4], [5]], 'length': [2, 2, 1]}
+    """
+    table = tokens.with_format("arrow")[:]
+    total = pc.sum(table["length"]).as_py()
+    ends = np.append(np.arange(0, total, size), total)
+    columns = {
+        name: pa.LargeListArray.from_arrays(ends, pc.list_flatten(table[name]).combine_chunks())
+        for name in table.column_names
+        if name != "length"
+    }
+    return datasets.Dataset(pa.table({**columns, "length": np.diff(ends)}))
+
+
+class Sequences:
+    """Make a batch of sequences: padded on the right, what is padding has no label.
+
+    Args:
+        tokenizer: Pads, with a token that may be the end of a text as well.
+        multiple: What the length of a batch is a multiple of.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> None:
+        self.collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=multiple)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> Mapping[str, Tensor]:
+        """Labels are the tokens themselves where there are no others."""
+        batch: Mapping[str, Tensor] = self.collate(
+            [{**sample, "labels": sample.get("labels", sample["input_ids"])} for sample in samples]
+        )
+        return batch
