@@ -148,6 +148,7 @@ class GeoLoRALayer(nn.Module):
 
     def plain(self, weight: Tensor) -> nn.Module:
         """The layer without its adapter, with this weight in the place of its own."""
+        weight = weight.contiguous()  # files want it so, and from_matrix may have transposed it
         self.base.weight = nn.Parameter(weight, requires_grad=self.base.weight.requires_grad)
         return self.base  # type: ignore[no-any-return]
 

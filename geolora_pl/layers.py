@@ -23,7 +23,7 @@ class GeoLoRAConv1D(GeoLoRALayer):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """(out, in) to (in, out)."""
-        return matrix.mT.contiguous()
+        return matrix.mT
 
 
 class GeoLoRAConv2d(GeoLoRALayer):
@@ -79,8 +79,8 @@ class GeoLoRAEmbedding(GeoLoRALayer):
         super().__init__(base, config)
         if (row := self.base.padding_idx) is not None:
             with torch.no_grad():  # a basis without it: no column is spent on a row that stays as it is
-                live = self.V[:, : self.rank].index_fill(0, torch.tensor(row, device=self.V.device), 0.0)
-                self.V[:, : self.rank] = torch.linalg.qr(live).Q
+                self.V[row] = 0
+                self.V[:, : self.rank] = torch.linalg.qr(self.V[:, : self.rank]).Q
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
@@ -100,12 +100,12 @@ class GeoLoRAEmbedding(GeoLoRALayer):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """(dim, num) to (num, dim)."""
-        return matrix.mT.contiguous()
+        return matrix.mT
 
     def _factored(self) -> tuple[Tensor, Tensor]:
         A, B = super()._factored()
         if (row := self.base.padding_idx) is not None:
-            B = B.index_fill(0, torch.tensor(row, device=B.device), 0.0)
+            B[row] = 0  # also where a retraction left rounding
         return A, B
 
     def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

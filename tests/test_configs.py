@@ -25,7 +25,7 @@ OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
 LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
 NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli", *LANGUAGE}
-DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen2", "openai-community/gpt2": "gpt2"}
+DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
 
 TWO_STEPS = {
     "trainer.max_epochs": 1,

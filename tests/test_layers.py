@@ -144,6 +144,7 @@ def test_merged_equals_unmerged_in_a_plain_layer(make, inputs, kind):
     change = merge_adapters(model)["0"]
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(model[0].weight, weight)
+    assert model[0].weight.is_contiguous()
     assert type(model[0]) is (nn.Linear if isinstance(base, FewBits) else type(base))
     assert not any(p.requires_grad for p in model.parameters())
     if before.is_floating_point():

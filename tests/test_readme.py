@@ -26,7 +26,7 @@ def test_the_python_snippets_run_one_after_the_other(monkeypatch):
     monkeypatch.setattr(Trainer, "__init__", lambda self, **kwargs: original(self, **{**quiet, **kwargs}))
     names: dict[str, object] = {}
     snippets = blocks("python")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
     assert set(names["integrator"].ranks()) == {"0"}

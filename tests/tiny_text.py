@@ -75,10 +75,9 @@ FAMILIES = {
         "bos_token_id": 3,
         "eos_token_id": 3,
     },
-    "qwen2": {**_COMMON, "num_key_value_heads": 2, "pad_token_id": None, "eos_token_id": 3},
     "qwen3": {**_COMMON, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": 3},
 }
-DECODERS = {"llama", "gpt2", "qwen2", "qwen3"}
+DECODERS = {"llama", "gpt2", "qwen3"}
 
 
 def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedTokenizerFast:

@@ -66,14 +66,16 @@ class CausalLM(TransformerTask):
         return logits
 
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of every token but the first, zero for those that are not learnt, and which are learnt.
+        """The loss of predicting each token's successor, zero for those that are not learnt, and which are learnt.
 
         Returns:
-            Two tensors (batch, length - 1), the first in float32.
+            Two tensors (batch, length), the first in float32.
         """
-        logits, targets = self(batch)[:, :-1].float(), batch["labels"][:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view_as(targets), targets != IGNORED
+        logits, successors = self(batch), F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # shifts the smaller one
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), successors.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view_as(successors), successors != IGNORED
 
     def training_step(self, batch: Batch) -> Tensor:
         """The mean loss of the batch's learnt tokens; zero if there are none."""
