@@ -77,6 +77,7 @@ def test_importing_the_package_prints_nothing_and_leaves_tasks_alone():
     ("names", "unused"),
     [
         ("geolora_pl.tasks.TextClassification, geolora_pl.data.GLUE, geolora_pl.data.TextFiles", {"timm", "sklearn"}),
+        ("geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles", {"timm", "sklearn"}),
         ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", {"transformers", "datasets"}),
     ],
 )
