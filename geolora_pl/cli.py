@@ -9,11 +9,16 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
 from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.inject import adapter_parameters, find_adapters
+from geolora_pl.parser import OneSentenceParser
+from geolora_pl.preflight import CheckTestSplit, check_trainer, read_checkpoint
+
+_LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -34,6 +39,30 @@ class GeoLoRACLI(LightningCLI):
         """Add ``--geolora.*`` and ``--test_after_fit``."""
         parser.add_lightning_class_args(GeoLoRACallback, "geolora")
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether a fit ends with a test.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse a broken checkpoint and a seed out of range before anything is made."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]
+        if (path := config.get("ckpt_path")) and "://" not in path and path.partition(":")[0] not in _LOOKED_UP:
+            read_checkpoint(path)
+        if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:  # of the trainer
+            raise ValueError(str(error)) from error
+        except ValueError as error:
+            raise _without_types(error) from error.__cause__
+
+    def before_fit(self) -> None:
+        """Refuse what would show only in training, or after it."""
+        check_trainer(self.trainer)
+        if self.config["fit"]["test_after_fit"]:
+            self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
 
     def after_fit(self) -> None:
         """Test if asked to, and say what was found and where it lies."""
@@ -57,6 +86,13 @@ class GeoLoRACLI(LightningCLI):
         console.print(f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)")
         if log_dir is not None:
             console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
+
+
+def _without_types(error: ValueError) -> ValueError:
+    """The error of a class that jsonargparse could not make, which it wraps in all the types that it tried."""
+    while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
+    return error
 
 
 def rank_table(ranks: dict[str, int]) -> Table:
@@ -92,6 +128,7 @@ def main(args: ArgsType = None) -> None:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        parser_class=OneSentenceParser,
         parser_kwargs=no_abbreviations | dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
         args=args,
     )

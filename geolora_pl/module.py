@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -150,9 +150,35 @@ class GeoLoRAModule(L.LightningModule):
                 "that, or start a new run"
             )
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights that belong to this module, or none at all: torch itself loads what fits before it complains.
+
+        Raises:
+            ValueError: A name is missing or unknown (if ``strict``), or a shape differs.
+        """
+        own = self.state_dict()
+        wrong = [
+            f"{name} is {tuple(state_dict[name].shape)} there and {tuple(value.shape)} here"
+            for name, value in own.items()
+            if name in state_dict and state_dict[name].shape != value.shape
+        ]
+        if strict:
+            wrong += [f"{name} is missing" for name in own if name not in state_dict]
+            wrong += [f"{name} is unknown" for name in state_dict if name not in own]
+        if wrong:
+            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            raise ValueError(
+                f"the weights do not fit this {type(self).__name__}: {'; '.join(wrong[:3])}{more}; choose the "
+                "checkpoint of such a model, or the settings that it was made with"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def configure_optimizers(self) -> Any:
         """Give the optimizer what is trained: adapters, then matrices with and vectors without weight decay."""
-        optimizer = self.optimizer(parameter_groups(self, head_lr=self.head_lr))
+        try:
+            optimizer = self.optimizer(parameter_groups(self, head_lr=self.head_lr))
+        except ValueError as error:
+            raise ValueError(f"optimizer: {error}; mend its settings, or use another of the Adam family") from error
         if self.lr_scheduler is None:
             scheduler: Any = warmup_cosine(optimizer, self.warmup, run_length(self.trainer), self.head_warmup)
         else:

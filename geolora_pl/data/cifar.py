@@ -48,11 +48,20 @@ class CIFAR10(ImageDataModule):
     @property
     def class_names(self) -> list[str]:
         """The names in the files."""
-        return list(self._source(self.folder).classes)
+        return list(self._open().classes)
+
+    def _open(self, train: bool = True) -> datasets.CIFAR10:
+        try:
+            return self._source(self.folder, train=train)
+        except RuntimeError as error:  # a checksum differs
+            raise ValueError(
+                f"folder={self.folder!r}: a file in {self._source.base_folder} is missing or broken; set download to "
+                "true to fetch it again"
+            ) from error
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
         """Read the files."""
-        sources = {split: self._source(self.folder, train=split == "train") for split in ("train", "test")}
+        sources = {split: self._open(train=split == "train") for split in ("train", "test")}
         return {split: ArrayImages(source.data, source.targets) for split, source in sources.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,19 @@ def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     if path.is_file():
         content = path.read_bytes()
     elif path.with_name(path.name + ".gz").is_file():
-        content = gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
+        try:
+            content = gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}.gz cannot be unpacked ({error}): fetch it again") from error
     else:
         raise ValueError(f"{path} is missing, with and without .gz")
     if len(content) < 4 or content[:3] != b"\0\0\x08":  # two zeros, then the code of unsigned bytes
         raise ValueError(f"{path} is no IDX file of bytes: fetch it again")
     dimensions = content[3]
+    if len(content) < 4 + 4 * dimensions:
+        raise ValueError(f"{path} is cut short in its header: fetch it again")
     shape = np.frombuffer(content, ">i4", dimensions, offset=4)
     offset = 4 + 4 * dimensions
     if len(content) != offset + int(shape.prod()):
-        raise ValueError(f"{path} is cut short: its header promises {int(shape.prod())} bytes of data")
+        raise ValueError(f"{path} is cut short: its header promises {int(shape.prod())} bytes of data; fetch it again")
     return np.frombuffer(content, np.uint8, offset=offset).reshape(shape)

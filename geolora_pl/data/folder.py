@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
@@ -48,11 +49,23 @@ class ImageFolder(ImageDataModule):
         splits: dict[str, Dataset[Sample]] = {}
         for split in ("train", *self._others()):
             try:
-                splits[split] = datasets.ImageFolder(str(self.folder / split))
+                splits[split] = datasets.ImageFolder(str(self.folder / split), loader=_read_image)
             except FileNotFoundError as error:  # a class without an image
                 raise ValueError(f"{self.folder / split}: {error}") from error
         return splits
 
 
 def _class_folders(path: Path) -> list[str]:
-    return sorted(child.name for child in path.iterdir() if child.is_dir())
+    try:
+        return sorted(child.name for child in path.iterdir() if child.is_dir())
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: give yourself the permission to list it") from error
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()  # and closes the file
+    except (OSError, SyntaxError) as error:  # Pillow's own for a file that is no image, or cut short
+        raise ValueError(f"{path} cannot be read as an image: remove or replace it") from error
+    return image

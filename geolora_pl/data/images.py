@@ -31,6 +31,8 @@ class ArrayImages(Dataset[Sample]):
             raise ValueError(
                 f"there are {len(images)} images and {len(labels)} labels: the files do not belong together"
             )
+        if images.ndim not in (3, 4):
+            raise ValueError(f"an array of shape {images.shape} holds no images: the files are not what they are named")
         self.images = images
         self.labels = [int(label) for label in labels]
 
@@ -108,6 +110,8 @@ class ImageDataModule(L.LightningDataModule):
         if self.splits:
             return
         splits = self.load_splits()
+        for split, samples in splits.items():
+            self._check(split, samples)
         if "val" not in splits:
             total = len(splits["train"])  # type: ignore[arg-type]  # every source here is a sized data set
             count = round(self.val_fraction * total)
@@ -118,6 +122,18 @@ class ImageDataModule(L.LightningDataModule):
                 )
             splits["train"], splits["val"] = hold_out(splits["train"], count, self.seed)
         self.splits = splits
+
+    def _check(self, split: str, samples: Dataset[Sample]) -> None:
+        """Refuse an empty split, and labels that are known without reading the images and belong to no class."""
+        if not len(samples):  # type: ignore[arg-type]  # every source here is a sized data set
+            raise ValueError(f"{type(self).__name__} has no {split} images: the split is empty, so fill or remove it")
+        labels, classes = getattr(samples, "labels", ()), self.num_classes
+        for index, label in enumerate(labels):
+            if not 0 <= label < classes:
+                raise ValueError(
+                    f"{split} image {index} has label {label}, and the {classes} classes are 0 to {classes - 1}: mend "
+                    "the labels"
+                )
 
     def data_config(self) -> Mapping[str, Any]:
         """Input size, mean, standard deviation and interpolation that the model wants.
@@ -140,7 +156,10 @@ class ImageDataModule(L.LightningDataModule):
         training = split == "train"
         config = self.data_config()
         augment = (self.augment or {"no_aug": True}) if training else {}
-        transform = create_transform(**config, is_training=training, **augment)
+        try:
+            transform = create_transform(**config, is_training=training, **augment)
+        except TypeError as error:
+            raise ValueError(f"augment={augment!r} does not suit timm's create_transform: {error}") from error
         return DataLoader(
             _Transformed(self.splits[split], "L" if config["input_size"][0] == 1 else "RGB", transform),
             batch_size=self.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def _refuse_missing(path: Path) -> None:
         raise ValueError(f"{path} is no file (from {Path.cwd()})")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} cannot be read: give yourself the permission to")
 
 
 def _absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> ValueError:

@@ -52,6 +52,8 @@ class TokenDataModule(L.LightningDataModule):
         super().__init__()
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
         self.batch_size = batch_size
         self.max_length = max_length
         self.val_fraction = val_fraction

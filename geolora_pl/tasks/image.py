@@ -82,9 +82,17 @@ class ImageClassification(GeoLoRAModule):
         local = self.checkpoint_path is not None
         if self.checkpoint_path is not None and not Path(self.checkpoint_path).is_file():
             raise ValueError(f"checkpoint_path={self.checkpoint_path!r} is no file (from {Path.cwd()})")
-        model: nn.Module = timm.create_model(
-            self.model_name, pretrained=self.pretrained and not local, num_classes=self.num_classes, **self.model_args
-        )
+        try:
+            model: nn.Module = timm.create_model(
+                self.model_name,
+                pretrained=self.pretrained and not local,
+                num_classes=self.num_classes,
+                **self.model_args,
+            )
+        except TypeError as error:  # an unknown name, or a value of another kind
+            raise ValueError(
+                f"model_args={self.model_args!r} do not suit model_name={self.model_name!r}: {error}; drop or mend them"
+            ) from error
         if self.checkpoint_path is not None:
             load_backbone(model, self.checkpoint_path)
         # From now on the weights are in the checkpoints, which must load where neither file nor hub is at hand.

@@ -175,8 +175,9 @@ def _from(model_name: str) -> Iterator[dict[str, Any]]:
         logging.disable_progress_bar()
     try:
         yield {"pretrained_model_name_or_path": source, "local_files_only": local}
-    except OSError as error:
-        raise ValueError(f"model_name={model_name!r} cannot be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"model_name={model_name!r} cannot be loaded: {said}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
