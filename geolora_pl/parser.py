@@ -61,7 +61,7 @@ def as_sentence(message: str, options: list[str]) -> str:
         >>> as_sentence("unrecognized arguments: --geolora.tua=0.1", ["geolora.tau", "geolora.budget"])
         "there is no setting 'geolora.tua': did you mean 'geolora.tau'?"
         >>> as_sentence('Parser key "geolora.tau":\n  Expected a <class \'float\'>. Got value: high', [])
-        "geolora.tau=high must be a finite number"
+        'geolora.tau=high must be a finite number'
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     if message.startswith("Unexpected config:"):

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.agreement import anywhere, is_sharded
 from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.functional import working_dtype
 
 OnNonfinite = Literal["skip", "raise"]
 
@@ -23,8 +24,9 @@ OnNonfinite = Literal["skip", "raise"]
 class StepWatch:
     """Sees the steps of every torch optimizer that holds an adapter, from the first one on, without being told.
 
-    A step with a gradient that is not finite is skipped whole: the gradients of all the optimizer's parameters are set
-    to ``None`` just before it. A step that never happens, as when a gradient scaler skips it, is not counted.
+    A step with a gradient that is not finite, or whose square is not, is skipped whole: the gradients of all the
+    optimizer's parameters are set to ``None`` just before it. A step that never happens, as when a gradient scaler
+    skips it, is not counted.
 
     Attributes:
         new_steps: Steps taken since :meth:`take`.
@@ -114,9 +116,11 @@ class StepWatch:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if (broken := _first_non_finite(parameters)) is not None:
             names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+            finite = bool(_values(broken).isfinite().all())
             for parameter in parameters:
                 parameter.grad = None
-            what = f"the gradient of {names.get(id(broken), 'a parameter')} is not finite"
+            how = "so large that its square is not finite" if finite else "not finite"
+            what = f"the gradient of {names.get(id(broken), 'a parameter')} is {how}"
             # A gradient scaler that leaves the check to the optimizer overflows as a matter of course.
             if self.on_nonfinite == "raise" and getattr(optimizer, "found_inf", None) is None:
                 raise FloatingPointError(
@@ -172,24 +176,36 @@ def _warn(message: str) -> None:
 
 
 def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
-    """The first parameter with a gradient that is not finite; one wait for the device if all are.
+    """The first parameter with a gradient that is not finite or squares to infinity; one wait for the device.
 
     A process holds a part only of a sharded parameter: what one finds there counts for all.
     """
-    checked = [(p, values) for p in parameters if (values := _values(p.grad)).numel()]
+    checked = [(parameter, values) for parameter in parameters if (values := _values(parameter)).numel()]
     if not checked:
         return None
     largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
-    finite = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).isfinite()
-    broken = ~finite.all()
-    if any(is_sharded(p) for p in parameters):
-        broken = anywhere(broken)
-    return checked[int(finite.logical_not().int().argmax())][0] if broken else None
+    norms = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest])
+    broken = None
+    for (parameter, values), norm in zip(checked, norms.tolist(), strict=True):
+        if not norm < _limit(values):  # nor is an undefined one
+            broken = parameter
+            break
+    if any(is_sharded(parameter) for parameter in parameters):
+        elsewhere = anywhere(torch.tensor(broken is not None, device=norms.device))
+        broken = broken if broken is not None or not elsewhere else checked[0][0]
+    return broken
 
 
-def _values(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
+def _values(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None, "only parameters with a gradient are looked at"
     if is_sharded(gradient):
         local: Tensor = gradient.to_local()  # type: ignore[attr-defined]
         return local
     return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _limit(gradient: Tensor) -> float:
+    """Entries up to which the squares that an optimizer sums stay finite; beyond it second moments break for good."""
+    wide = torch.finfo(working_dtype(gradient.dtype)).max
+    return min(math.sqrt(wide / gradient.numel()), torch.finfo(torch.float32).max)

@@ -1,8 +1,13 @@
 import pytest
 import torch
+from hypothesis import settings
 
 # Forked processes deadlock with several torch threads.
 torch.set_num_threads(1)
+
+# The same examples in every run, and no clock: a test that fails fails again.
+settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=150, database=None)
+settings.load_profile("deterministic")
 
 
 @pytest.fixture(autouse=True)
