@@ -100,9 +100,10 @@ def test_a_second_truncation_to_the_same_rank_changes_nothing(point, data):
     torch.testing.assert_close(U2 @ S2 @ V2.mT, W, rtol=0, atol=rounding(m, n, U.dtype, W))
 
 
-SIGMAS = st.lists(st.one_of(st.just(0.0), st.floats(1e-30, 1e30), st.floats(0.5, 2.0)), min_size=1, max_size=12).map(
-    lambda values: sorted(values, reverse=True)
-)
+SIGMAS = st.one_of(
+    st.lists(st.one_of(st.just(0.0), st.floats(1e-30, 1e30)), min_size=1, max_size=12),
+    st.lists(st.floats(0.1, 1.0), min_size=1, max_size=12),  # in which tau decides
+).map(lambda values: sorted(values, reverse=True))
 
 
 @given(SIGMAS, TAUS, DTYPES, st.data())
@@ -271,7 +272,7 @@ def test_transport_is_the_nearest_tangent_vector_there_is(move, exponent):
 @given(moves())
 def test_second_moments_stay_non_negative_and_zero_in_unused_columns(move):
     K, _, _, V, _, V_new = move
-    v = K.abs()  # of any scale from 1e-30 to 1e30
+    v = K.abs() * (torch.arange(K.shape[1]) % 2)  # of any scale from 1e-30 to 1e30, and zero in live columns, too
     moved = F.transport_second_moment(v, V, V_new)
     assert moved.isfinite().all()
     assert (moved >= 0).all()

@@ -21,7 +21,7 @@ from torch import nn
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
 from geolora_pl.functional import orthonormality_defect
 
-MAX_BYTES_A_STEP = 64.0  # one float64 kept by each of the eight factors' moments would be as much
+MAX_BYTES_A_STEP = 16.0  # a single float kept a step in a list takes 32
 MAX_DEFECT = 1e-5
 MAX_GROWTH = 2.0  # of the defect from the first tenth to the last
 WARM_UP = 0.2  # part of the steps in which allocators and caches still fill
