@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,14 @@ from test_data import write_idx
 from tiny_text import save_tiny_model
 from torch import nn
 
-from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, inject_adapters
+from geolora_pl import (
+    AdapterConfig,
+    GeoLoRACallback,
+    GeoLoRAModule,
+    GeoLoRAWarning,
+    RankAdaptiveIntegrator,
+    inject_adapters,
+)
 from geolora_pl.cli import main
 from geolora_pl.preflight import read_checkpoint
 
@@ -368,17 +376,19 @@ def test_a_checkpoint_without_permission(folder, run_folder, monkeypatch):
         read_checkpoint(good)
 
 
-def test_no_space_left_while_saving_ends_the_run_and_leaves_the_checkpoint_before_it_whole(folder, monkeypatch):
+def test_no_space_left_while_saving_ends_the_run_and_leaves_the_checkpoint_before_it_whole(folder):
     main(quickstart())
     last = folder / "lightning_logs" / "quickstart" / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        main(quickstart("--trainer.max_epochs=2", "--ckpt_path=last"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (len(before) // 2, limits[1])
+    )  # a write stops half way, as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            main(quickstart("--trainer.max_epochs=2", "--ckpt_path=last"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert last.read_bytes() == before
     names = sorted(path.name for path in last.parent.iterdir())
     assert names == ["epoch=0-step=2.ckpt", "last.ckpt"]
@@ -705,6 +715,19 @@ def fit(module, callback, *others) -> None:
 def test_a_module_that_cannot_be_adapted(optimizers, adapter, message):
     with pytest.raises(ValueError, match=message):
         fit(Plain(optimizers), GeoLoRACallback(adapter=AdapterConfig(**adapter)))
+
+
+def test_a_gradient_whose_square_overflows_is_named():
+    model = nn.Sequential(nn.Linear(4, 4))
+    layer = inject_adapters(model)["0"]
+    integrator = RankAdaptiveIntegrator(model)
+    optimizer = torch.optim.SGD([layer.K, layer.L], lr=0.1)
+    layer.K.grad, layer.L.grad = torch.full_like(layer.K, 1e25), torch.zeros_like(layer.L)
+    with pytest.warns(GeoLoRAWarning, match=r"gradient of 0\.K is so large that its square is not finite: .* skipped"):
+        optimizer.step()
+    assert not layer.K.any()
+    assert not integrator.step(optimizer)
+    assert integrator.skipped_steps == 1
 
 
 def test_averaged_weights_are_refused():
