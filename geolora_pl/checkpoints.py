@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from geolora_pl.fingerprint import base_hash, base_parameters, trained_names
 
+_BROKEN = (EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # in a small checkpoint: what is known of the base that it leaves out
 
 
@@ -65,18 +68,61 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             ValueError: The file is no whole checkpoint, or its base is another one.
         """
-        try:
+        if "://" in str(path) or weights_only is False:
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # what torch raises for a damaged file depends on where it ends
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"{path} is no checkpoint that can be read ({reason}): it is damaged or something else; go back to an "
-                "earlier one"
-            ) from error
+        else:
+            checkpoint = read_checkpoint(path)
         complete(checkpoint, self._module)
         return checkpoint
+
+
+def read_checkpoint(path: _PATH, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of a run, whole and unbroken, or say why it is none.
+
+    Every byte is compared with the checksums in the file, for torch loads changed weights without a word.
+
+    Args:
+        path: The file.
+        mmap: Whether tensors stay in the file until they are used.
+
+    Returns:
+        What is in it, on the CPU.
+
+    Raises:
+        ValueError: There is no such file, it is cut short or changed, or it holds something else than a run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file"
+        raise ValueError(f"ckpt_path={str(path)!r} is {kind} (from {Path.cwd()}): name the .ckpt file of a run")
+    try:
+        checkpoint = _load(path, mmap)
+    except OSError as error:
+        raise ValueError(
+            f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): mend its permissions"
+        ) from error
+    except _BROKEN as error:
+        raise ValueError(
+            f"ckpt_path={str(path)!r} cannot be read: it is cut short, changed, or no checkpoint at all; go back to an "
+            "earlier .ckpt file of the run"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        names = list(checkpoint)[:3] if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
+        raise ValueError(
+            f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is no checkpoint of a run: "
+            "name a .ckpt file that the trainer saved"
+        )
+    return checkpoint
+
+
+def _load(path: Path, mmap: bool) -> object:
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # all that torch has written since 1.6 are
+            raise zipfile.BadZipFile
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def describe_base(module: nn.Module) -> dict[str, Any]:

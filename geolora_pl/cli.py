@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from geolora_pl.callback import GeoLoRACallback
+from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.parser import OneSentenceParser
-from geolora_pl.preflight import CheckTestSplit, check_trainer, read_checkpoint
+from geolora_pl.preflight import CheckTestSplit, check_trainer
 
 _LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
 
@@ -45,9 +46,14 @@ class GeoLoRACLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         if (path := config.get("ckpt_path")) and "://" not in path and path.partition(":")[0] not in _LOOKED_UP:
-            read_checkpoint(path)
+            read_checkpoint(path, mmap=True)
         if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
+
+    def _parse_ckpt_path(self) -> None:
+        """For a fit the settings given count, and what does not fit the checkpoint is refused when it is loaded."""
+        if self.config["subcommand"] != "fit":
+            super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""

@@ -1,66 +1,11 @@
-"""What is checked before a run begins: the checkpoint it starts from, the trainer's settings, the test it ends with."""
+"""What is checked before a run begins: the trainer's settings, and the test that it ends with."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-
-_BROKEN = (EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of a run, whole and unbroken, or say why it is none.
-
-    Every byte is compared with the checksums in the file, for torch loads changed weights without a word.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What is in it, mapped into memory on the CPU.
-
-    Raises:
-        ValueError: There is no such file, it is cut short or changed, or it holds something else than a run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file"
-        raise ValueError(f"ckpt_path={str(path)!r} is {kind} (from {Path.cwd()}): name the .ckpt file of a run")
-    try:
-        checkpoint = _load(path)
-    except OSError as error:
-        raise ValueError(
-            f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): mend its permissions"
-        ) from error
-    except _BROKEN as error:
-        raise ValueError(
-            f"ckpt_path={str(path)!r} cannot be read: it is cut short, changed, or no checkpoint at all; go back to an "
-            "earlier .ckpt file of the run"
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
-        names = list(checkpoint)[:3] if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
-        raise ValueError(
-            f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is no checkpoint of a run: "
-            "name a .ckpt file that the trainer saved"
-        )
-    return checkpoint
-
-
-def _load(path: Path) -> object:
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # all that torch has written since 1.6 are
-            raise zipfile.BadZipFile
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_trainer(trainer: L.Trainer) -> None:

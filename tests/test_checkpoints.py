@@ -101,7 +101,7 @@ def test_what_cannot_be_written_leaves_the_earlier_file(tmp_path, monkeypatch, e
     with pytest.raises(expected):
         files.save_checkpoint({"a": 2}, path)
     assert os.listdir(tmp_path) == ["last.ckpt"]
-    assert files.load_checkpoint(path) == {"a": 1}
+    assert torch.load(path, weights_only=True) == {"a": 1}
 
 
 def test_a_new_file_has_the_usual_permissions(tmp_path):
@@ -116,7 +116,7 @@ def test_a_truncated_checkpoint_is_refused_in_one_sentence(tmp_path, keep):
     path = train(tmp_path, Foreign())
     content = path.read_bytes()
     path.write_bytes(content[: keep if keep >= 1 or keep == 0 else int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"last\.ckpt is no checkpoint that can be read .* go back to an earlier one"):
+    with pytest.raises(ValueError, match=r"last\.ckpt' cannot be read: .* go back to an earlier \.ckpt file"):
         evaluate(Foreign(), path)
 
 
