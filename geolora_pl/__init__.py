@@ -4,9 +4,11 @@ from geolora_pl.adapters import GeoLoRALayer, GeoLoRALinear
 from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.config import AdapterConfig
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.inject import inject_adapters, merge_adapters
+from geolora_pl.files import load_adapter, save_adapter
+from geolora_pl.inject import inject_adapters, merge_adapters, remove_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator
 from geolora_pl.layers import register_adapter
+from geolora_pl.merge import MergedAdapters
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.optim import RiemannianAdam, parameter_groups
 from geolora_pl.schedule import warmup_cosine
@@ -18,11 +20,15 @@ __all__ = [
     "GeoLoRALinear",
     "GeoLoRAModule",
     "GeoLoRAWarning",
+    "MergedAdapters",
     "RankAdaptiveIntegrator",
     "RiemannianAdam",
     "inject_adapters",
+    "load_adapter",
     "merge_adapters",
     "parameter_groups",
     "register_adapter",
+    "remove_adapters",
+    "save_adapter",
     "warmup_cosine",
 ]

@@ -132,6 +132,33 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
     return changes
 
 
+def remove_adapters(model: nn.Module) -> None:
+    """Put the plain layers back without their updates, in place.
+
+    What else was trained, such as a head, stays as it is.
+
+    Args:
+        model: A model with adapters; plain again afterwards.
+
+    Raises:
+        ValueError: The model has no adapters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject_adapters(model)
+        >>> remove_adapters(model)
+        >>> model[0]
+        Linear(in_features=8, out_features=8, bias=True)
+    """
+    adapters = find_adapters(model)
+    if not adapters or isinstance(model, GeoLoRALinear):
+        raise ValueError("the model holds no adapters: there is nothing to remove from it")
+    names = _all_names(model)
+    for layer in adapters.values():
+        for alias in names[id(layer)]:
+            model.set_submodule(alias, layer.base)
+
+
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
     """Whether a module's name is meant: by one regular expression, or by a list of names and name endings."""
     if isinstance(patterns, str):

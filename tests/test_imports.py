@@ -13,12 +13,14 @@ import geolora_pl.tasks
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
-    ["agreement", "config", "errors", "functional", "lazy", "loggers", "parser", "preflight", "schedule"],
+    ["agreement", "atomic", "config", "errors", "functional", "lazy", "loggers", "parser", "preflight", "schedule"],
     ["adapters"],
     ["layers"],
     ["inject", "moments", "plan", "watch"],
     ["optim", "integrator", "fingerprint", "sharding"],
-    ["checkpoints", "resume"],
+    ["checkpoints", "resume", "state", "merge"],
+    ["files", "peft"],
+    ["library"],
     ["callback"],
     ["module"],
     ["tasks", "cli"],

@@ -1,0 +1,322 @@
+import json
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters, load_adapter, save_adapter
+from geolora_pl.atomic import atomic
+from geolora_pl.files import _checksum
+from geolora_pl.inject import find_adapters, has_adapters
+
+CONFIG = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2.0"], modules_to_save=["3"], alpha=2.0)
+
+
+def base():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Sequential(nn.Linear(8, 7), nn.Tanh()), nn.Linear(7, 2))
+
+
+def train(model, steps=3, lr=0.1, **settings):
+    torch.manual_seed(4)
+    integrator = RankAdaptiveIntegrator(model, tau=0.0, **settings)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 6)).square().sum().backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    integrator.close()
+    return model.eval()
+
+
+@pytest.fixture
+def trained():
+    model = base()
+    inject_adapters(model, CONFIG)
+    train(model)
+    set_rank(model[2][0], 0)  # a layer may have been dropped altogether
+    return model
+
+
+def set_rank(layer, rank):
+    with torch.no_grad():
+        for factor in (layer.U, layer.S, layer.V):
+            factor[:, rank:] = 0
+    layer.S.data[rank:] = 0
+    layer.read_rank()
+
+
+@pytest.fixture
+def file(trained, tmp_path):
+    save_adapter(trained, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model, before):
+    after = model.state_dict()
+    return list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_saved_adapter_gives_the_same_model_on_a_plain_and_on_a_fresh_base(trained, file, fresh):
+    model = base()
+    if fresh:
+        inject_adapters(model, CONFIG)
+        objects = {name: id(p) for name, p in model.named_parameters()}
+    load_adapter(model, file)
+    assert torch.equal(model.eval()(X), trained(X))
+    assert {n: layer.rank for n, layer in find_adapters(model).items()} == {"0": 4, "2.0": 0}
+    assert {n: layer.max_rank for n, layer in find_adapters(model).items()} == {"0": 4, "2.0": 4}
+    requires = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert requires == {name for name, p in trained.named_parameters() if p.requires_grad}
+    if fresh:
+        assert objects == {name: id(p) for name, p in model.named_parameters()}
+
+
+def test_training_goes_on_as_if_it_had_never_stopped(trained, file):
+    model = base()
+    load_adapter(model, file)
+    first, second = train(trained.train()), train(model.train())
+    torch.testing.assert_close(second(X), first(X), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(first(X), base()(X))
+
+
+def test_the_file_has_the_live_ranks_and_says_what_it_is_of(file):
+    tensors = load_file(file)
+    assert {n: tuple(t.shape) for n, t in tensors.items() if n.startswith("adapters/")} == {
+        "adapters/0/U": (8, 4),
+        "adapters/0/S": (4, 4),
+        "adapters/0/V": (6, 4),
+        "adapters/2.0/U": (7, 0),
+        "adapters/2.0/S": (0, 0),
+        "adapters/2.0/V": (8, 0),
+    }
+    assert {n for n in tensors if n.startswith("trained/")} == {"trained/3.weight", "trained/3.bias"}
+    assert torch.equal(tensors["buffers/1.num_batches_tracked"], torch.tensor(3))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    config = AdapterConfig(**json.loads(metadata["config"]))
+    assert list(inject_adapters(base(), config)) == ["0", "2.0"]
+    assert config.alpha == 2.0
+    assert json.loads(metadata["base_name"]) is None
+    assert len(metadata["base_hash"]) == 64
+
+
+def test_pending_increments_are_in_the_copy_and_the_model_stays_as_it_is(tmp_path):
+    model = base().eval()
+    inject_adapters(model, AdapterConfig(init_rank=1, max_rank=4, target_modules=["0"]))
+    for factor in (model[0].K, model[0].L):
+        factor.data[:, :1].normal_()
+    before, expected = snapshot(model), model(X)
+    save_adapter(model, tmp_path / "a")
+    assert same(model, before)
+    fresh = base().eval()
+    load_adapter(fresh, tmp_path / "a")
+    torch.testing.assert_close(fresh(X), expected)
+    assert fresh[0].rank == 2
+    assert not fresh[0].K.any()
+
+
+def test_the_base_may_be_in_another_precision(file, trained):
+    model = base().bfloat16()
+    load_adapter(model, file)
+    assert model[0].U.dtype == torch.float32
+    torch.testing.assert_close(model.eval()(X.bfloat16()).float(), trained(X), atol=0.1, rtol=0.1)
+
+
+def test_a_train_bias_all_model_comes_back(tmp_path):
+    model = base()
+    inject_adapters(model, AdapterConfig(target_modules=["0"], train_bias="all"))
+    train(model)
+    save_adapter(model, tmp_path / "a")
+    fresh = base()
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh.eval()(X), model(X))
+    assert fresh[0].base.bias.requires_grad
+
+
+def rewrite(file, change):
+    """Change a file in a way that its checksum does not show."""
+    with safe_open(file, "pt") as opened:
+        metadata = dict(opened.metadata())
+    metadata.pop("checksum")
+    tensors = load_file(file)
+    change(metadata, tensors)
+    save_file(tensors, file, {**metadata, "checksum": _checksum(metadata, tensors)})
+
+
+def newer(metadata, tensors):
+    metadata["version"] = "2"
+
+
+def foreign(metadata, tensors):
+    metadata["format"] = "pt"
+
+
+def infinite(metadata, tensors):
+    tensors["trained/3.bias"][0] = torch.inf
+
+
+def without_V(metadata, tensors):
+    del tensors["adapters/0/V"]
+
+
+def other_rank(metadata, tensors):
+    tensors["adapters/0/V"] = tensors["adapters/0/V"][:, :2].contiguous()
+
+
+def other_size(metadata, tensors):
+    tensors["adapters/0/U"] = tensors["adapters/0/U"][:5].contiguous()
+
+
+def unknown_kind(metadata, tensors):
+    tensors["more/0"] = torch.ones(1)
+
+
+def unknown_layer(metadata, tensors):
+    metadata["config"] = metadata["config"].replace("2\\\\.0", "2\\\\.1")
+
+
+def unknown_setting(metadata, tensors):
+    metadata["config"] = metadata["config"].replace('"alpha"', '"beta"')
+
+
+def broken_json(metadata, tensors):
+    metadata["config"] = "{"
+
+
+def other_head(metadata, tensors):
+    tensors["trained/3.bias"] = torch.ones(3)
+
+
+def unknown_parameter(metadata, tensors):
+    tensors["trained/4.bias"] = tensors.pop("trained/3.bias")
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (newer, "is of version 2, and this geolora_pl reads up to 1"),
+        (foreign, "is no adapter of geolora_pl"),
+        (infinite, "trained/3.bias is not finite"),
+        (without_V, "an adapter is U, S and V"),
+        (other_rank, r"0 has U \(8, 4\), S \(4, 4\), V \(6, 2\)"),
+        (other_size, "0 is 5 x 6 in the file and 8 x 6 in the model"),
+        (unknown_kind, "no well-formed adapter"),
+        (unknown_layer, "no well-formed adapter"),
+        (unknown_setting, "no well-formed adapter .*beta"),
+        (broken_json, "no well-formed adapter"),
+        (other_head, r"3.bias is \(3,\) in the adapter and \(2,\) in the model"),
+        (unknown_parameter, "the model has no 4.bias"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence_and_the_model_stays(file, change, message, fresh):
+    rewrite(file, change)
+    refuses(file, message, fresh)
+
+
+def refuses(file, message, fresh=False, model=None):
+    model = model or base()
+    if fresh:
+        inject_adapters(model, CONFIG)
+    before, requires = snapshot(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(model, file)
+    assert "\n" not in str(error.value)
+    assert same(model, before)
+    assert has_adapters(model) == fresh
+    assert [p.requires_grad for p in model.parameters()] == requires
+
+
+def test_a_truncated_or_altered_file_is_refused_wherever_it_was_cut(file):
+    whole = file.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    for length in (0, 4, 100, 8 + header, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        refuses(file, "is corrupt")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # what safetensors itself does not see
+    refuses(file, "its checksum does not fit")
+    refuses(file.parent / "gone", "gone is no file")
+
+
+def test_another_base_is_refused(file):
+    model = base()
+    model[0].weight.data[0, 0] += 1
+    refuses(file, "of another base, one without a name", model=model)
+
+
+def test_other_fresh_adapters_are_refused(file, trained):
+    for config, message in (
+        (AdapterConfig(target_modules="0"), "2.0 has an adapter in the file alone"),
+        (AdapterConfig(init_rank=2, max_rank=2, target_modules=["0", "2.0"], alpha=2.0), "max_rank=2"),
+        (AdapterConfig(target_modules=["0", "2.0"]), "alpha=1.0 does not fit"),
+    ):
+        model = base()
+        inject_adapters(model, config)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(model, file)
+        assert same(model, before)
+
+
+def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(file, trained):
+    before = file.read_bytes()
+    trained[0].S.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="adapters/0/S is not finite"):
+        save_adapter(trained, file)
+    with pytest.raises(ValueError, match="holds no adapters"):
+        save_adapter(base(), file)
+    mixed = base()
+    inject_adapters(mixed, AdapterConfig())
+    mixed[0].scaling = 3.0
+    with pytest.raises(ValueError, match="differ in"):
+        save_adapter(mixed, file)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["a.safetensors"]
+
+
+def fail_after(write, path):
+    write(path)
+    raise RuntimeError
+
+
+def test_an_error_while_writing_leaves_nothing_and_what_was_there(tmp_path):
+    for target, write in (("file", lambda p: p.write_text("half")), ("folder", lambda p: p.mkdir())):
+        target = tmp_path / target
+        with pytest.raises(RuntimeError), atomic(target) as path:
+            fail_after(write, path)
+        assert not list(tmp_path.iterdir())
+        target.mkdir()
+        (target / "old").write_text("old")
+        with pytest.raises(RuntimeError), atomic(target) as path:
+            fail_after(write, path)
+        assert (target / "old").read_text() == "old"
+        with pytest.raises(ValueError, match="exists already"), atomic(target, overwrite=False):
+            pass
+        with atomic(target) as path:
+            write(path)
+        assert not (target / "old").exists()
+        assert list(tmp_path.iterdir()) == [target]
+        (target.rmdir if target.is_dir() else target.unlink)()
+
+
+def test_a_folder_replaces_a_file_and_a_path_through_a_file_is_refused(tmp_path):
+    (tmp_path / "x").write_text("file")
+    with atomic(tmp_path / "x") as path:
+        path.mkdir()
+    assert (tmp_path / "x").is_dir()
+    (tmp_path / "y").write_text("file")
+    with pytest.raises(ValueError, match="is a file and no folder"), atomic(tmp_path / "y" / "z"):
+        pass

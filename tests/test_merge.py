@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from geolora_pl import AdapterConfig, MergedAdapters, inject_adapters, merge_adapters, remove_adapters
+from geolora_pl.inject import find_adapters
+
+
+def adapted(dtype=torch.float32):
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4)).to(dtype)
+    shared = nn.ModuleDict({"a": model, "again": model[0]})
+    inject_adapters(shared, AdapterConfig(init_rank=3, max_rank=4))
+    for layer in find_adapters(shared).values():
+        layer.S.data[:3, :3].normal_()
+        layer.K.data[:, :3].normal_()
+    return shared
+
+
+X = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_merged_and_unmerged_logits_agree_and_the_adapters_come_back_to_the_bit():
+    model = adapted()
+    before, expected = {n: t.clone() for n, t in model.state_dict().items()}, model["a"](X)
+    layers = find_adapters(model)
+    merged = MergedAdapters(model)
+    assert not find_adapters(model)
+    torch.testing.assert_close(model["a"](X), expected, atol=1e-5, rtol=1e-5)
+    merged.unmerge()
+    assert find_adapters(model) == layers
+    assert model["again"] is model["a"][0]
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model["a"](X), expected)
+    with pytest.raises(ValueError, match="back already"):
+        merged.unmerge()
+
+
+def test_a_base_of_low_precision_is_reported_in_float32_and_comes_back():
+    model = adapted(torch.bfloat16)
+    weight = model["a"][0].base.weight.clone()
+    update = model["a"][0].delta_weight()
+    with MergedAdapters(model) as merged:
+        error = model["a"][0].weight.float() - (weight.float() + update)
+        assert model["a"][0].weight.dtype == torch.bfloat16
+        assert 0 < merged.differences["a.0"] < 10 * torch.linalg.matrix_norm(error)
+        assert merged.changes.keys() == merged.differences.keys() == {"a.0", "a.2"}
+    assert torch.equal(model["a"][0].base.weight, weight)
+    assert all(value < 1e-5 for value in MergedAdapters(adapted()).differences.values())
+
+
+def test_what_is_not_finite_is_not_merged():
+    model = adapted()
+    model["a"][0].S.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        MergedAdapters(model)
+    assert len(find_adapters(model)) == 2
+
+
+def test_an_error_inside_the_context_unmerges_too():
+    model = adapted()
+    with pytest.raises(RuntimeError), MergedAdapters(model):
+        raise RuntimeError
+    assert len(find_adapters(model)) == 2
+
+
+def test_removed_adapters_leave_the_base():
+    model = adapted()
+    base = model["a"][0].base
+    remove_adapters(model)
+    assert model["a"][0] is model["again"] is base
+    for act in (remove_adapters, merge_adapters, MergedAdapters):
+        with pytest.raises(ValueError, match="holds no adapters"):
+            act(model)
