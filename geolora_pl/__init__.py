@@ -8,13 +8,16 @@ from geolora_pl.files import load_adapter, save_adapter
 from geolora_pl.inject import inject_adapters, merge_adapters, remove_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator
 from geolora_pl.layers import register_adapter
+from geolora_pl.library import AdapterLibrary
 from geolora_pl.merge import MergedAdapters
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.optim import RiemannianAdam, parameter_groups
+from geolora_pl.peft import export_peft, import_peft
 from geolora_pl.schedule import warmup_cosine
 
 __all__ = [
     "AdapterConfig",
+    "AdapterLibrary",
     "GeoLoRACallback",
     "GeoLoRALayer",
     "GeoLoRALinear",
@@ -23,6 +26,8 @@ __all__ = [
     "MergedAdapters",
     "RankAdaptiveIntegrator",
     "RiemannianAdam",
+    "export_peft",
+    "import_peft",
     "inject_adapters",
     "load_adapter",
     "merge_adapters",

@@ -1,0 +1,142 @@
+import pytest
+import torch
+from torch import nn
+
+from geolora_pl import AdapterConfig, AdapterLibrary, inject_adapters, load_adapter, save_adapter
+from geolora_pl.inject import find_adapters, has_adapters
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def base():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.BatchNorm1d(7), nn.Linear(7, 2)).eval()
+
+
+def make(path, seed, layers, rank=2, **settings):
+    model = base()
+    inject_adapters(model, AdapterConfig(init_rank=rank, max_rank=5, target_modules=layers, **settings))
+    torch.manual_seed(seed)
+    for layer in find_adapters(model).values():
+        layer.S.data[:rank, :rank].normal_()
+    for parameter in model[4].parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model[3].running_mean.fill_(seed)
+    save_adapter(model, path)
+    return model
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Adapters of different layers, alphas, ranks, and with and without a head."""
+    models = {
+        "a": make(tmp_path / "a", 1, ["0", "2"], modules_to_save=["4"]),
+        "b": make(tmp_path / "b", 2, ["0"], alpha=2.0, rank=1),
+        "c": make(tmp_path / "c", 4, ["0", "2"], rank=4, modules_to_save=["4"]),
+    }
+    library = AdapterLibrary(base())
+    for name in models:
+        library.load(name, tmp_path / name)
+    return models, library
+
+
+def test_switching_gives_each_model_and_none_the_base_whatever_was_in_use_before(three):
+    models, library = three
+    for name in ("a", "b", "c", None, "b", "a", None):
+        library.use(name)
+        assert library.in_use == name
+        assert torch.equal(library._model(X), (models[name] if name else base())(X))
+        assert has_adapters(library._model) == (name is not None)
+
+
+def test_loading_while_another_is_in_use_leaves_it_in_use(three, tmp_path):
+    models, library = three
+    library.use("a")
+    make(tmp_path / "d", 6, ["4"])
+    library.load("d", tmp_path / "d")
+    assert library.in_use == "a"
+    assert torch.equal(library._model(X), models["a"](X))
+
+
+def deltas(model):
+    return {name: layer.delta_weight() for name, layer in find_adapters(model).items()}
+
+
+def test_a_weighted_sum_is_again_an_adapter(three, tmp_path):
+    models, library = three
+    assert library.combine("mix", {"a": 0.7, "b": -0.3}) == 0.0
+    library.use("mix")
+    a, b, mix = deltas(models["a"]), deltas(models["b"]), deltas(library._model)
+    torch.testing.assert_close(mix["0"], 0.7 * a["0"] - 0.3 * b["0"])
+    torch.testing.assert_close(mix["2"], 0.7 * a["2"])
+    head = base()[4].weight + 0.7 * (models["a"][4].weight - base()[4].weight)
+    torch.testing.assert_close(library._model[4].weight, head)
+    assert library._model[0].rank == 3
+    save_adapter(library._model, tmp_path / "mix")
+    fresh = base()
+    load_adapter(fresh, tmp_path / "mix")
+    assert torch.equal(fresh.eval()(X), library._model(X))
+
+
+def test_weights_that_add_to_one_average_the_heads_and_one_alone_is_itself(three):
+    models, library = three
+    library.use("b")
+    library.combine("mix", {"a": 0.25, "c": 0.75})
+    library.combine("again", {"a": 1.0})
+    library.use("mix")
+    expected = 0.25 * models["a"][4].bias + 0.75 * models["c"][4].bias
+    torch.testing.assert_close(library._model[4].bias, expected)
+    torch.testing.assert_close(library._model[3].running_mean, torch.full((7,), 3.25))
+    library.use("again")
+    torch.testing.assert_close(library._model(X), models["a"](X))
+
+
+def test_beyond_max_rank_the_sum_is_the_best_approximation_and_the_loss_is_said(three):
+    models, library = three
+    cut = library.combine("mix", {"a": 1.0, "c": 1.0})
+    library.use("mix")
+    wanted = {name: (delta + deltas(models["c"])[name]).detach() for name, delta in deltas(models["a"]).items()}
+    tails = [torch.linalg.svdvals(delta)[5:].square().sum() for delta in wanted.values()]
+    total = sum(delta.square().sum() for delta in wanted.values())
+    assert cut == pytest.approx(float((sum(tails) / total).sqrt()), rel=1e-4)
+    assert cut > 0.01
+    for (name, delta), tail in zip(wanted.items(), tails, strict=True):
+        assert library._model.get_submodule(name).rank == 5
+        error = (deltas(library._model)[name] - delta).square().sum()
+        torch.testing.assert_close(error, tail, rtol=1e-3, atol=1e-6)
+
+
+def test_an_adapter_that_is_removed_is_gone(three):
+    models, library = three
+    library.use("a")
+    library.remove("b")
+    assert torch.equal(library._model(X), models["a"](X))
+    library.remove("a")
+    assert library.names == ["c"]
+    assert library.in_use is None
+    assert torch.equal(library._model(X), base()(X))
+
+
+def test_mistakes_are_refused_and_change_nothing(three, tmp_path):
+    models, library = three
+    library.use("a")
+    other = nn.Sequential(nn.Linear(6, 8))
+    inject_adapters(other)
+    save_adapter(other, tmp_path / "other")
+    for act, message in (
+        (lambda: library.use("z"), "name='z' is no adapter of the library: it has a, b, c"),
+        (lambda: library.remove("z"), "name='z'"),
+        (lambda: library.load("a", tmp_path / "a"), "name='a' is taken"),
+        (lambda: library.load("d", tmp_path / "other"), "another base"),
+        (lambda: library.load("d", tmp_path / "gone"), "is no file"),
+        (lambda: library.combine("a", {"b": 1.0}), "name='a' is taken"),
+        (lambda: library.combine("d", {}), "weights={}"),
+        (lambda: library.combine("d", {"a": float("nan")}), "finite"),
+        (lambda: library.combine("d", {"z": 1.0}), "name='z'"),
+        (lambda: AdapterLibrary(library._model), "already has adapters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            act()
+        assert library.names == ["a", "b", "c"]
+        assert torch.equal(library._model(X), models["a"](X))

@@ -1,0 +1,267 @@
+import json
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_text import FAMILIES
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
+from transformers import ViTForImageClassification as HFViT
+
+from geolora_pl import AdapterConfig, export_peft, import_peft, inject_adapters, merge_adapters, save_adapter
+from geolora_pl.inject import find_adapters
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+IDS = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def text_model(family, auto=AutoModelForSequenceClassification):
+    torch.manual_seed(5)
+    return auto.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
+
+
+def hf_vit():
+    torch.manual_seed(5)
+    return HFViT(ViTConfig(image_size=16, patch_size=8, num_labels=3, **VIT)).eval()
+
+
+def timm_vit():
+    torch.manual_seed(5)
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=3, **size).eval()
+
+
+MODELS = {
+    "bert": (lambda: text_model("bert"), ["classifier", "pooler"], IDS),
+    "distilbert": (lambda: text_model("distilbert"), ["classifier", "pre_classifier"], IDS),
+    "deberta": (lambda: text_model("deberta-v2"), ["classifier", "pooler"], IDS),
+    "llama": (lambda: text_model("llama", AutoModelForCausalLM), [], IDS),
+    "vit": (hf_vit, ["classifier"], IMAGES),
+    "timm": (timm_vit, ["head"], IMAGES),
+}
+
+
+def logits(model, x):
+    with torch.no_grad():
+        out = model(x)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def adapt(model, heads, **settings):
+    """Adapters of mixed ranks, among them 0, with S not diagonal, increments pending, and a moved head."""
+    adapters = inject_adapters(
+        model, AdapterConfig(init_rank=5, max_rank=8, modules_to_save=heads, alpha=1.5, **settings)
+    )
+    with torch.no_grad():
+        for index, layer in enumerate(adapters.values()):
+            rank = (5, 0, 1, 3)[index % 4]
+            layer.U[:, rank:], layer.V[:, rank:] = 0, 0
+            layer.read_rank()
+            layer.S[:rank, :rank].normal_()
+            if rank == 1:
+                layer.K[:, :rank].normal_()
+                layer.L[:, :rank].normal_()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.rpartition(".")[2] not in {"K", "L"}:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_logits_are_equal_in_peft_and_so_are_those_after_a_merge(tmp_path, kind, compact):
+    build, heads, x = MODELS[kind]
+    model = adapt(build(), heads)
+    expected = logits(model, x)
+    assert (expected - logits(build(), x)).abs().max() > 0.1
+    rank = export_peft(model, tmp_path / "lora", compact=compact)
+    assert rank == 5
+    theirs = PeftModel.from_pretrained(build(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(theirs, x), expected, atol=1e-5, rtol=1e-5)
+    merge_adapters(model)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(logits(merged, x), logits(model, x), atol=1e-5, rtol=1e-5)
+    ours = dict(model.named_parameters())
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter, ours[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "timm"])
+@pytest.mark.parametrize("train_bias", [True, "all"])
+def test_trained_biases_arrive(tmp_path, kind, train_bias):
+    build, heads, x = MODELS[kind]
+    model = adapt(build(), heads, train_bias=train_bias)
+    export_peft(model, tmp_path / "lora")
+    theirs = PeftModel.from_pretrained(build(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(theirs, x), logits(model, x), atol=1e-5, rtol=1e-5)
+
+
+def test_by_default_the_rank_is_uniform_and_the_scaling_is_one(tmp_path):
+    model = adapt(timm_vit(), ["head"])
+    export_peft(model, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] == 5
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {5}
+    A, B = (tensors[f"base_model.model.blocks.0.attn.qkv.lora_{side}.weight"] for side in "AB")
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))  # S evenly on both sides
+    export_peft(model, tmp_path / "compact", compact=True)
+    config = json.loads((tmp_path / "compact" / "adapter_config.json").read_text())
+    assert config["rank_pattern"][r"^blocks\.0\.mlp\.fc2"] == 3
+    assert not any("proj" in name for name in config["target_modules"])  # of rank 0
+
+
+def test_names_that_are_ends_of_others_stay_apart(tmp_path):
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+    for compact in (False, True):
+        model = adapt(build(), [], target_modules="0|1\\.1")
+        model[1][1].S.data[:] = 0  # rank 0 in all but name, so that every layer of the others counts
+        x = torch.randn(3, 4)
+        export_peft(model, tmp_path / "lora", compact=compact, overwrite=True)
+        theirs = PeftModel.from_pretrained(build(), tmp_path / "lora")
+        torch.testing.assert_close(theirs(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_rank_0_everywhere(tmp_path):
+    for compact in (False, True):
+        model = timm_vit()
+        for layer in inject_adapters(model).values():
+            for factor in (layer.U, layer.V):
+                factor.data.zero_()
+            layer.read_rank()
+        assert export_peft(model, tmp_path / "lora", compact=compact, overwrite=True) == 1
+        theirs = PeftModel.from_pretrained(timm_vit(), tmp_path / "lora").eval()
+        assert torch.equal(logits(theirs, IMAGES), logits(timm_vit(), IMAGES))
+        fresh = timm_vit()
+        import_peft(fresh, tmp_path / "lora")
+        assert {layer.rank for layer in find_adapters(fresh).values()} == {0}
+
+
+def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
+    model = timm_vit()
+    with pytest.raises(ValueError, match="holds no adapters"):
+        export_peft(model, tmp_path / "lora")
+    inject_adapters(model)
+    model.cls_token.requires_grad_(True)
+    with pytest.raises(ValueError, match="cls_token was trained and is in no module"):
+        export_peft(model, tmp_path / "lora")
+    model.cls_token.requires_grad_(False)
+    model.blocks[0].attn.qkv.base.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"qkv\.weight was trained beside an adapter"):
+        export_peft(model, tmp_path / "lora")
+    shared = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    shared["b"] = shared["a"]
+    inject_adapters(shared)
+    with pytest.raises(ValueError, match="b shares its adapter"):
+        export_peft(shared, tmp_path / "lora")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "lora").mkdir()
+    model = timm_vit()
+    inject_adapters(model)
+    with pytest.raises(ValueError, match="exists already"):
+        export_peft(model, tmp_path / "lora")
+
+
+def peft_model(build, folder, moved=True, **settings):
+    model = get_peft_model(build(), LoraConfig(**settings)).eval()
+    if moved:
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or parameter.requires_grad:
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 10, "target_modules": ["query", "value"]},
+        {"r": 9, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["query", "dense"],
+            "rank_pattern": {"query": 2, r"layer\.1\.output\.dense": 20},
+            "alpha_pattern": {"dense": 3},
+            "modules_to_save": ["classifier"],
+            "lora_dropout": 0.1,
+        },
+        {"r": 2, "target_modules": ["value"], "bias": "all"},
+    ],
+)
+def test_a_lora_of_peft_becomes_a_start_exactly(tmp_path, settings):
+    build, _, x = MODELS["bert"]
+    theirs = peft_model(build, tmp_path, **settings)
+    model = build()
+    import_peft(model, tmp_path)
+    torch.testing.assert_close(logits(model.eval(), x), logits(theirs, x), atol=1e-5, rtol=1e-5)
+    for layer in find_adapters(model).values():
+        for basis in (layer.U, layer.V):
+            live = basis[:, : layer.rank]
+            torch.testing.assert_close(live.T @ live, torch.eye(layer.rank), atol=1e-5, rtol=0)
+    if "classifier" not in find_adapters(model):
+        trained = any(p.requires_grad for p in model.classifier.parameters())
+        assert trained == bool("modules_to_save" in settings or settings.get("bias"))
+    save_adapter(model, tmp_path / "adapter")
+    export_peft(model, tmp_path / "again")
+    again = PeftModel.from_pretrained(build(), tmp_path / "again").eval()
+    torch.testing.assert_close(logits(again, x), logits(theirs, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, which is more than a plain LoRA"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changed the base weights"),
+    ],
+)
+def test_other_kinds_are_refused(tmp_path, settings, message):
+    build = MODELS["bert"][0]
+    peft_model(build, tmp_path, moved=False, target_modules=["query"], r=2, **settings)
+    refuses(tmp_path, message)
+
+
+def refuses(folder, message, model=None):
+    model = model or MODELS["bert"][0]()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        import_peft(model, folder)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_broken_and_foreign_folders_are_refused(tmp_path):
+    refuses(tmp_path, "holds no readable adapter_config.json")
+    peft_model(MODELS["bert"][0], tmp_path, target_modules=["query"], r=2)
+    refuses(tmp_path, "is no linear layer of the model", timm_vit())
+    path = tmp_path / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    for change, message in (
+        ({"peft_type": "IA3"}, "of the type 'IA3'"),
+        ({"r": 3}, "not the two sides of a LoRA of rank 3"),
+        ({"r": None}, "r=None"),
+    ):
+        path.write_text(json.dumps({**whole, **change}))
+        refuses(tmp_path, message)
+    path.write_text("{")
+    refuses(tmp_path, "holds no readable")
+    path.write_text(json.dumps(whole))
+    wide = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("bert", **{**FAMILIES["bert"], "hidden_size": 32})
+    )
+    refuses(tmp_path, "in the file and 32 x 32 in the model", wide)
+    with pytest.raises(ValueError, match="max_rank=0"):
+        import_peft(timm_vit(), tmp_path, max_rank=0)
+    adapted = timm_vit()
+    inject_adapters(adapted)
+    with pytest.raises(ValueError, match="already has adapters"):
+        import_peft(adapted, tmp_path)
