@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,12 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: What to parse instead of ``sys.argv[1:]``.
     """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] in (["export"], ["ranks"]):
+        import geolora_pl.export
+
+        geolora_pl.export.main(given)
+        return
     no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
     GeoLoRACLI(
         model_class=L.LightningModule,

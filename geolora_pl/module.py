@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
@@ -111,6 +113,13 @@ class GeoLoRAModule(L.LightningModule):
                 from geolora_pl.sharding import shard_model  # imports a second's worth of torch
 
                 shard_model(self.model, self._device_mesh)
+
+    def save_model(self, folder: Path) -> None:
+        """Write ``self.model``, whose adapters have been merged, as ``model.safetensors`` into an empty folder.
+
+        A task overrides it to write what the library of its model loads.
+        """
+        save_model(self.model, str(folder / "model.safetensors"))
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""

@@ -129,7 +129,11 @@ SETTINGS = [
     pytest.param([f"{ADAPTER}alpha=nan"], r"adapter\.alpha=nan must be a finite number", id="alpha-nan"),
     pytest.param([f"{ADAPTER}dropout=1"], r"^dropout=1\.0 must lie in \[0, 1\)", id="dropout-one"),
     pytest.param([f"{ADAPTER}target_modules=[]"], r"target_modules=\[\] is empty: name layers", id="no-targets"),
-    pytest.param([f"{ADAPTER}target_modules=[gone]"], r"\['gone'\] matches no layer that can be adapted.*qkv", id="target-unknown"),
+    pytest.param(
+        [f"{ADAPTER}target_modules=[gone]"],
+        r"\['gone'\] matches no layer that can be adapted.*qkv",
+        id="target-unknown",
+    ),
     pytest.param([f"{ADAPTER}target_modules=[qkv,gone]"], r"'gone' matches none of .*qkv.*mend it", id="one-target"),
     pytest.param(
         [f"{ADAPTER}target_modules=(["], r"target_modules='\(\[' is no regular expression", id="targets-regex"
@@ -703,11 +707,18 @@ def fit(module, callback, *others) -> None:
 @pytest.mark.parametrize(
     ("optimizers", "adapter", "message"),
     [
-        pytest.param(1, {"target_modules": ["gone"]}, r"matches no layer that can be adapted.*body, head", id="targets"),
+        pytest.param(
+            1, {"target_modules": ["gone"]}, r"matches no layer that can be adapted.*body, head", id="targets"
+        ),
         pytest.param(1, {"target_modules": ["body"], "modules_to_save": ["haed"]}, r"'haed' matches .*head", id="head"),
         pytest.param(1, {"target_modules": ["head"], "modules_to_save": ["head"]}, r"drop one", id="head-adapted"),
         pytest.param(1, {"target_modules": "auto"}, r"'auto' is for a GeoLoRAModule", id="auto"),
-        pytest.param(1, {"exclude_modules": ["body"]}, r"matches no layer that can be adapted \(exclude_modules", id="all-excluded"),
+        pytest.param(
+            1,
+            {"exclude_modules": ["body"]},
+            r"matches no layer that can be adapted \(exclude_modules",
+            id="all-excluded",
+        ),
         pytest.param(0, {}, r"0 of the 1 optimizers hold adapters", id="optimizer-without-adapters"),
         pytest.param(2, {"target_modules": ["body", "head"]}, r"2 of the 2 optimizers hold", id="two-optimizers"),
     ],

@@ -23,7 +23,9 @@ LAYERS = [
     ["library"],
     ["callback"],
     ["module"],
-    ["tasks", "cli"],
+    ["tasks", "checkpoint"],
+    ["export"],
+    ["cli"],
     ["__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -24,6 +24,29 @@ def settle_num_classes(given: int | None, data: object) -> int:
     return settled
 
 
+def settle_class_names(given: Sequence[str] | None, num_classes: int, data: object) -> list[str] | None:
+    """The names of the classes, which a checkpoint keeps for data without labels.
+
+    Args:
+        given: What the user or the checkpoint gave.
+        num_classes: Number of classes.
+        data: The data module, if there is one.
+
+    Returns:
+        One name a class, or ``None`` where nobody names them.
+
+    Raises:
+        ValueError: They are not one a class, or the data name them otherwise.
+    """
+    of_data: Sequence[str] | None = getattr(data, "class_names", None) or None
+    if given is not None and len(given) != num_classes:
+        raise ValueError(f"class_names={list(given)} must be one name for each of the {num_classes} classes")
+    if given is not None and of_data is not None and list(given) != list(of_data):
+        raise ValueError(f"class_names={list(given)} do not fit the data, which have {list(of_data)}: leave them out")
+    names = given or of_data
+    return None if names is None else list(names)
+
+
 def check_class_weights(given: Sequence[float] | str | None) -> None:
     """Refuse what can be the weights of no data set.
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import timm
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
+from timm.models import load_state_dict, save_for_hf
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from geolora_pl.module import GeoLoRAModule
-from geolora_pl.tasks.classes import settle_num_classes
+from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
 
 
 class ImageClassification(GeoLoRAModule):
@@ -27,6 +27,7 @@ class ImageClassification(GeoLoRAModule):
         model_args: More arguments for ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         num_classes: Number of classes; by default that of the data module.
         label_smoothing: Part of the target spread over all classes, in [0, 1).
+        class_names: Names of the classes; by default those of the data module.
         **kwargs: Arguments of :class:`GeoLoRAModule`.
 
     Raises:
@@ -48,6 +49,7 @@ class ImageClassification(GeoLoRAModule):
         model_args: dict[str, Any] | None = None,
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
+        class_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,13 +65,17 @@ class ImageClassification(GeoLoRAModule):
         self.checkpoint_path = checkpoint_path
         self.model_args = model_args or {}
         self.num_classes = num_classes
+        self.class_names = class_names
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def configure_model(self) -> None:
         """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""
         if not hasattr(self, "model"):
-            self.num_classes = settle_num_classes(self.num_classes, getattr(self._trainer, "datamodule", None))
-            self.hparams["num_classes"] = self.num_classes  # so that a checkpoint can be loaded without the data
+            data = getattr(self._trainer, "datamodule", None)
+            self.num_classes = settle_num_classes(self.num_classes, data)
+            self.class_names = settle_class_names(self.class_names, self.num_classes, data)
+            # So that a checkpoint can be loaded without the data.
+            self.hparams["num_classes"], self.hparams["class_names"] = self.num_classes, self.class_names
         super().configure_model()
         if not hasattr(self, "metrics"):
             assert self.num_classes is not None
@@ -98,6 +104,15 @@ class ImageClassification(GeoLoRAModule):
         # From now on the weights are in the checkpoints, which must load where neither file nor hub is at hand.
         self.hparams["checkpoint_path"], self.hparams["pretrained"] = None, False
         return model
+
+    def save_model(self, folder: Path) -> None:
+        """Write weights and configuration as timm does, for ``timm.create_model``.
+
+        Either ``timm.create_model("local-dir:folder")``, or the model's own name and arguments with
+        ``checkpoint_path="folder/model.safetensors"``.
+        """
+        names = {} if self.class_names is None else {"label_names": self.class_names}
+        save_for_hf(self.model, str(folder), names, safe_serialization=True)
 
     def new_modules(self) -> Sequence[str]:
         """The head."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from geolora_pl.tasks.classes import check_class_weights, settle_class_weights, settle_num_classes
+from geolora_pl.tasks.classes import (
+    check_class_weights,
+    settle_class_names,
+    settle_class_weights,
+    settle_num_classes,
+)
 from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import TransformerTask
@@ -33,6 +39,7 @@ class TextClassification(TransformerTask):
         label_smoothing: Part of the target spread over all classes, in [0, 1).
         metrics: What to log of ``accuracy``, ``f1``, ``matthews``, ``pearson`` and ``spearman``; by default what the
             data module names.
+        class_names: Names of the classes; by default those of the data module.
         **kwargs: Arguments of :class:`TransformerTask`.
 
     Raises:
@@ -56,6 +63,7 @@ class TextClassification(TransformerTask):
         class_weights: list[float] | Literal["balanced"] | None = None,
         label_smoothing: float = 0.0,
         metrics: list[str] | None = None,
+        class_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name, **kwargs)
@@ -70,6 +78,7 @@ class TextClassification(TransformerTask):
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
         self.metric_names = metrics
+        self.class_names = class_names
 
     def configure_model(self) -> None:
         """Take classes and weights from the data, build the model, put the adapters in, make the loss."""
@@ -80,6 +89,8 @@ class TextClassification(TransformerTask):
     def _settle_classes(self) -> None:
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
+        if self.num_classes > 1:
+            self.class_names = settle_class_names(self.class_names, self.num_classes, data)
         if self.num_classes == 1:
             if self.class_weights is not None or self.label_smoothing:
                 raise ValueError("class_weights and label_smoothing are for classes, and this is a regression")
@@ -90,6 +101,7 @@ class TextClassification(TransformerTask):
             self.loss = nn.CrossEntropyLoss(weight=weight, label_smoothing=self.label_smoothing)
         # So that a checkpoint can be loaded without the data.
         self.hparams["num_classes"], self.hparams["class_weights"] = self.num_classes, self.class_weights
+        self.hparams["class_names"] = self.class_names
 
     def adjust(self, config: PreTrainedConfig) -> None:
         """Set the number of outputs, and the padding token, by which decoders find the last token of a text."""
@@ -101,6 +113,14 @@ class TextClassification(TransformerTask):
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
         """The head, and the pooler before it."""
         return head_names(model)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model and its tokenizer for ``from_pretrained``, with the names of the classes."""
+        assert isinstance(self.model, PreTrainedModel)
+        if self.class_names is not None:
+            self.model.config.id2label = dict(enumerate(self.class_names))
+            self.model.config.label2id = {name: index for index, name in enumerate(self.class_names)}
+        super().save_model(folder)
 
     def new_modules(self) -> Sequence[str]:
         """The head, and the pooler before it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.config import AdapterConfig
 from geolora_pl.module import GeoLoRAModule
@@ -84,6 +85,12 @@ class TransformerTask(GeoLoRAModule):
         # From now on the weights are in the checkpoints, which must load where neither folder nor hub is at hand.
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
         return model
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model and its tokenizer for ``from_pretrained``."""
+        assert isinstance(self.model, PreTrainedModel)
+        self.tokenizer.save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
     def default_targets(self) -> str | Sequence[str]:
         """The linear layers of the transformer's blocks; every linear layer of a model that has no such blocks."""
