@@ -13,6 +13,7 @@ from geolora_pl.merge import MergedAdapters
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.optim import RiemannianAdam, parameter_groups
 from geolora_pl.peft import export_peft, import_peft
+from geolora_pl.predictions import PredictionWriter, predict
 from geolora_pl.schedule import warmup_cosine
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GeoLoRAModule",
     "GeoLoRAWarning",
     "MergedAdapters",
+    "PredictionWriter",
     "RankAdaptiveIntegrator",
     "RiemannianAdam",
     "export_peft",
@@ -32,6 +34,7 @@ __all__ = [
     "load_adapter",
     "merge_adapters",
     "parameter_groups",
+    "predict",
     "register_adapter",
     "remove_adapters",
     "save_adapter",

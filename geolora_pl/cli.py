@@ -18,6 +18,7 @@ from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.parser import OneSentenceParser
+from geolora_pl.predictions import PredictionWriter
 from geolora_pl.preflight import CheckTestSplit, check_trainer
 
 _LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
@@ -38,9 +39,17 @@ class GeoLoRACLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` for modules and data modules given by class path."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--geolora.*`` and ``--test_after_fit``."""
+        """Add ``--geolora.*``, ``--test_after_fit`` and ``--output``."""
         parser.add_lightning_class_args(GeoLoRACallback, "geolora")
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether a fit ends with a test.")
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="File for what predict finds: .csv, .jsonl."
+        )
+
+    def before_predict(self) -> None:
+        """Write the predictions to ``--output``."""
+        if (output := self.config["predict"]["output"]) is not None:
+            self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Refuse a broken checkpoint and a seed out of range before anything is made."""

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from geolora_pl.adapters import AdapterConfig
 from geolora_pl.atomic import atomic
+from geolora_pl.config import AdapterConfig
 from geolora_pl.state import AdapterState, Factors, apply, capture, check
 
 _FORMAT, _VERSION = "geolora_pl.adapter", 1

@@ -151,7 +151,7 @@ def remove_adapters(model: nn.Module) -> None:
         Linear(in_features=8, out_features=8, bias=True)
     """
     adapters = find_adapters(model)
-    if not adapters or isinstance(model, GeoLoRALinear):
+    if not adapters or isinstance(model, GeoLoRALayer):
         raise ValueError("the model holds no adapters: there is nothing to remove from it")
     names = _all_names(model)
     for layer in adapters.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from geolora_pl.adapters import GeoLoRALinear
+from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.inject import find_adapters, merge_adapters
 
 _INPUTS = 8  # random inputs on which a layer is compared before and after
@@ -48,7 +48,7 @@ class MergedAdapters:
         self._layers = {
             name: layer
             for name, layer in model.named_modules(remove_duplicate=False)
-            if isinstance(layer, GeoLoRALinear)
+            if isinstance(layer, GeoLoRALayer)
         }
         adapters = find_adapters(model)
         weights = {name: layer.base.weight for name, layer in adapters.items()}

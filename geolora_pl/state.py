@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from geolora_pl.adapters import AdapterConfig, GeoLoRALinear
+from geolora_pl.adapters import GeoLoRALayer
+from geolora_pl.config import AdapterConfig
 from geolora_pl.fingerprint import base_hash, base_parameters, trained_names
 from geolora_pl.functional import decompose, ranks_by_tau, resolution
 from geolora_pl.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
@@ -73,7 +74,7 @@ def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float =
 
 
 @torch.no_grad()
-def retracted(layer: GeoLoRALinear) -> Factors:
+def retracted(layer: GeoLoRALayer) -> Factors:
     """An adapter with its pending increments folded in; the layer stays as it is.
 
     The point alone is copied to the bit. With increments it is decomposed anew, and of more than ``max_rank``

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from geolora_pl.data.text import TextDataModule
     from geolora_pl.data.text_files import TextFiles, TextHub
     from geolora_pl.data.tiny_imagenet import TinyImageNet
+    from geolora_pl.data.unlabelled_images import UnlabelledImages
+    from geolora_pl.data.unlabelled_texts import UnlabelledTexts
 
 __all__ = [
     "CIFAR10",
@@ -31,6 +33,8 @@ __all__ = [
     "TextFiles",
     "TextHub",
     "TinyImageNet",
+    "UnlabelledImages",
+    "UnlabelledTexts",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -46,5 +50,7 @@ __getattr__, __dir__ = lazy_exports(
         "text": ["TextDataModule"],
         "text_files": ["TextFiles", "TextHub"],
         "tiny_imagenet": ["TinyImageNet"],
+        "unlabelled_images": ["UnlabelledImages"],
+        "unlabelled_texts": ["UnlabelledTexts"],
     },
 )

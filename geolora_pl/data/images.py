@@ -102,7 +102,7 @@ class ImageDataModule(L.LightningDataModule):
         return len(self.class_names)
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
-        """Read the samples: ``train`` and ``test``, and ``val`` where the source has one."""
+        """Read the samples: ``train``, ``test``, ``val`` and ``predict``, those that the source has."""
         raise NotImplementedError(f"{type(self).__name__} must load its samples")
 
     def setup(self, stage: str) -> None:
@@ -112,7 +112,7 @@ class ImageDataModule(L.LightningDataModule):
         splits = self.load_splits()
         for split, samples in splits.items():
             self._check(split, samples)
-        if "val" not in splits:
+        if "train" in splits and "val" not in splits:
             total = len(splits["train"])  # type: ignore[arg-type]  # every source here is a sized data set
             count = round(self.val_fraction * total)
             if not 0 < count < total:
@@ -182,8 +182,8 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Test images."""
-        return self._loader("test")
+        """Images to predict, or those of the test where there are none."""
+        return self._loader("predict" if "predict" in self.splits else "test")
 
 
 def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sample]]:

@@ -62,6 +62,7 @@ class TokenDataModule(L.LightningDataModule):
         self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
+        self.predict_inputs: dict[str, list[str]] = {}  # by column, to write beside the predictions
         self._made_with: tuple[str, int] | None = None
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
@@ -87,6 +88,10 @@ class TokenDataModule(L.LightningDataModule):
         self.check_limit(splits, tokenizer, limit)
         if "train" in splits and not _of_kind("val", splits):
             splits |= self._hold_out(splits["train"])
+        to_predict = splits.get("predict", splits.get("test"))
+        if to_predict is not None:
+            columns = [name for name in to_predict.column_names if name != "label"]
+            self.predict_inputs = {name: to_predict[name][:] for name in columns}
         self.splits = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
         self._made_with = made_with
 
