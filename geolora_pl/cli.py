@@ -151,6 +151,10 @@ def main(args: ArgsType = None) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_class=OneSentenceParser,
-        parser_kwargs=no_abbreviations | dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
+        parser_kwargs={
+            **no_abbreviations,
+            **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
+            "description": "Train, test and predict; and 'export' or 'ranks' --help for what a checkpoint holds.",
+        },
         args=args,
     )

@@ -46,7 +46,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
 
     By default every adapter is padded with zeros to the largest rank, and ``lora_alpha`` equals it, so that the
     scaling is 1: right also in a loader that knows no ``rank_pattern``. Pending increments are folded in. Trained
-    modules are stored as PEFT stores its ``modules_to_save``, trained biases as with its ``bias="all"``.
+    modules are stored as PEFT stores its ``modules_to_save``, trained biases as with its ``bias="all"``; servers as a
+    rule take neither.
 
     Args:
         model: A model with adapters: the one that PEFT will load them into, not a module around it.
@@ -71,6 +72,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     """
     state = capture(model)
     adapters = find_adapters(model)
+    if odd := [name for name, layer in adapters.items() if not isinstance(layer.base, nn.Linear)]:
+        raise ValueError(f"{odd[0]} is no linear layer, and the export to PEFT knows no others: merge instead")
     aliases = [name for name, module in model.named_modules(remove_duplicate=False) if module in set(adapters.values())]
     if shared := [name for name in aliases if name not in adapters]:
         raise ValueError(f"{shared[0]} shares its adapter with another layer, which PEFT cannot hold: merge instead")
@@ -90,7 +93,7 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     for name in biases:
         layer = name.rpartition(".")[0]
         tensors[f"{layer}.base_layer.bias" if layer in kept else name] = state.trained[name]
-    tensors = {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {f"{_PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
     pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}

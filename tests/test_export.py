@@ -92,6 +92,9 @@ def test_an_adapter_and_a_peft_folder_of_a_checkpoint_give_its_logits(kind, requ
     load_adapter(model, tmp_path / "a.safetensors")
     torch.testing.assert_close(logits(model, x), logits(module.model, x), atol=1e-5, rtol=1e-5)
     main(["export", "--ckpt_path", ckpt, "--format", "peft", "--output", str(tmp_path / "peft")])
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    name = str(tmp_path / "bert") if kind == "text" else "vit_tiny_patch16_224"
+    assert config["base_model_name_or_path"].startswith(name)
     theirs = PeftModel.from_pretrained(plain(module), tmp_path / "peft").eval()
     torch.testing.assert_close(logits(theirs, x), logits(module.model, x), atol=1e-5, rtol=1e-5)
 

@@ -110,6 +110,23 @@ def test_texts_from_lines_and_tables_keep_their_order(tmp_path, kind):
     assert set(rows[0]) == {"index", "text", "label", "probabilities"} | ({"text_pair"} if pairs else set())
 
 
+def test_texts_from_the_command_line_in_a_configuration_made_for_training(tmp_path):
+    task = text_task(tmp_path, num_classes=2, class_names=["no", "yes"])
+    ckpt = save(task, tmp_path / "t.ckpt", "geolora_pl.tasks.TextClassification")
+    (tmp_path / "t.txt").write_text("\n".join(TEXTS))
+    config = ["--config", str(Path(__file__).parents[1] / "configs" / "text" / "quickstart.yaml")]
+    data = ["--data=geolora_pl.data.UnlabelledTexts", f"--data.file={tmp_path / 't.txt'}", "--data.num_workers=0"]
+    more = [f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.logger=false", f"--output={tmp_path / 'p.jsonl'}"]
+    main(["predict", *config, f"--model.model_name={tmp_path / 'bert'}", *data, *more, *FLAGS, f"--ckpt_path={ckpt}",
+          "--data.max_length=20"])  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == TEXTS
+    with torch.no_grad():
+        expected = task(dict(task.tokenizer(TEXTS, padding=True, return_tensors="pt"))).softmax(-1)
+    found = torch.tensor([[row["probabilities"]["no"], row["probabilities"]["yes"]] for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_regression_gives_numbers(tmp_path):
     (tmp_path / "t.txt").write_text("good\nbad")
     data = UnlabelledTexts(str(tmp_path / "t.txt"), num_workers=0, cache_dir=str(tmp_path / "cache"))

@@ -8,7 +8,8 @@ from typing import Any
 
 import timm
 from timm.data import resolve_data_config
-from timm.models import load_state_dict, save_for_hf
+from timm.models import load_state_dict
+from timm.models._hub import save_for_hf  # the oldest timm that will do does not export it
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -112,7 +113,8 @@ class ImageClassification(GeoLoRAModule):
         ``checkpoint_path="folder/model.safetensors"``.
         """
         names = {} if self.class_names is None else {"label_names": self.class_names}
-        save_for_hf(self.model, str(folder), names, safe_serialization=True)
+        arguments = {name: value for name, value in self.model_args.items() if name != "pretrained_cfg_overlay"}
+        save_for_hf(self.model, str(folder), names, arguments, safe_serialization=True)
 
     def new_modules(self) -> Sequence[str]:
         """The head."""
