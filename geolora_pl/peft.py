@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from geolora_pl.atomic import atomic
+from geolora_pl.fingerprint import base_parameters
 from geolora_pl.functional import svd
 from geolora_pl.inject import find_adapters, has_adapters
 from geolora_pl.state import AdapterState, Factors, apply, base_buffers, base_name, capture, config_of, leading
@@ -172,6 +173,7 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
         else:
             others[name.replace(".base_layer.", ".")] = tensor
     parameters, buffers = dict(model.named_parameters()), base_buffers(model)
+    others = _by_first_name(others, model, folder)
     for name, tensor in others.items():
         there = parameters.get(name, buffers.get(name))
         if there is None or there.shape != tensor.shape:
@@ -200,6 +202,17 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
             base_hash="",  # PEFT keeps none
         ),
     )
+
+
+def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The tensors of parameters that go by several names under the first of them."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not torch.equal(found.setdefault(names.get(name, name), tensor), tensor):
+            raise ValueError(f"{folder}: {names[name]} has two values, and is one weight in the model: untie it")
+    return found
 
 
 def _lora(factors: Factors, alpha: float, rank: int) -> tuple[Tensor, Tensor]:
@@ -266,20 +279,27 @@ def _targets(model: nn.Module, names: Sequence[str]) -> list[str] | str:
 
 def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], list[str]]:
     """What was trained besides the adapters: the modules to save whole, and the names of single biases."""
-    owners = {name: name.rpartition(".")[0] for name in state.trained}
     adapters = find_adapters(model)
-    whole = {owner for name, owner in owners.items() if not name.endswith("bias") and owner not in adapters}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    saved: list[str] = []
-    for name in sorted(whole):
-        # PEFT saves every module whose name ends so, dot or not.
-        for found in (other for other in modules if name and other.endswith(name)):
-            if any(found == adapter or adapter.startswith(f"{found}.") for adapter in adapters):
-                raise ValueError(f"{name} was trained, and PEFT would take {found}, which has an adapter, for it")
-            saved.append(found)
-    if (bare := [name for name, owner in owners.items() if owner == ""]) or "" in whole:
-        raise ValueError(f"{bare[0]} was trained and is in no module that PEFT could save: merge the adapters instead")
-    biases = [name for name, owner in owners.items() if owner not in saved]
-    if odd := [name for name in biases if not name.endswith("bias")]:
+    parameters = base_parameters(model)
+    trained = {id(parameters[name]) for name in state.trained}
+    # Under every name: of modules that share a weight, PEFT keeps a copy for each that it is told of.
+    owners = {
+        name: name.rpartition(".")[0]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in trained
+    }
+    of_bases = {f"{name}.base" for name in adapters}
+    if odd := [name for name, owner in owners.items() if owner in of_bases and not name.endswith("bias")]:
         raise ValueError(f"{odd[0]} was trained beside an adapter, which PEFT cannot hold: merge the adapters instead")
-    return sorted(set(saved)), biases
+    whole = {owner for name, owner in owners.items() if not name.endswith("bias")}
+    if bare := [name for name, owner in owners.items() if owner == ""]:
+        raise ValueError(f"{bare[0]} was trained and is in no module that PEFT could save: merge the adapters instead")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    saved: set[str] = set()
+    for name in whole:
+        # PEFT saves every module whose name ends so, dot or not.
+        for found in (other for other in modules if other.endswith(name)):
+            if any(f"{adapter}.".startswith(f"{found}.") for adapter in adapters):
+                raise ValueError(f"{name} was trained, and PEFT would take {found}, which has an adapter, for it")
+            saved.add(found)
+    return sorted(saved), [name for name in state.trained if name.rpartition(".")[0] not in saved]

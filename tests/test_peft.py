@@ -4,13 +4,21 @@ import pytest
 import timm
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_text import FAMILIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
 from transformers import ViTForImageClassification as HFViT
 
-from geolora_pl import AdapterConfig, export_peft, import_peft, inject_adapters, merge_adapters, save_adapter
+from geolora_pl import (
+    AdapterConfig,
+    export_peft,
+    import_peft,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from geolora_pl.inject import find_adapters
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -89,6 +97,37 @@ def test_the_logits_are_equal_in_peft_and_so_are_those_after_a_merge(tmp_path, k
         torch.testing.assert_close(parameter, ours[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trained_head_that_shares_its_weight_with_the_embedding_arrives(tmp_path, tied):
+    def build():
+        torch.manual_seed(5)
+        config = AutoConfig.for_model("llama", **FAMILIES["llama"], tie_word_embeddings=tied)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    model = adapt(build(), ["lm_head"])
+    export_peft(model, tmp_path / "lora")
+    theirs = PeftModel.from_pretrained(build(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(theirs, IDS), logits(model, IDS), atol=1e-5, rtol=1e-5)
+    for act in (lambda fresh: import_peft(fresh, tmp_path / "lora"), lambda fresh: load_adapter(fresh, tmp_path / "a")):
+        save_adapter(model, tmp_path / "a")
+        fresh = build()
+        act(fresh)
+        torch.testing.assert_close(logits(fresh, IDS), logits(model, IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_two_values_for_one_weight_are_refused(tmp_path):
+    def build():
+        config = AutoConfig.for_model("llama", **FAMILIES["llama"], tie_word_embeddings=True)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    export_peft(adapt(build(), ["lm_head"]), tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, path)
+    refuses(tmp_path / "lora", r"model\.embed_tokens\.weight has two values", build())
+
+
 @pytest.mark.parametrize("kind", ["bert", "timm"])
 @pytest.mark.parametrize("train_bias", [True, "all"])
 def test_trained_biases_arrive(tmp_path, kind, train_bias):
@@ -154,7 +193,7 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
         export_peft(model, tmp_path / "lora")
     model.cls_token.requires_grad_(False)
     model.blocks[0].attn.qkv.base.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"qkv\.weight was trained beside an adapter"):
+    with pytest.raises(ValueError, match=r"qkv\.base\.weight was trained beside an adapter"):
         export_peft(model, tmp_path / "lora")
     shared = nn.ModuleDict({"a": nn.Linear(3, 3)})
     shared["b"] = shared["a"]
