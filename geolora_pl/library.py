@@ -26,7 +26,8 @@ class AdapterLibrary:
         model: The plain base; it is changed in place.
 
     Attributes:
-        in_use: The name of the adapter in the model, ``None`` for the base alone.
+        model: The model.
+        in_use: The name of the adapter in it, ``None`` for the base alone.
 
     Raises:
         ValueError: The model has adapters already.
@@ -52,7 +53,7 @@ class AdapterLibrary:
         if has_adapters(model):
             raise ValueError("the model already has adapters: take a plain one, and load their file by its name")
         self.in_use: str | None = None
-        self._model = model
+        self.model = model
         self._states: dict[str, AdapterState] = {}
         self._of_base: dict[str, Tensor] = {}  # what adapters in use have written over
 
@@ -72,7 +73,7 @@ class AdapterLibrary:
         active = self.in_use
         self.use(None)  # the base must be the base to be compared
         try:
-            check(self._model, state)
+            check(self.model, state)
         except ValueError as error:
             raise ValueError(f"{path} does not fit the model: {error}") from error
         finally:
@@ -87,14 +88,14 @@ class AdapterLibrary:
         """
         state = None if name is None else self._get(name)
         if self._of_base:
-            write(self._model, self._of_base)
-        if has_adapters(self._model) and (state is None or misfit(self._model, state)):
-            remove_adapters(self._model)
+            write(self.model, self._of_base)
+        if has_adapters(self.model) and (state is None or misfit(self.model, state)):
+            remove_adapters(self.model)
         self.in_use = None
         if state is not None:
             for key in (*state.trained, *state.buffers):
                 self._of_base.setdefault(key, self._tensors()[key].detach().clone())
-            apply(self._model, state)
+            apply(self.model, state)
             self.in_use = name
 
     def combine(self, name: str, weights: Mapping[str, float]) -> float:
@@ -168,7 +169,7 @@ class AdapterLibrary:
             raise ValueError(f"name={name!r} is taken: remove it first, or choose another name")
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**base_parameters(self._model), **base_buffers(self._model)}
+        return {**base_parameters(self.model), **base_buffers(self.model)}
 
     def _sum_tensors(self, parts: list[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
         of_model = self._tensors()

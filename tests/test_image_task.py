@@ -78,6 +78,7 @@ def test_a_checkpoint_needs_neither_the_file_nor_the_hub(tmp_path, weights):
     weights.unlink()
     loaded = ImageClassification.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
     assert loaded.num_classes == 10
+    assert loaded.class_names == [str(digit) for digit in range(10)]
 
 
 def test_size_and_channels_of_the_model_reach_the_images_without_an_overlay():
@@ -133,6 +134,14 @@ def test_an_unknown_model_is_refused_and_similar_ones_are_named():
 def test_a_class_count_that_does_not_fit_is_refused_before_training():
     with pytest.raises(ValueError, match="num_classes=3 does not fit the data, which has 10 classes"):
         trainer(GeoLoRACallback()).fit(task(num_classes=3), Digits())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["a"], "one name for each of the 10 classes"), (list("9876543210"), "do not fit the data")]
+)
+def test_names_of_classes_that_are_not_those_of_the_data_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(GeoLoRACallback()).fit(task(class_names=names), Digits())
 
 
 def test_no_class_count_at_all_is_refused():

@@ -46,8 +46,8 @@ def test_switching_gives_each_model_and_none_the_base_whatever_was_in_use_before
     for name in ("a", "b", "c", None, "b", "a", None):
         library.use(name)
         assert library.in_use == name
-        assert torch.equal(library._model(X), (models[name] if name else base())(X))
-        assert has_adapters(library._model) == (name is not None)
+        assert torch.equal(library.model(X), (models[name] if name else base())(X))
+        assert has_adapters(library.model) == (name is not None)
 
 
 def test_loading_while_another_is_in_use_leaves_it_in_use(three, tmp_path):
@@ -56,7 +56,7 @@ def test_loading_while_another_is_in_use_leaves_it_in_use(three, tmp_path):
     make(tmp_path / "d", 6, ["4"])
     library.load("d", tmp_path / "d")
     assert library.in_use == "a"
-    assert torch.equal(library._model(X), models["a"](X))
+    assert torch.equal(library.model(X), models["a"](X))
 
 
 def deltas(model):
@@ -67,16 +67,16 @@ def test_a_weighted_sum_is_again_an_adapter(three, tmp_path):
     models, library = three
     assert library.combine("mix", {"a": 0.7, "b": -0.3}) == 0.0
     library.use("mix")
-    a, b, mix = deltas(models["a"]), deltas(models["b"]), deltas(library._model)
+    a, b, mix = deltas(models["a"]), deltas(models["b"]), deltas(library.model)
     torch.testing.assert_close(mix["0"], 0.7 * a["0"] - 0.3 * b["0"])
     torch.testing.assert_close(mix["2"], 0.7 * a["2"])
     head = base()[4].weight + 0.7 * (models["a"][4].weight - base()[4].weight)
-    torch.testing.assert_close(library._model[4].weight, head)
-    assert library._model[0].rank == 3
-    save_adapter(library._model, tmp_path / "mix")
+    torch.testing.assert_close(library.model[4].weight, head)
+    assert library.model[0].rank == 3
+    save_adapter(library.model, tmp_path / "mix")
     fresh = base()
     load_adapter(fresh, tmp_path / "mix")
-    assert torch.equal(fresh.eval()(X), library._model(X))
+    assert torch.equal(fresh.eval()(X), library.model(X))
 
 
 def test_weights_that_add_to_one_average_the_heads_and_one_alone_is_itself(three):
@@ -86,10 +86,10 @@ def test_weights_that_add_to_one_average_the_heads_and_one_alone_is_itself(three
     library.combine("again", {"a": 1.0})
     library.use("mix")
     expected = 0.25 * models["a"][4].bias + 0.75 * models["c"][4].bias
-    torch.testing.assert_close(library._model[4].bias, expected)
-    torch.testing.assert_close(library._model[3].running_mean, torch.full((7,), 3.25))
+    torch.testing.assert_close(library.model[4].bias, expected)
+    torch.testing.assert_close(library.model[3].running_mean, torch.full((7,), 3.25))
     library.use("again")
-    torch.testing.assert_close(library._model(X), models["a"](X))
+    torch.testing.assert_close(library.model(X), models["a"](X))
 
 
 def test_beyond_max_rank_the_sum_is_the_best_approximation_and_the_loss_is_said(three):
@@ -102,8 +102,8 @@ def test_beyond_max_rank_the_sum_is_the_best_approximation_and_the_loss_is_said(
     assert cut == pytest.approx(float((sum(tails) / total).sqrt()), rel=1e-4)
     assert cut > 0.01
     for (name, delta), tail in zip(wanted.items(), tails, strict=True):
-        assert library._model.get_submodule(name).rank == 5
-        error = (deltas(library._model)[name] - delta).square().sum()
+        assert library.model.get_submodule(name).rank == 5
+        error = (deltas(library.model)[name] - delta).square().sum()
         torch.testing.assert_close(error, tail, rtol=1e-3, atol=1e-6)
 
 
@@ -111,11 +111,11 @@ def test_an_adapter_that_is_removed_is_gone(three):
     models, library = three
     library.use("a")
     library.remove("b")
-    assert torch.equal(library._model(X), models["a"](X))
+    assert torch.equal(library.model(X), models["a"](X))
     library.remove("a")
     assert library.names == ["c"]
     assert library.in_use is None
-    assert torch.equal(library._model(X), base()(X))
+    assert torch.equal(library.model(X), base()(X))
 
 
 def test_mistakes_are_refused_and_change_nothing(three, tmp_path):
@@ -134,9 +134,9 @@ def test_mistakes_are_refused_and_change_nothing(three, tmp_path):
         (lambda: library.combine("d", {}), "weights={}"),
         (lambda: library.combine("d", {"a": float("nan")}), "finite"),
         (lambda: library.combine("d", {"z": 1.0}), "name='z'"),
-        (lambda: AdapterLibrary(library._model), "already has adapters"),
+        (lambda: AdapterLibrary(library.model), "already has adapters"),
     ):
         with pytest.raises(ValueError, match=message):
             act()
         assert library.names == ["a", "b", "c"]
-        assert torch.equal(library._model(X), models["a"](X))
+        assert torch.equal(library.model(X), models["a"](X))
