@@ -51,11 +51,11 @@ class MergedAdapters:
             if isinstance(layer, GeoLoRALayer)
         }
         adapters = find_adapters(model)
-        weights = {name: layer.base.weight for name, layer in adapters.items()}
+        bases = {name: layer.base_weight() for name, layer in adapters.items()}
+        self._weights = [(layer, getattr(layer.base, "weight", None)) for layer in adapters.values()]
         self.changes = merge_adapters(model)
-        self._weights = [(layer, weights[name]) for name, layer in adapters.items()]
         self.differences = {
-            name: _difference(weights[name], layer.delta_weight(), _weight(model.get_submodule(name)))
+            name: _difference(layer, bases[name], _weight(model.get_submodule(name)))
             for name, layer in adapters.items()
         }
 
@@ -68,7 +68,8 @@ class MergedAdapters:
         if not self._layers:
             raise ValueError("the adapters are back already: merge them again first")
         for layer, weight in self._weights:
-            layer.base.weight = weight
+            if weight is not None:  # a quantised layer may keep its weight under other names, and it stayed there
+                layer.base.weight = weight
         for name, layer in self._layers.items():
             self._model.set_submodule(name, layer)
         self._layers, self._weights = {}, []
@@ -86,8 +87,12 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _difference(weight: Tensor, delta: Tensor, merged: Tensor) -> float:
-    error = (merged.to(delta.dtype) - (weight.to(delta.dtype) + delta)).flatten(1)
+def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
+    delta = layer.delta_weight()
+    m, n = delta.shape
+    positions = layer.from_matrix(torch.arange(m * n, device=delta.device).view(m, n))  # the layout of the weight
+    error = merged.to(delta.dtype) - (base.to(delta.dtype) + layer.from_matrix(delta))
+    matrix = torch.empty_like(delta).flatten().scatter_(0, positions.flatten(), error.flatten()).view(m, n)
     generator = torch.Generator().manual_seed(0)  # the user's random numbers are none of our business
-    inputs = torch.randn(error.shape[1], _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
-    return float((error @ inputs).abs().max())
+    inputs = torch.randn(n, _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
+    return float((matrix @ inputs).abs().max())

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from geolora_pl import AdapterConfig, MergedAdapters, inject_adapters, merge_adapters, remove_adapters
 from geolora_pl.inject import find_adapters
@@ -73,3 +74,26 @@ def test_removed_adapters_leave_the_base():
     for act in (remove_adapters, merge_adapters, MergedAdapters):
         with pytest.raises(ValueError, match="holds no adapters"):
             act(model)
+
+
+@pytest.mark.parametrize(
+    ("base", "x"),
+    [
+        (Conv1D(10, 12), torch.randn(7, 12)),
+        (nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 8, 8)),
+        (nn.Embedding(20, 6, padding_idx=0), torch.arange(20)),
+    ],
+    ids=["Conv1D", "Conv2d", "Embedding"],
+)
+def test_every_kind_of_layer_is_merged_and_comes_back(base, x):
+    model = nn.Sequential(base)
+    weight = base.weight.clone()
+    (layer,) = inject_adapters(model, AdapterConfig(init_rank=3, max_rank=4, target_modules=["0"])).values()
+    layer.S.data[:3, :3].normal_()
+    expected = model(x)
+    with MergedAdapters(model) as merged:
+        assert type(model[0]) is type(base)
+        assert merged.differences["0"] < 1e-5
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert model[0] is layer
+    assert torch.equal(layer.base.weight, weight)
