@@ -139,6 +139,9 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) 
         module: The module that it is of.
         base: From :func:`describe_base`.
     """
+    if arguments := getattr(module, "base_arguments", ()):  # a whole checkpoint needs no source, and a small one does
+        given: Any = module.hparams_initial
+        checkpoint["hyper_parameters"] |= {name: given[name] for name in arguments}
     left_out = _frozen_names(module, base["trained"])
     checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name not in left_out}
     checkpoint[_MARK] = base

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from geolora_pl.adapters import FACTORS
 from geolora_pl.atomic import atomic, refuse_existing
-from geolora_pl.checkpoint import load_module, read_checkpoint
+from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.files import save_adapter
 from geolora_pl.functional import decompose, ranks_by_tau
+from geolora_pl.loading import load_module
 from geolora_pl.merge import MergedAdapters
 from geolora_pl.peft import export_peft
 

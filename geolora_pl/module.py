@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
@@ -56,6 +56,7 @@ class GeoLoRAModule(L.LightningModule):
     """
 
     model: nn.Module
+    base_arguments: ClassVar[Sequence[str]] = ()  # say where the base's weights come from: small checkpoints keep them
 
     def __init__(
         self,

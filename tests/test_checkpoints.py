@@ -2,15 +2,19 @@ import os
 
 import lightning as L
 import pytest
+import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors.torch import save_file
 from test_callback import ADAPTER, Foreign, loader, trainer
 from test_module import Small
+from torch.utils.data import DataLoader, TensorDataset
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.checkpoints import WholeFiles, complete
 from geolora_pl.inject import find_adapters
+from geolora_pl.tasks import ImageClassification
 
 
 def train(folder, module, small=True, adapter=ADAPTER):
@@ -143,3 +147,20 @@ def test_a_base_that_training_moves_is_no_small_checkpoint(tmp_path):
     path = train(tmp_path, Foreign(), adapter=adapter)
     assert "body.0.base.bias" in torch.load(path, weights_only=True)["state_dict"]
     evaluate(Foreign(), path, adapter)
+
+
+def test_a_small_checkpoint_of_a_task_finds_its_base_again(tmp_path):
+    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+    source = tmp_path / "base.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", **tiny).state_dict(), source)
+    task = ImageClassification("vit_tiny_patch16_224", num_classes=2, checkpoint_path=str(source), model_args=tiny)
+    images = TensorDataset(torch.randn(32, 1, 8, 8), torch.arange(32) % 2)
+    callback = GeoLoRACallback(small_checkpoints=True)
+    saved = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(callback, saved).fit(task, DataLoader(images, 8))
+    loaded = ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    for (name, a), (_, b) in zip(task.model.state_dict().items(), loaded.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    source.unlink()
+    with pytest.raises(ValueError, match="is no file"):
+        ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)

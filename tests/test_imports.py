@@ -23,7 +23,7 @@ LAYERS = [
     ["library"],
     ["callback"],
     ["module"],
-    ["tasks", "checkpoint", "predictions"],
+    ["tasks", "loading", "predictions"],
     ["export"],
     ["cli"],
     ["__init__", "__main__"],

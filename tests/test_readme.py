@@ -27,7 +27,7 @@ def test_the_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     snippets = blocks("python")
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
     assert set(names["integrator"].ranks()) == {"0"}

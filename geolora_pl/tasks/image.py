@@ -42,6 +42,8 @@ class ImageClassification(GeoLoRAModule):
         torch.Size([2, 3])
     """
 
+    base_arguments = ("pretrained", "checkpoint_path")
+
     def __init__(
         self,
         model_name: str,

@@ -43,6 +43,7 @@ class TransformerTask(GeoLoRAModule):
     """
 
     auto_class: ClassVar[Any]
+    base_arguments = ("pretrained", "model_args")
 
     def __init__(
         self,

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 
+from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.module import GeoLoRAModule
 
 _OURS = "geolora_pl."  # classes that a checkpoint may name by itself
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of Lightning with ``weights_only=True``.
-
-    Raises:
-        ValueError: It is missing, broken or no checkpoint of Lightning.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"ckpt_path={str(path)!r} is no file (from {Path.cwd()})")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"ckpt_path={str(path)!r} cannot be read, it is broken or unsafe: {reason}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path={str(path)!r} is no checkpoint of Lightning: it has no state_dict")
-    return checkpoint
 
 
 def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAModule:
