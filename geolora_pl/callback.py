@@ -113,6 +113,16 @@ class GeoLoRACallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        if sharded and self.small_checkpoints:
+            raise ValueError(
+                "small_checkpoints=True: ModelParallelStrategy cannot load such checkpoints: set it to false"
+            )
+        if sharded and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "precision='16-mixed': with ModelParallelStrategy each process would see overflows of its own: take "
+                "bf16-mixed"
+            )
         if type(trainer.strategy._checkpoint_io) in (NoneType, TorchCheckpointIO, WholeFiles):  # not the user's own
             trainer.strategy._checkpoint_io = WholeFiles(pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
@@ -224,10 +234,6 @@ class GeoLoRACallback(L.Callback):
         """Go to the batch that comes next, where a run is resumed."""
         self._position.train_starts(trainer)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember where the epoch starts."""
-        self._position.epoch_starts(trainer)
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation leave no trace in the random numbers of the training."""
         self._position.validation_ended()
@@ -286,6 +292,7 @@ class GeoLoRACallback(L.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
+        self._position.close()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

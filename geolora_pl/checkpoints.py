@@ -16,7 +16,7 @@ from torch import nn
 
 from geolora_pl.fingerprint import base_hash, base_parameters, trained_names
 
-_BROKEN = (EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile)
+_BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # in a small checkpoint: what is known of the base that it leaves out
 
 
@@ -39,7 +39,7 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             OSError: It cannot be written; the target is as it was.
         """
-        if "://" in str(path):
+        if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
@@ -53,7 +53,9 @@ class WholeFiles(TorchCheckpointIO):
             temporary.replace(target)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, (OSError, RuntimeError)):  # torch's writer tells of a full disk by a RuntimeError
+            if isinstance(error, OSError) or "PytorchStreamWriter" in str(
+                error
+            ):  # so torch's writer tells of a full disk
                 raise OSError(
                     f"{target} cannot be written ({error}): free space or choose another folder; what was there before "
                     "is as it was"
@@ -100,6 +102,11 @@ def read_checkpoint(path: _PATH, mmap: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(
             f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): mend its permissions"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"ckpt_path={str(path)!r} holds objects that are not loaded with weights_only=True: keep to plain values "
+            "in save_hyperparameters, or, if you trust the file, set weights_only to false"
         ) from error
     except _BROKEN as error:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -55,7 +56,7 @@ class GeoLoRACLI(LightningCLI):
         """Refuse a broken checkpoint and a seed out of range before anything is made."""
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
-        if (path := config.get("ckpt_path")) and "://" not in path and path.partition(":")[0] not in _LOOKED_UP:
+        if (path := config.get("ckpt_path")) and not _is_left_to_lightning(path, config):
             read_checkpoint(path, mmap=True)
         if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
@@ -102,6 +103,12 @@ class GeoLoRACLI(LightningCLI):
         console.print(f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)")
         if log_dir is not None:
             console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
+
+
+def _is_left_to_lightning(path: str, config: Namespace) -> bool:
+    """Whether a checkpoint is somewhere else, looked for by its name, of several files, or trusted as it is."""
+    by_name = "://" in path or path.partition(":")[0] in _LOOKED_UP
+    return by_name or (Path(path) / ".metadata").is_file() or config.get("weights_only") is False
 
 
 def _without_types(error: ValueError) -> ValueError:

@@ -135,7 +135,7 @@ class GeoLoRAModule(L.LightningModule):
     ) -> None:
         """Clip as Lightning does, also where the base is sharded and the adapters are not."""
         sharded = self._device_mesh is not None
-        if sharded and gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm"):
+        if sharded and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             from geolora_pl.sharding import clip_by_norm
 
             clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)

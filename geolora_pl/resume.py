@@ -57,9 +57,11 @@ class TrainingPosition:
         self._epoch_start: RandomState | None = None  # None: of an iterator that Lightning made
         self._before_validation: RandomState | None = None
         self._restored: RandomState | None = None
+        self._loop: Any = None  # whose epochs are watched
 
     def train_starts(self, trainer: L.Trainer) -> None:
         """Call when the data loaders are there: go to the batch that comes next."""
+        self._watch_epochs(trainer)
         now, self._restored = self._restored, None
         loaders, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
         assert loaders is not None
@@ -96,11 +98,26 @@ class TrainingPosition:
             assert fetcher.iterator is not None
             fetcher.iterator = _from_state(random_state(), fetcher.iterator)
 
-    def epoch_starts(self, trainer: L.Trainer) -> None:
-        """Call at the start of every epoch."""
-        loop = trainer.fit_loop
-        if trainer.current_epoch > 0 and not loop.is_resuming and not loop.restarting:  # when Lightning iterates anew
-            self._epoch_start = random_state()
+    def _watch_epochs(self, trainer: L.Trainer) -> None:
+        """Keep the random state just before Lightning makes the iterator of an epoch, after all hooks at its start."""
+        self.close()
+        fit_loop = trainer.fit_loop
+        loop: Any = fit_loop.epoch_loop
+        make_iterator = type(loop).on_run_start
+
+        def on_run_start(fetcher: Any) -> None:
+            if trainer.current_epoch > 0 and not fit_loop.is_resuming and not loop.restarting:  # its own condition
+                self._epoch_start = random_state()
+            make_iterator(loop, fetcher)
+
+        loop.on_run_start = on_run_start
+        self._loop = loop
+
+    def close(self) -> None:
+        """Call at the end of a run: leave the trainer alone."""
+        if self._loop is not None:
+            del self._loop.on_run_start
+            self._loop = None
 
     def batch_ended(self, trainer: L.Trainer) -> None:
         """Call after every training batch: what follows may be a validation."""

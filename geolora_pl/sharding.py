@@ -35,9 +35,11 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
             "data_parallel_size to the number of processes"
         )
     factors = {getattr(layer, name) for layer in find_adapters(model).values() for name in FACTORS}
-    trained = (p for p in model.parameters() if p.requires_grad and p not in factors)
+    sent = [p for p in model.parameters() if p in factors or p.requires_grad]
+    for parameter in sent:  # a model is built on the CPU, and NCCL sends from a GPU
+        parameter.data = parameter.data.to(mesh.device_type)
     with torch.no_grad():
-        broadcast_packed([*(p for p in model.parameters() if p in factors), *trained])
+        broadcast_packed(sent)
     data_parallel = mesh["data_parallel"]
     for module in list(model.modules()):
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -55,6 +57,8 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> None:
         limit: Greatest norm, above 0.
     """
     having = [p for p in parameters if p.grad is not None]
+    if not having:
+        return
     kinds = [[p for p in having if is_sharded(p) == sharded] for sharded in (True, False)]
     norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
     total = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()

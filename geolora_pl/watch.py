@@ -181,18 +181,18 @@ def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     A process holds a part only of a sharded parameter: what one finds there counts for all.
     """
     checked = [(parameter, values) for parameter in parameters if (values := _values(parameter)).numel()]
-    if not checked:
-        return None
-    largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
-    norms = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest])
     broken = None
-    for (parameter, values), norm in zip(checked, norms.tolist(), strict=True):
-        if not norm < _limit(values):  # nor is an undefined one
-            broken = parameter
-            break
+    if checked:
+        largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
+        norms = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).tolist()
+        too_large = (
+            not norm < _limit(values) for (_, values), norm in zip(checked, norms, strict=True)
+        )  # or undefined
+        broken = next((parameter for (parameter, _), is_so in zip(checked, too_large, strict=True) if is_so), None)
     if any(is_sharded(parameter) for parameter in parameters):
-        elsewhere = anywhere(torch.tensor(broken is not None, device=norms.device))
-        broken = broken if broken is not None or not elsewhere else checked[0][0]
+        device = _values(parameters[0]).device
+        if anywhere(torch.tensor(broken is not None, device=device)) and broken is None:
+            broken = parameters[0]
     return broken
 
 

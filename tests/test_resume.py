@@ -117,6 +117,19 @@ def test_a_run_that_was_resumed_is_resumed_again(tmp_path):
     assert_same(run(tmp_path / "third", tmp_path / "second" / "epoch=1-step=10.ckpt", seed=2, **settings), whole)
 
 
+class Drawing(Recorded):
+    """A hook that draws random numbers at the start of every epoch, after the callbacks'."""
+
+    def on_train_epoch_start(self):
+        torch.rand(3)
+
+
+def test_random_numbers_drawn_at_the_start_of_an_epoch(tmp_path):
+    settings = {"checkpoint": {"every_n_train_steps": 4}}
+    whole = run(tmp_path, module=Drawing(), **settings)
+    assert_same(run(tmp_path / "again", tmp_path / "epoch=1-step=8.ckpt", Drawing(), 1, **settings), whole)
+
+
 class Stream(IterableDataset):
     """A stream of unknown length that can be read once."""
 

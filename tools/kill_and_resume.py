@@ -110,6 +110,8 @@ def soak(kills: int, epochs: int, seed: int) -> None:
         while done < kills:
             process = start(broken, epochs)
             process.join(moments.uniform(0.1, 0.5) * seconds)
+            if process.exitcode:
+                sys.exit(f"the run failed:\n{(broken / 'log.txt').read_text()[-3000:]}")
             if not process.is_alive():  # it came to its end: from the start again
                 for file in broken.glob("checkpoints/*"):
                     file.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ SIZE = 32
 def resident_bytes() -> int:
     """Memory of this process that is in RAM (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def slope(steps: list[int], values: list[int]) -> float:
