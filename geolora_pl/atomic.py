@@ -42,6 +42,8 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     unfinished = room / path.name
     try:
         yield unfinished
+        if path.is_dir() and not unfinished.is_dir():
+            raise ValueError(f"{path} is a folder, and a file is to be written: name a file in it")
         for made in (unfinished, *unfinished.rglob("*")):
             _flush(made)
         if path.is_dir() or (path.exists() and unfinished.is_dir()):  # only a file replaces a file in one step

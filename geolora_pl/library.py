@@ -13,7 +13,18 @@ from geolora_pl.files import read_adapter
 from geolora_pl.fingerprint import base_parameters
 from geolora_pl.functional import svd
 from geolora_pl.inject import has_adapters, remove_adapters
-from geolora_pl.state import AdapterState, Factors, apply, base_buffers, check, config_of, leading, misfit, write
+from geolora_pl.state import (
+    AdapterState,
+    Factors,
+    apply,
+    base_buffers,
+    capture,
+    check,
+    config_of,
+    leading,
+    misfit,
+    write,
+)
 
 
 class AdapterLibrary:
@@ -63,7 +74,7 @@ class AdapterLibrary:
         return list(self._states)
 
     def load(self, name: str, path: str | Path) -> None:
-        """Read a file under a name; the adapter in use stays in use.
+        """Read a file under a name; the adapter in use stays in use, with what training has made of it.
 
         Raises:
             ValueError: The name is taken, or the file is broken or of another base.
@@ -71,6 +82,7 @@ class AdapterLibrary:
         self._refuse_taken(name)
         state = read_adapter(path)
         active = self.in_use
+        current = None if active is None else capture(self.model)
         self.use(None)  # the base must be the base to be compared
         try:
             check(self.model, state)
@@ -78,6 +90,8 @@ class AdapterLibrary:
             raise ValueError(f"{path} does not fit the model: {error}") from error
         finally:
             self.use(active)
+            if current is not None:
+                apply(self.model, current)
         self._states[name] = state
 
     def use(self, name: str | None) -> None:
@@ -89,6 +103,10 @@ class AdapterLibrary:
         state = None if name is None else self._get(name)
         if self._of_base:
             write(self.model, self._of_base)
+        if self.in_use is not None:
+            parameters = base_parameters(self.model)
+            for trained in self._states[self.in_use].trained:
+                parameters[trained].requires_grad_(False)
         if has_adapters(self.model) and (state is None or misfit(self.model, state)):
             remove_adapters(self.model)
         self.in_use = None
@@ -141,7 +159,10 @@ class AdapterLibrary:
         first = states[0][0]
         self._states[name] = replace(
             first,
-            config=config_of(max_ranks, alpha, first.config.dropout),
+            config=replace(
+                config_of(max_ranks, alpha, first.config.dropout),
+                target_modules="|".join(str(state.config.target_modules) for state, _ in states),
+            ),
             factors=factors,
             trained=self._sum_tensors([(state.trained, weight) for state, weight in states]),
             buffers=self._sum_tensors([(state.buffers, weight) for state, weight in states]),

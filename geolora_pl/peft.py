@@ -78,6 +78,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     aliases = [name for name, module in model.named_modules(remove_duplicate=False) if module in set(adapters.values())]
     if shared := [name for name in aliases if name not in adapters]:
         raise ValueError(f"{shared[0]} shares its adapter with another layer, which PEFT cannot hold: merge instead")
+    if moved := [name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]:
+        raise ValueError(f"{moved[0]} has running statistics, which training moves and PEFT would lose: merge instead")
     ranks = {name: factors.U.shape[1] for name, factors in state.factors.items()}
     rank = max(1, *ranks.values())
     if compact and any(ranks.values()):

@@ -98,6 +98,8 @@ def predict(
 def _rows(found: dict[tuple[int, int], Tensor], module: object, data: object, sets: int) -> list[Row]:
     names: Sequence[str] = getattr(module, "class_names", None) or getattr(data, "class_names", None) or ()
     inputs: dict[str, list[str]] = (getattr(data, "predict_inputs", None) or {}) if sets == 1 else {}
+    if len(set(names)) < len(names):
+        raise ValueError(f"class_names={list(names)} must differ: their probabilities could not be told apart")
     rows = []
     for (number, index), prediction in sorted(found.items(), key=lambda item: item[0]):
         row: Row = ({"set": number} if sets > 1 else {}) | {"index": index}

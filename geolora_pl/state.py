@@ -109,8 +109,11 @@ def capture(model: nn.Module) -> AdapterState:
     ((alpha, dropout),) = kinds
     names = trained_names(model)
     parameters = base_parameters(model)
+    # A layer that the model holds under several names, or one of several that share a weight, is adapted under each.
+    everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
+    config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout)
     return AdapterState(
-        config=config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout),
+        config=replace(config, target_modules=f"({'|'.join(map(re.escape, everywhere))})"),
         factors={name: retracted(layer) for name, layer in adapters.items()},
         trained={name: parameters[name].detach().clone() for name in names},
         buffers={name: buffer.detach().clone() for name, buffer in base_buffers(model).items()},
@@ -186,9 +189,9 @@ def apply(model: nn.Module, state: AdapterState) -> None:
             for parameter, required in requires_grad:
                 parameter.requires_grad_(required)
             raise ValueError(problem)
-        parameters = base_parameters(model)
-        for name in state.trained:
-            parameters[name].requires_grad_(True)
+    parameters = base_parameters(model)
+    for name in state.trained:
+        parameters[name].requires_grad_(True)
     for name, layer in find_adapters(model).items():
         U, S, V = state.factors[name]
         r = U.shape[1]

@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 
 import pytest
@@ -305,11 +306,16 @@ def test_an_error_while_writing_leaves_nothing_and_what_was_there(tmp_path):
         assert (target / "old").read_text() == "old"
         with pytest.raises(ValueError, match="exists already"), atomic(target, overwrite=False):
             pass
-        with atomic(target) as path:
-            write(path)
-        assert not (target / "old").exists()
+        if target.name == "file":  # never replaces a folder
+            with pytest.raises(ValueError, match="is a folder, and a file is to be written"), atomic(target) as path:
+                write(path)
+            assert (target / "old").read_text() == "old"
+        else:
+            with atomic(target) as path:
+                write(path)
+            assert not (target / "old").exists()
         assert list(tmp_path.iterdir()) == [target]
-        (target.rmdir if target.is_dir() else target.unlink)()
+        shutil.rmtree(target)
 
 
 def test_a_folder_replaces_a_file_and_a_path_through_a_file_is_refused(tmp_path):
@@ -320,3 +326,57 @@ def test_a_folder_replaces_a_file_and_a_path_through_a_file_is_refused(tmp_path)
     (tmp_path / "y").write_text("file")
     with pytest.raises(ValueError, match="is a file and no folder"), atomic(tmp_path / "y" / "z"):
         pass
+
+
+class Shared(nn.Module):
+    """One layer under two names, and two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(6, 6)
+        self.again = self.a
+        self.tied = nn.Linear(6, 6, bias=False)
+        self.tied_too = nn.Linear(6, 6, bias=False)
+        self.tied_too.weight = self.tied.weight
+
+    def forward(self, x):
+        return self.tied_too(self.tied(self.again(self.a(x))))
+
+
+def test_layers_that_share_an_adapter_all_get_it_back(tmp_path):
+    model, plain = Shared(), Shared()
+    for layer in inject_adapters(model).values():
+        layer.S.data[:2, :2].normal_()
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(plain, tmp_path / "a.safetensors")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").touch()
+    model = Shared()
+    inject_adapters(model)
+    with pytest.raises(ValueError, match="is a folder, and a file is to be written"):
+        save_adapter(model, tmp_path / "folder")
+    assert (tmp_path / "folder" / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_was_trained_is_trained_again_in_a_model_with_adapters(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+
+    first, second, third = build(), build(), build()
+    inject_adapters(first, AdapterConfig(target_modules=["0"], modules_to_save=["1"]))
+    nn.init.ones_(first[1].weight)
+    save_adapter(first, tmp_path / "first.safetensors")
+    inject_adapters(second, AdapterConfig(target_modules=["0"]))
+    load_adapter(second, tmp_path / "first.safetensors")
+    assert second[1].weight.requires_grad
+    save_adapter(second, tmp_path / "second.safetensors")
+    load_adapter(third, tmp_path / "second.safetensors")
+    assert torch.equal(third[1].weight, first[1].weight)

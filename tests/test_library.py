@@ -57,6 +57,12 @@ def test_loading_while_another_is_in_use_leaves_it_in_use(three, tmp_path):
     library.load("d", tmp_path / "d")
     assert library.in_use == "a"
     assert torch.equal(library.model(X), models["a"](X))
+    for layer in find_adapters(library.model).values():  # as training does
+        layer.S.data.mul_(2)
+    expected = library.model(X)
+    library.load("e", tmp_path / "d")
+    assert torch.equal(library.model(X), expected)
+    assert not torch.equal(expected, models["a"](X))
 
 
 def deltas(model):

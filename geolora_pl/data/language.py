@@ -59,6 +59,11 @@ class LanguageDataModule(TokenDataModule):
         self.columns: dict[str, str] = {ours: theirs for ours, theirs in named.items() if theirs is not None}
         self.packed = not self.pairs if packed is None else packed
 
+    @property
+    def a_sample_is_a_text(self) -> bool:
+        """A block of packed texts is not."""
+        return not self.packed
+
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
         """Read the tables: where each comes from and what it holds, by split."""
         raise NotImplementedError(f"{type(self).__name__} must read its tables")

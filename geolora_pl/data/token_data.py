@@ -89,7 +89,7 @@ class TokenDataModule(L.LightningDataModule):
         if "train" in splits and not _of_kind("val", splits):
             splits |= self._hold_out(splits["train"])
         to_predict = splits.get("predict", splits.get("test"))
-        if to_predict is not None:
+        if to_predict is not None and self.a_sample_is_a_text:
             columns = [name for name in to_predict.column_names if name != "label"]
             self.predict_inputs = {name: to_predict[name][:] for name in columns}
         self.splits = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
@@ -115,6 +115,11 @@ class TokenDataModule(L.LightningDataModule):
                 f"{error} Choose another fraction, or give texts for validation"
             ) from error
         return {"train": parts["train"], "val": parts["test"]}
+
+    @property
+    def a_sample_is_a_text(self) -> bool:
+        """Whether every sample is one text: predictions are then written beside it."""
+        return True
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Raise a ValueError if so few tokens leave no room for a text."""
@@ -169,12 +174,12 @@ class TokenDataModule(L.LightningDataModule):
             assert self.trainer is not None
             processes: dict[str, int] = self.trainer.distributed_sampler_kwargs or {}  # none with one process
             sampler = ShuffledSampler(samples, self.batch_size, lengths, self.seed, **processes)
-        on_gpu = torch.cuda.is_available()
+        on_gpu, tokenizer = torch.cuda.is_available(), self.tokenizer()
         return DataLoader(
             samples,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=self.collator(self.tokenizer(), 8 if on_gpu else None),
+            collate_fn=self.collator(tokenizer, 8 if on_gpu and self._limit(tokenizer) % 8 == 0 else None),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=on_gpu,
