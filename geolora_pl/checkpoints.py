@@ -53,9 +53,8 @@ class WholeFiles(TorchCheckpointIO):
             temporary.replace(target)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) or "PytorchStreamWriter" in str(
-                error
-            ):  # so torch's writer tells of a full disk
+            # Torch's own writer tells of a full disk by a RuntimeError.
+            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
                 raise OSError(
                     f"{target} cannot be written ({error}): free space or choose another folder; what was there before "
                     "is as it was"

@@ -120,11 +120,24 @@ def decompose(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Decompos
     """
     R = U.shape[-1]
     dtype = working_dtype(U.dtype)
-    A, B = factored(*(factor.to(dtype) for factor in (U, S, V, K, L)))
+    return svd_of_product(*factored(*(factor.to(dtype) for factor in (U, S, V, K, L))), R)
+
+
+def svd_of_product(A: Tensor, B: Tensor, columns: int) -> Decomposition:
+    """Singular value decomposition of ``A B^T`` by QR of both sides and the SVD of the small core.
+
+    Args:
+        A: (..., m, k).
+        B: (..., n, k).
+        columns: How many singular vectors to return, at least 0; no more than there are.
+
+    Returns:
+        The leading singular vectors, and all singular values.
+    """
     Q_A, R_A = torch.linalg.qr(A)
     Q_B, R_B = torch.linalg.qr(B)
     P, sigma, Qh = svd(R_A @ R_B.mT)
-    return Decomposition(Q_A @ P[..., :R], sigma, Q_B @ Qh.mT[..., :R])
+    return Decomposition(Q_A @ P[..., :columns], sigma, Q_B @ Qh.mT[..., :columns])
 
 
 def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geolora_pl.files import read_adapter
 from geolora_pl.fingerprint import base_parameters
-from geolora_pl.functional import svd
+from geolora_pl.functional import svd_of_product
 from geolora_pl.inject import has_adapters, remove_adapters
 from geolora_pl.state import (
     AdapterState,
@@ -209,7 +209,5 @@ def _sum(parts: list[tuple[Factors, float]], max_rank: int) -> tuple[Factors, Te
     """The sum at no more than ``max_rank``, and all its singular values."""
     A = torch.cat([weight * (U @ S) for (U, S, _), weight in parts], dim=1)
     B = torch.cat([V for (_, _, V), _ in parts], dim=1)
-    Q_A, R_A = torch.linalg.qr(A)
-    Q_B, R_B = torch.linalg.qr(B)
-    P, sigma, Qh = svd(R_A @ R_B.mT)
-    return leading((Q_A @ P)[:, :max_rank], sigma, (Q_B @ Qh.mT)[:, :max_rank]), sigma
+    total = svd_of_product(A, B, max_rank)
+    return leading(*total), total.sigma

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from geolora_pl.atomic import atomic
 from geolora_pl.fingerprint import base_parameters
-from geolora_pl.functional import svd
+from geolora_pl.functional import svd, svd_of_product
 from geolora_pl.inject import find_adapters, has_adapters
 from geolora_pl.state import AdapterState, Factors, apply, base_buffers, base_name, capture, config_of, leading
 
@@ -235,11 +235,8 @@ def _geolora(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], f
         raise ValueError(f"{folder}: {name} has {shapes}, which are not the two sides of a LoRA of rank {r}")
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
     A, B = pair["A"].double(), pair["B"].double()
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    P, sigma, Qh = svd(scaling * (R_B @ R_A.mT))
     # What is noise in float32, in which the factors are kept, is no direction.
-    return leading((Q_B @ P).float(), sigma.float(), (Q_A @ Qh.mT).float())
+    return leading(*(tensor.float() for tensor in svd_of_product(scaling * B, A.mT, r)))
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -185,10 +185,9 @@ def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     if checked:
         largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
         norms = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).tolist()
-        too_large = (
-            not norm < _limit(values) for (_, values), norm in zip(checked, norms, strict=True)
-        )  # or undefined
-        broken = next((parameter for (parameter, _), is_so in zip(checked, too_large, strict=True) if is_so), None)
+        measured = zip(checked, norms, strict=True)
+        # "not below" is true of an undefined norm as well
+        broken = next((parameter for (parameter, values), norm in measured if not norm < _limit(values)), None)
     if any(is_sharded(parameter) for parameter in parameters):
         device = _values(parameters[0]).device
         if anywhere(torch.tensor(broken is not None, device=device)) and broken is None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from geolora_pl.tasks.transformer import TransformerTask
+from geolora_pl.tasks.transformer import Batch, TransformerTask
 
-Batch = Mapping[str, Tensor]
 IGNORED = -100  # the label of a token that is not learnt: what cross_entropy leaves out
 
 
@@ -84,15 +81,8 @@ class CausalLM(TransformerTask):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss and perplexity on the validation texts; of a further set with its name at the end of theirs."""
-        self._evaluate(self.val_splits[dataloader_idx], batch)
-
-    def test_step(self, batch: Batch) -> None:
-        """Loss and perplexity on the test texts."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, split: str, batch: Batch) -> None:
+    def evaluate(self, split: str, batch: Batch) -> None:
+        """Loss and perplexity on a batch of a split."""
         losses, learnt = self.token_losses(batch)
         kind, _, other = split.partition("_")  # val_other
         end = f"_{other}" if other else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,7 @@ from geolora_pl.tasks.classes import (
 )
 from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
-from geolora_pl.tasks.transformer import TransformerTask
-
-Batch = Mapping[str, Tensor]
+from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 
 class TextClassification(TransformerTask):
@@ -151,15 +149,8 @@ class TextClassification(TransformerTask):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss and metrics on the validation texts; of a further set with its name at the end of theirs."""
-        self._evaluate(self.val_splits[dataloader_idx], batch)
-
-    def test_step(self, batch: Batch) -> None:
-        """Loss and metrics on the test texts."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, split: str, batch: Batch) -> None:
+    def evaluate(self, split: str, batch: Batch) -> None:
+        """Loss and metrics on a batch of a split."""
         outputs, labels = self(batch), batch["labels"]
         predictions = outputs.float() if self.num_classes == 1 else outputs.argmax(-1)
         kind, _, other = split.partition("_")  # val_mismatched

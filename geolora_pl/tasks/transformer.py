@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.config import AdapterConfig
@@ -21,6 +21,8 @@ from geolora_pl.tasks.text_models import (
     plain_config,
     position_limit,
 )
+
+Batch = Mapping[str, Tensor]
 
 
 class TransformerTask(GeoLoRAModule):
@@ -43,6 +45,7 @@ class TransformerTask(GeoLoRAModule):
     """
 
     auto_class: ClassVar[Any]
+    val_splits: Sequence[str]  # set with the metrics, in setup
     base_arguments = ("pretrained", "model_args")
 
     def __init__(
@@ -114,6 +117,18 @@ class TransformerTask(GeoLoRAModule):
     def max_positions(self) -> int | None:
         """Tokens that the model has positions for; ``None`` if its positions are relative."""
         return position_limit(load_config(self.model_name, self.model_args), self.auto_class)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluate on the validation texts; what is logged of a further set has its name at the end."""
+        self.evaluate(self.val_splits[dataloader_idx], batch)
+
+    def test_step(self, batch: Batch) -> None:
+        """Evaluate on the test texts."""
+        self.evaluate("test", batch)
+
+    def evaluate(self, split: str, batch: Batch) -> None:
+        """Log loss and metrics of a batch of a split, ``test`` or one of ``val_splits``."""
+        raise NotImplementedError(f"{type(self).__name__} must evaluate")
 
     def _data(self) -> object:
         return getattr(self._trainer, "datamodule", None)
