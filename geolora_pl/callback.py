@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,7 +20,10 @@ from geolora_pl.checkpoints import WholeFiles, describe_base, shrink
 from geolora_pl.config import AdapterConfig
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
+from geolora_pl.monitor import RankMonitor
+from geolora_pl.preflight import check_company
 from geolora_pl.resume import TrainingPosition
+from geolora_pl.terminal import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.watch import OnNonfinite
 
 
@@ -46,6 +48,11 @@ def usual_cadence(steps: float) -> int:
     return 10 if steps >= 100 else max(1, int(steps // 10))
 
 
+def _last_step(trainer: L.Trainer) -> int:
+    """The number that Lightning gives to the loggers for the last batch, once it has been counted."""
+    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+
 class GeoLoRACallback(L.Callback):
     """Train any LightningModule with rank-adaptive adapters.
 
@@ -54,7 +61,10 @@ class GeoLoRACallback(L.Callback):
     accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
 
     It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params``, ``truncation_error`` (relative Frobenius norm of
-    what the last retraction dropped) and ``skipped_steps``.
+    what the last retraction dropped), ``energy_kept`` (one less its square), ``orthonormality_defect`` (the largest of
+    all bases), ``adaptation_time`` (seconds of the last retraction) and ``skipped_steps``; TensorBoard and Weights &
+    Biases also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. Before and after a fit it prints a
+    table, unless the trainer has ``enable_model_summary=False``.
 
     Args:
         tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
@@ -104,6 +114,7 @@ class GeoLoRACallback(L.Callback):
         self.small_checkpoints = small_checkpoints
         self.adapter = adapter
         self.integrator: RankAdaptiveIntegrator | None = None
+        self.monitor: RankMonitor | None = None
         self._injected = False
         self._restored: dict[str, Any] | None = None
         self._optimizer: Optimizer | None = None
@@ -113,24 +124,9 @@ class GeoLoRACallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
-        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-        if sharded and self.small_checkpoints:
-            raise ValueError(
-                "small_checkpoints=True: ModelParallelStrategy cannot load such checkpoints: set it to false"
-            )
-        if sharded and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                "precision='16-mixed': with ModelParallelStrategy each process would see overflows of its own: take "
-                "bf16-mixed"
-            )
+        check_company(trainer, self.small_checkpoints)
         if type(trainer.strategy._checkpoint_io) in (NoneType, TorchCheckpointIO, WholeFiles):  # not the user's own
             trainer.strategy._checkpoint_io = WholeFiles(pl_module)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise ValueError(
-                    f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
-                    "them: remove it, or merge the adapters before weights are averaged"
-                )
         if not has_adapters(pl_module) and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
                 f"{type(pl_module).__name__} would get its adapters in a forked or spawned process, and the process "
@@ -190,15 +186,20 @@ class GeoLoRACallback(L.Callback):
                 f"adapt_until={self.adapt_until} is a part of a run without an end: set max_steps or max_epochs"
             )
         adapting = self.adapt_until * steps if self.adapt_until < 1 else math.inf
+        monitor = RankMonitor(integrator)
         if trainer.global_step and self.integrator and self.integrator.adapters == integrator.adapters:
             integrator.load_state_dict(self.integrator.state_dict())  # a second fit with the same trainer goes on
-        self.integrator, self._optimizer = integrator, holders[0]
+            assert self.monitor is not None
+            monitor.load_state_dict(self.monitor.state_dict())
+        self.integrator, self.monitor, self._optimizer = integrator, monitor, holders[0]
         self._take_up()
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # Batches, as the length of the run is counted: manual optimization may take several steps in one.
             integrator.rank_changes = trainer.fit_loop.epoch_loop._batches_that_stepped < adapting
-            integrator.step(optimizer)
+            began = monitor.clock.now()
+            if integrator.step(optimizer):
+                monitor.clock.add(began)
 
         self._hook = holders[0].register_step_post_hook(after_step)
 
@@ -216,6 +217,7 @@ class GeoLoRACallback(L.Callback):
     def _take_up(self) -> None:
         """Go on from what was restored: factors always, for another process's may have been sent to this one."""
         assert self.integrator is not None
+        assert self.monitor is not None
         for layer in self.integrator.adapters.values():
             layer.read_rank()
         restored, self._restored = self._restored, None
@@ -229,10 +231,16 @@ class GeoLoRACallback(L.Callback):
             )
         self.integrator.adapt_every = self.adapt_every or restored["adapt_every"]
         self.integrator.load_state_dict(restored["integrator"])
+        self.monitor.load_state_dict(restored["monitor"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go to the batch that comes next, where a run is resumed."""
+        """Say what is adapted, and go to the batch that comes next, where a run is resumed."""
         self._position.train_starts(trainer)
+        show_whole_numbers(trainer.progress_bar_callback)
+        if wants_tables(trainer):
+            print_summary(*start_summary(pl_module))
+        if not trainer.global_step:
+            self._log_apart(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation leave no trace in the random numbers of the training."""
@@ -242,27 +250,28 @@ class GeoLoRACallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
+        assert self.monitor is not None
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:  # as Lightning's own monitors do
-            metrics = self._metrics()
-            pl_module.log("rank/mean", metrics.pop("rank/mean"), prog_bar=True, rank_zero_only=True)
-            pl_module.log_dict(metrics, rank_zero_only=True)
+            numbers = self.monitor.numbers()
+            in_bar = {name: numbers.pop(name) for name in ("rank/mean", "adapter_params")}
+            pl_module.log_dict(in_bar, prog_bar=True, rank_zero_only=True)
+            pl_module.log_dict(numbers, rank_zero_only=True)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self.monitor.record(step)
+            if trainer.is_global_zero:
+                self.monitor.show(trainer.loggers, step)
         self._position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the loggers the ranks once an epoch, whatever their cadence."""
-        for logger in trainer.loggers:
-            logger.log_metrics(self._metrics(), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        """Give the loggers the numbers once an epoch, whatever their cadence."""
+        self._log_apart(trainer)
 
-    def _metrics(self) -> dict[str, float]:
-        assert self.integrator is not None
-        ranks = self.integrator.ranks()
-        return {
-            "rank/mean": sum(ranks.values()) / len(ranks),
-            **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
-            "adapter_params": float(self.integrator.adapter_parameters()),
-            "truncation_error": self.integrator.truncation_error,
-            "skipped_steps": float(self.integrator.skipped_steps),
-        }
+    def _log_apart(self, trainer: L.Trainer) -> None:
+        assert self.monitor is not None
+        numbers, step = self.monitor.numbers(), _last_step(trainer)
+        self.monitor.record(step)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
@@ -276,8 +285,13 @@ class GeoLoRACallback(L.Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same where a run that had ended was resumed and no training took place."""
+        """Say what was found; a run that had ended may have been resumed, without any training."""
         self._retract_pending()
+        assert self.monitor is not None
+        if trainer.is_global_zero:
+            self.monitor.show(trainer.loggers, _last_step(trainer), at_last=True)
+        if wants_tables(trainer):
+            print_summary(*end_summary(trainer, pl_module, self.monitor))
 
     def _retract_pending(self) -> None:
         if self.integrator is not None and self.integrator.steps:
@@ -306,11 +320,12 @@ class GeoLoRACallback(L.Callback):
             shrink(checkpoint, pl_module, self._base)
 
     def state_dict(self) -> dict[str, Any]:
-        """The integrator's counters, for a run that is resumed."""
-        if self.integrator is None:
+        """The integrator's counters and the ranks so far, for a run that is resumed."""
+        if self.integrator is None or self.monitor is None:
             return {}
         return {
             "integrator": self.integrator.state_dict(),
+            "monitor": self.monitor.state_dict(),
             "optimizer": type(self._optimizer).__name__,
             "adapt_every": self.integrator.adapt_every,
             "position": self._position.state_dict(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
+from rich import get_console
 
 from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.checkpoints import read_checkpoint
-from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.parser import OneSentenceParser
 from geolora_pl.predictions import PredictionWriter
 from geolora_pl.preflight import CheckTestSplit, check_trainer
@@ -82,25 +79,19 @@ class GeoLoRACLI(LightningCLI):
             self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
 
     def after_fit(self) -> None:
-        """Test if asked to, and say what was found and where it lies."""
+        """Test if asked to, and say what came of it and how to look closer."""
         results: dict[str, float] = {}
         if self.config["fit"]["test_after_fit"]:
             tested = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             results = {name: value for of_loader in tested for name, value in of_loader.items()}
         log_dir = self.trainer.log_dir  # every process must ask for it: rank 0 tells the others
-        self._print_summary(results, log_dir)
+        self._print_results(results, log_dir)
 
     @rank_zero_only
-    def _print_summary(self, results: dict[str, float], log_dir: str | None) -> None:
-        adapters = find_adapters(self.model)
-        console = Console()
-        console.print(rank_table({name: layer.rank for name, layer in adapters.items()}))
-        padded = sum(factor.numel() for layer in adapters.values() for factor in layer.parameters(recurse=False))
-        total = sum(p.numel() for p in self.model.parameters()) - padded
-        active = adapter_parameters(adapters)
+    def _print_results(self, results: dict[str, float], log_dir: str | None) -> None:
+        console = get_console()
         for name, value in results.items():
             console.print(f"{name}: {value:.4f}")
-        console.print(f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)")
         if log_dir is not None:
             console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
 
@@ -116,23 +107,6 @@ def _without_types(error: ValueError) -> ValueError:
     while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
         error = error.__cause__
     return error
-
-
-def rank_table(ranks: dict[str, int]) -> Table:
-    """Ranks by kind of layer (rows) and depth (columns).
-
-    Args:
-        ranks: Rank by the adapter's name; the numbers in a name are its depth.
-    """
-    kinds: dict[str, list[int]] = {}
-    for name, rank in ranks.items():
-        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(rank)
-    table = Table(title="ranks found, by depth", title_justify="left")
-    table.add_column("layers")
-    table.add_column("ranks")
-    for kind, of_kind in kinds.items():
-        table.add_row(kind, " ".join(map(str, of_kind)))
-    return table
 
 
 def main(args: ArgsType = None) -> None:
@@ -161,7 +135,7 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             **no_abbreviations,
             **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
-            "description": "Train, test and predict; and 'export' or 'ranks' --help for what a checkpoint holds.",
+            "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds.",
         },
         args=args,
     )

@@ -1,13 +1,15 @@
-"""A CSV logger that never deletes what an earlier run in the same folder wrote."""
+"""A CSV logger that never deletes what an earlier run in the same folder wrote; pictures for loggers that show them."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 
+import numpy as np
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
+from PIL import Image
 
 
 class CSVLogger(loggers.CSVLogger):
@@ -36,3 +38,23 @@ class CSVLogger(loggers.CSVLogger):
                 writer: _ExperimentWriter = super().experiment
                 return writer
         return self._experiment
+
+
+def shows_pictures(logger: loggers.Logger) -> bool:
+    """Whether a logger is one of those that :func:`show_picture` knows."""
+    return isinstance(logger, (loggers.TensorBoardLogger, loggers.WandbLogger))
+
+
+def show_picture(logger: loggers.Logger, name: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to TensorBoard or Weights & Biases.
+
+    Args:
+        logger: One that :func:`shows_pictures`.
+        name: Under which it is shown.
+        picture: In RGB.
+        step: As the logger counts.
+    """
+    if isinstance(logger, loggers.TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    elif isinstance(logger, loggers.WandbLogger):
+        logger.log_image(name, [picture], step)

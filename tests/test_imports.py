@@ -13,14 +13,28 @@ import geolora_pl.tasks
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
-    ["agreement", "atomic", "config", "errors", "functional", "lazy", "loggers", "parser", "preflight", "schedule"],
+    [
+        "agreement",
+        "atomic",
+        "config",
+        "errors",
+        "functional",
+        "lazy",
+        "loggers",
+        "parser",
+        "picture",
+        "preflight",
+        "rank_map",
+        "schedule",
+    ],
     ["adapters"],
     ["layers"],
     ["inject", "moments", "plan", "watch"],
     ["optim", "integrator", "fingerprint", "sharding"],
     ["checkpoints", "resume", "state", "merge"],
     ["files", "peft"],
-    ["library"],
+    ["library", "monitor"],
+    ["terminal"],
     ["callback"],
     ["module"],
     ["tasks", "loading", "predictions"],
@@ -29,7 +43,15 @@ LAYERS = [
     ["__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ABOUT_LIGHTNING = {"checkpoints", "loggers", "parser", "preflight", "resume"}  # below the callback
+ABOUT_LIGHTNING = {
+    "checkpoints",
+    "loggers",
+    "monitor",
+    "parser",
+    "preflight",
+    "resume",
+    "terminal",
+}  # below the callback
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,0 +1,243 @@
+"""What a run shows of its adapters while it goes on: numbers at the trainer's cadence, pictures now and then."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+from PIL import Image
+
+from geolora_pl.adapters import GeoLoRALayer
+from geolora_pl.functional import orthonormality_defect
+from geolora_pl.integrator import RankAdaptiveIntegrator
+from geolora_pl.loggers import show_picture, shows_pictures
+from geolora_pl.picture import heat_map
+from geolora_pl.rank_map import RankMap, depth_label
+
+_POINTS = 128  # of the ranks over time that are kept: enough for a picture, little in a checkpoint
+_SHARE = 0.005  # of the run that pictures may take
+_SPACING = 1.2  # from one picture to the next, as a factor of the step: many at first, few in a long run
+_COLUMNS = 96
+_DECADES = 2  # of singular values: tau drops most of what is smaller
+
+
+class RankMonitor:
+    """The numbers and pictures of one run.
+
+    Numbers that only a tensor knows are read when they are logged and not in every step, for reading waits for the
+    device. Pictures go to loggers that show them; drawing stops while it has taken more than 0.5% of the run.
+
+    Attributes:
+        steps: Steps of the ranks that are kept.
+        ranks: The ranks then, in the order of the adapters.
+        seconds: What the run has taken so far in this process.
+        adaptation_seconds: What retractions have taken of them, as far as is known without waiting.
+
+    Args:
+        integrator: Of the run.
+    """
+
+    def __init__(self, integrator: RankAdaptiveIntegrator) -> None:
+        self.integrator = integrator
+        self.map = RankMap.of(integrator.adapters)
+        self.clock = DeviceClock(next(iter(integrator.adapters.values())).U.device)
+        self.steps: list[int] = []
+        self.ranks: list[list[int]] = []
+        self._spacing = 1
+        self._began = time.monotonic()
+        self._drawing = 0.0
+        self._next_picture = 0.0
+        self._defect = (-1, 0.0)  # the number of adaptations it is of, and the defect
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began in this process."""
+        return time.monotonic() - self._began
+
+    def numbers(self) -> dict[str, float]:
+        """What is logged; one wait for the device after a retraction."""
+        integrator = self.integrator
+        ranks = integrator.ranks()
+        return {
+            "rank/mean": sum(ranks.values()) / len(ranks),
+            **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
+            "adapter_params": float(integrator.adapter_parameters()),
+            "truncation_error": integrator.truncation_error,
+            "energy_kept": 1.0 - integrator.truncation_error**2,
+            "orthonormality_defect": self._largest_defect(),
+            "adaptation_time": self.clock.last(),
+            "skipped_steps": float(integrator.skipped_steps),
+        }
+
+    def _largest_defect(self) -> float:
+        """Bases move only when factors are retracted, so between two retractions it stays."""
+        if self._defect[0] != self.integrator.adaptations:
+            self._defect = self.integrator.adaptations, largest_defect(self.integrator.adapters.values())
+        return self._defect[1]
+
+    def record(self, step: int) -> None:
+        """Keep the ranks of a step."""
+        if self.steps and step < self.steps[-1] + self._spacing:
+            return
+        self.steps.append(step)
+        self.ranks.append(list(self.integrator.ranks().values()))
+        if len(self.steps) > _POINTS:
+            del self.steps[1::2], self.ranks[1::2]
+            self._spacing = max(1, (self.steps[-1] - self.steps[0]) // len(self.steps))
+
+    def show(self, loggers: Iterable[Logger], step: int, at_last: bool = False) -> None:
+        """Give the loggers their pictures, if some are due.
+
+        Args:
+            loggers: Of the trainer; those that cannot show a picture get none.
+            step: As the loggers count.
+            at_last: Whether they are due whatever was drawn before.
+        """
+        able = [logger for logger in loggers if shows_pictures(logger)]
+        due = step >= self._next_picture and self._drawing <= _SHARE * self.seconds
+        if not able or not (due or at_last):
+            return
+        began = time.monotonic()
+        for name, picture in self.pictures().items():
+            for logger in able:
+                show_picture(logger, name, picture, step)
+        self._drawing += time.monotonic() - began
+        self._next_picture = step * _SPACING
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """The ranks now by kind and depth, the ranks over time, and the singular values of S."""
+        return {"rank_map": self._rank_map(), "ranks_over_time": self._over_time(), "spectra": self._spectra()}
+
+    def _rank_map(self) -> Image.Image:
+        ranks = self.integrator.ranks()
+        return heat_map(
+            self.map.rows(ranks),
+            list(self.map.short_kinds().values()),
+            [depth_label(depth) for depth in self.map.depths],
+            f"rank by kind of layer and depth, {sum(ranks.values()) / len(ranks):.2f} on average",
+            low=0,
+            high=self._highest,
+            cell=(34, 24),
+            numbers=True,
+        )
+
+    def _over_time(self) -> Image.Image:
+        order = {name: i for i, name in enumerate(self.integrator.adapters)}
+        last = self.steps[-1] if self.steps else 0
+        columns = min(_COLUMNS, last + 1)
+        at = [bisect_right(self.steps, last * (j + 1) // columns) - 1 for j in range(columns)]
+        labels = [""] * columns
+        labels[0], labels[-1] = str(self.steps[0]) if self.steps else "", str(last)
+        return heat_map(
+            [[self.ranks[i][order[name]] if i >= 0 else None for i in at] for name in self.map.places],
+            self._row_labels(),
+            labels,
+            f"rank by adapter over steps, of at most {self._highest}",
+            low=0,
+            high=self._highest,
+            cell=(5, self._row_height),
+        )
+
+    def _spectra(self) -> Image.Image:
+        sigmas = {
+            name: torch.linalg.svdvals(layer.S.detach().cpu())[: layer.rank].double()
+            for name, layer in self.integrator.adapters.items()
+        }
+        largest = max((float(sigma[0]) for sigma in sigmas.values() if len(sigma)), default=0.0)
+        values: list[list[float | None]] = []
+        for name in self.map.places:
+            relative = (sigmas[name] / largest).clamp_min(10.0**-_DECADES).log10() if largest else sigmas[name]
+            values.append([*relative.tolist(), *[None] * (self._highest - len(relative))])
+        return heat_map(
+            values,
+            self._row_labels(),
+            [str(j + 1) for j in range(self._highest)] if self._highest <= 32 else [""] * self._highest,
+            f"singular values of S, largest {largest:.3g}, by their logarithm over {_DECADES} decades",
+            low=-_DECADES,
+            high=0,
+            cell=(22, self._row_height) if self._highest <= 32 else (5, self._row_height),
+        )
+
+    @property
+    def _highest(self) -> int:
+        return max(layer.max_rank for layer in self.integrator.adapters.values())
+
+    @property
+    def _row_height(self) -> int:
+        return max(4, min(16, 1200 // len(self.map.places)))
+
+    def _row_labels(self) -> list[str]:
+        """A label for each adapter, or for the first of each kind where they are many."""
+        labels, first = self.map.short_names(), {self.map.of_kind(kind)[0] for kind in self.map.kinds}
+        return [label if self._row_height >= 12 or name in first else "" for name, label in labels.items()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ranks over time, for a run that is resumed."""
+        return {"steps": list(self.steps), "ranks": [list(r) for r in self.ranks], "spacing": self._spacing}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self.steps, self.ranks = list(state["steps"]), [list(r) for r in state["ranks"]]
+        self._spacing = state["spacing"]
+
+
+class DeviceClock:
+    """Seconds that a device works on something, told without waiting for it.
+
+    On a GPU the host runs ahead, and what it waits for in between is earlier work: there events in the device's own
+    queue are compared, and read later.
+
+    Args:
+        device: Of the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._total = 0.0
+        self._last = 0.0
+        self._pending: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        """A mark to be given to :meth:`add`."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        with torch.cuda.device(self.device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return event
+
+    def add(self, start: Any) -> None:
+        """Count what was done since ``start``."""
+        if self.device.type == "cuda":
+            self._pending.append((start, self.now()))
+        else:
+            self._last = time.perf_counter() - start
+            self._total += self._last
+
+    def last(self) -> float:
+        """Seconds of what was counted last; waits for it."""
+        for start, end in self._pending:
+            end.synchronize()
+            self._last = start.elapsed_time(end) / 1000
+            self._total += self._last
+        self._pending.clear()
+        return self._last
+
+    def total(self) -> float:
+        """Seconds in all; waits for the last."""
+        self.last()
+        return self._total
+
+
+@torch.no_grad()
+def largest_defect(layers: Iterable[GeoLoRALayer]) -> float:
+    """The largest orthonormality defect of the bases of adapters."""
+    alike: dict[Any, list[torch.Tensor]] = {}
+    for layer in layers:
+        for basis in (layer.U, layer.V):
+            alike.setdefault((basis.shape, basis.dtype, basis.device), []).append(basis)
+    return max(float(orthonormality_defect(torch.stack(bases)).max()) for bases in alike.values())

@@ -1,0 +1,71 @@
+"""Heat maps as pixels, for loggers: Pillow draws one in milliseconds, and it is there anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+_RAMP: tuple[Colour, ...] = ((239, 243, 250), (107, 157, 208), (11, 55, 112))  # from low to high, one hue
+_INK, _PAPER = (33, 37, 41), (255, 255, 255)
+_MARGIN, _LINE = 8, 16
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    low: float,
+    high: float,
+    cell: tuple[int, int],
+    numbers: bool = False,
+) -> Image.Image:
+    """Draw a table of values as colours.
+
+    Args:
+        values: By row and column; ``None`` leaves a cell empty.
+        rows: A label for every row; one that is empty is left out.
+        columns: Likewise for columns.
+        title: A line above it.
+        low: The value of the lightest colour.
+        high: That of the darkest, above ``low``.
+        cell: Width and height of a cell in pixels.
+        numbers: Whether cells also show their values.
+
+    Example:
+        >>> heat_map([[4.0, None]], ["fc"], ["0", "1"], "rank", 0, 8, cell=(20, 16)).mode
+        'RGB'
+    """
+    font = ImageFont.load_default(size=12)
+    width, height = cell
+    left = _MARGIN + max((round(font.getlength(row)) for row in rows), default=0) + 6
+    top = _MARGIN + _LINE + 4
+    right = max(left + width * len(columns), _MARGIN + round(font.getlength(title)))
+    picture = Image.new("RGB", (right + _MARGIN, top + height * len(rows) + _LINE + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((_MARGIN, _MARGIN), title, _INK, font)
+    for i, (row, of_row) in enumerate(zip(rows, values, strict=True)):
+        y = top + i * height
+        draw.text((left - 6, y + height / 2), row, _INK, font, anchor="rm")
+        for j, value in enumerate(of_row):
+            if value is None:
+                continue
+            part = min(max((value - low) / (high - low), 0.0), 1.0)
+            x = left + j * width
+            gap = 1 if width > 8 else 0
+            draw.rectangle((x, y, x + width - 1 - gap, y + height - 1 - (height > 8)), _colour(part))
+            if numbers:
+                ink = _PAPER if part > 0.5 else _INK
+                draw.text((x + width / 2, y + height / 2), f"{value:g}", ink, font, anchor="mm")
+    for j, column in enumerate(columns):
+        draw.text((left + (j + 0.5) * width, top + height * len(rows) + 2), column, _INK, font, anchor="ma")
+    return picture
+
+
+def _colour(part: float) -> Colour:
+    position = part * (len(_RAMP) - 1)
+    i = min(int(position), len(_RAMP) - 2)
+    red, green, blue = (round(a + (position - i) * (b - a)) for a, b in zip(_RAMP[i], _RAMP[i + 1], strict=True))
+    return red, green, blue

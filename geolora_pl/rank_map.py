@@ -1,0 +1,94 @@
+"""Where the adapters of a model stand: their names as kinds of layer (rows) and depth (columns)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Depth = tuple[int, ...]
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """The places of adapters.
+
+    Attributes:
+        kinds: Kinds of layer, in the order of the model: names with ``*`` for the depth.
+        depths: All depths there are, ascending; empty for a layer without one.
+        places: Kind and depth by the adapter's name, kind by kind and from the first layer to the last.
+
+    Example:
+        >>> places = RankMap.of(["blocks.0.fc", "blocks.1.fc", "blocks.1.norm"])
+        >>> places.kinds, places.depths, places.places["blocks.1.fc"]
+        (('blocks.*.fc', 'blocks.*.norm'), ((0,), (1,)), ('blocks.*.fc', (1,)))
+    """
+
+    kinds: Sequence[str]
+    depths: Sequence[Depth]
+    places: Mapping[str, tuple[str, Depth]]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> RankMap:
+        """The map of adapters by their names.
+
+        A number between two dots is a depth where it differs among layers that are else of one name (or where it is
+        the only one); where all have the same, it belongs to the kind, as the sublayers of T5 do.
+        """
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(_NUMBER.sub("*", name), []).append(name)
+        placed: dict[str, tuple[str, Depth]] = {}
+        for of_kind in alike.values():
+            numbers = {name: [int(number) for number in _NUMBER.findall(name)] for name in of_kind}
+            columns = list(zip(*numbers.values(), strict=True))
+            varying = {i for i, column in enumerate(columns) if len(set(column)) > 1} or {0}
+            for name in sorted(of_kind, key=lambda name: numbers[name]):
+                depth = tuple(number for i, number in enumerate(numbers[name]) if i in varying)
+                placed[name] = _kind(name, varying), depth
+        kinds = dict.fromkeys(kind for kind, _ in placed.values())
+        return cls(tuple(kinds), tuple(sorted({depth for _, depth in placed.values()})), placed)
+
+    def rows(self, values: Mapping[str, float]) -> list[list[float | None]]:
+        """Values by adapter as a table, a row a kind and a column a depth; ``None`` where there is no adapter."""
+        found = {self.places[name]: value for name, value in values.items()}
+        return [[found.get((kind, depth)) for depth in self.depths] for kind in self.kinds]
+
+    def of_kind(self, kind: str) -> list[str]:
+        """The adapters of one kind, from the first layer to the last."""
+        return [name for name, (its_kind, _) in self.places.items() if its_kind == kind]
+
+    def short_kinds(self) -> dict[str, str]:
+        """Labels of the kinds: without the beginning that all have in common."""
+        parts = [kind.split(".")[:-1] for kind in self.kinds]
+        same = 0
+        while all(len(of_kind) > same for of_kind in parts) and len({of_kind[same] for of_kind in parts}) == 1:
+            same += 1
+        return {kind: ".".join(kind.split(".")[same:]) for kind in self.kinds}
+
+    def short_names(self) -> dict[str, str]:
+        """Labels of the adapters: kind and depth."""
+        kinds = self.short_kinds()
+        return {name: f"{kinds[kind]} {depth_label(depth)}".strip() for name, (kind, depth) in self.places.items()}
+
+
+def depth_label(depth: Depth) -> str:
+    """A depth as text.
+
+    Example:
+        >>> depth_label((1, 5))
+        '1.5'
+    """
+    return ".".join(map(str, depth))
+
+
+def _kind(name: str, varying: set[int]) -> str:
+    position = -1
+
+    def star(number: re.Match[str]) -> str:
+        nonlocal position
+        position += 1
+        return "*" if position in varying else number[0]
+
+    return _NUMBER.sub(star, name)

@@ -1,0 +1,200 @@
+"""What a fit prints: a table of what is adapted before it, a table of the ranks found after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from rich import get_console
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from geolora_pl.adapters import FACTORS, GeoLoRALayer
+from geolora_pl.inject import adapter_parameters, find_adapters
+from geolora_pl.monitor import RankMonitor
+from geolora_pl.rank_map import RankMap
+
+_WHOLE = ("adapter_params",)  # what a progress bar shows without decimals
+
+
+def wants_tables(trainer: L.Trainer) -> bool:
+    """Whether this process prints, which Lightning's ``enable_model_summary=False`` forbids."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+    return trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks)
+
+
+def show_whole_numbers(bar: ProgressBar | None) -> None:
+    """Let a progress bar show a number of parameters as 25,664, and not as 25664.000 as it shows every number."""
+    if bar is None:
+        return
+    get_metrics = type(bar).get_metrics
+
+    def with_whole_numbers(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = get_metrics(bar, trainer, pl_module)
+        return {name: f"{value:,.0f}" if name in _WHOLE else value for name, value in metrics.items()}
+
+    bar.get_metrics = with_whole_numbers  # type: ignore[method-assign]
+
+
+def print_summary(table: Table, lines: Sequence[str], console: Console | None = None) -> None:
+    """Print a table and the lines below it, which a narrow terminal or a file must not cut short.
+
+    Args:
+        table: Printed first.
+        lines: Of plain text.
+        console: That of the progress bar by default, so that the two do not disturb each other.
+    """
+    console = console or get_console()
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def start_summary(model: nn.Module) -> tuple[Table, list[str]]:
+    """What is adapted, which parameters are trained, and how much memory weights and gradients take."""
+    adapters = find_adapters(model)
+    table = Table(title="adapters", title_justify="left", show_footer=True)
+    table.add_column("layers", "all", overflow="fold")
+    for title, footer in (
+        ("number", str(len(adapters))),
+        ("out x in", ""),
+        ("rank", _span(layer.rank for layer in adapters.values())),
+        ("at most", _span(layer.max_rank for layer in adapters.values())),
+        ("parameters", f"{adapter_parameters(adapters):,}"),
+    ):
+        table.add_column(title, footer, justify="right")
+    places = RankMap.of(adapters)
+    for kind in places.kinds:
+        layers = {name: adapters[name] for name in places.of_kind(kind)}
+        shapes = dict.fromkeys(f"{layer.out_features} x {layer.in_features}" for layer in layers.values())
+        table.add_row(
+            kind,
+            str(len(layers)),
+            next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+            _span(layer.rank for layer in layers.values()),
+            _span(layer.max_rank for layer in layers.values()),
+            f"{adapter_parameters(layers):,}",
+        )
+    factors = _factors(adapters)
+    others = [p for p in model.parameters() if id(p) not in factors]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    in_full = sum(p.numel() for p in others if p.requires_grad)
+    total = sum(p.numel() for p in others)
+    active = adapter_parameters(adapters)
+    largest = sum(layer.max_rank * (layer.in_features + layer.out_features) for layer in adapters.values())
+    lines = [
+        f"trainable: {active + in_full:,} parameters, {active:,} in adapters (at most {largest:,}) and {in_full:,} of "
+        f"the {total:,} of the model itself",
+        f"memory: {_size(others)} of weights, {_size(factors.values())} of adapters, {_size(trained)} of gradients, "
+        "and the optimizer's state",
+    ]
+    return table, lines
+
+
+def rank_table(ranks: Mapping[str, int], before: Mapping[str, int], adapters: Mapping[str, GeoLoRALayer]) -> Table:
+    """Ranks by kind of layer (rows) and depth, their mean before and after, and the parameters.
+
+    Args:
+        ranks: Rank by the adapter's name; the numbers in a name are its depth.
+        before: Likewise, at the start.
+        adapters: By name.
+    """
+    table = Table(title="ranks found, by depth", title_justify="left", show_footer=True)
+    table.add_column("layers", "all", overflow="fold")
+    table.add_column("ranks", "")
+    table.add_column("mean rank", _moved(before.values(), ranks.values()), justify="right", no_wrap=True)
+    table.add_column("parameters", f"{adapter_parameters(dict(adapters)):,}", justify="right")
+    places = RankMap.of(ranks)
+    for kind in places.kinds:
+        names = places.of_kind(kind)
+        table.add_row(
+            kind,
+            " ".join(str(ranks[name]) for name in names),
+            _moved([before[name] for name in names], [ranks[name] for name in names]),
+            f"{adapter_parameters({name: adapters[name] for name in names}):,}",
+        )
+    return table
+
+
+def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
+    """Ranks found and how they moved, scores, time, and where the files are."""
+    adapters = find_adapters(model)
+    ranks = {name: layer.rank for name, layer in adapters.items()}
+    before = dict(zip(monitor.integrator.adapters, monitor.ranks[0], strict=True)) if monitor.ranks else ranks
+    table = rank_table(ranks, before, adapters)
+    factors = _factors(adapters)
+    total = sum(p.numel() for p in model.parameters() if id(p) not in factors)
+    active = adapter_parameters(adapters)
+    lines = [f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)"]
+    capped = sum(layer.rank == layer.max_rank for layer in adapters.values())
+    if capped:
+        lines.append(f"at max_rank: {capped} of {len(adapters)} adapters; where they are many, raise it")
+    own = monitor.numbers()
+    lines += [f"{name}: {float(value):.4f}" for name, value in trainer.callback_metrics.items() if name not in own]
+    adapting = monitor.clock.total()
+    lines.append(
+        f"time: {_duration(monitor.seconds)}, {_duration(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
+        f"{monitor.integrator.adaptations} adaptations of the ranks"
+    )
+    device = monitor.clock.device
+    if device.type == "cuda":
+        lines.append(f"memory: {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB at most on {device}")
+    lines += _files(trainer)
+    return table, lines
+
+
+def _files(trainer: L.Trainer) -> list[str]:
+    lines = []
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None) or logger.save_dir
+        if folder and f"logs: {folder}" not in lines:
+            lines.append(f"logs: {folder}")
+    for callback in trainer.checkpoint_callbacks:
+        best = getattr(callback, "best_model_path", "")
+        if best and callback.monitor:  # type: ignore[attr-defined]
+            score = float(callback.best_model_score)  # type: ignore[attr-defined]
+            lines.append(f"best checkpoint: {_relative(best)} ({callback.monitor} {score:.4f})")  # type: ignore[attr-defined]
+        if last := getattr(callback, "last_model_path", "") or (best if not callback.monitor else ""):  # type: ignore[attr-defined]
+            lines.append(f"last checkpoint: {_relative(last)}")
+    return lines
+
+
+def _relative(path: str) -> str:
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _factors(adapters: Mapping[str, GeoLoRALayer]) -> dict[int, nn.Parameter]:
+    factors = [getattr(layer, name) for layer in adapters.values() for name in FACTORS]
+    return {id(factor): factor for factor in factors}
+
+
+def _span(values: Iterable[int]) -> str:
+    low, high = min(found := list(values)), max(found)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _moved(before: Iterable[int], after: Iterable[int]) -> str:
+    mean_before, mean_after = (sum(values) / len(values) for values in (list(before), list(after)))
+    return f"{mean_before:.1f} -> {mean_after:.1f}"
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> str:
+    size = float(sum(p.numel() * p.element_size() for p in parameters))
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
