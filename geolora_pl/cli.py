@@ -94,6 +94,7 @@ class GeoLoRACLI(LightningCLI):
             console.print(f"{name}: {value:.4f}")
         if log_dir is not None:
             console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
+            console.print(f"a page of it: python -m geolora_pl report --run {log_dir}", soft_wrap=True)
 
 
 def _is_left_to_lightning(path: str, config: Namespace) -> bool:
@@ -121,6 +122,11 @@ def main(args: ArgsType = None) -> None:
 
         geolora_pl.export.main(given)
         return
+    if isinstance(given, list) and given[:1] == ["report"]:
+        import geolora_pl.report
+
+        geolora_pl.report.main(given[1:])
+        return
     no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
     GeoLoRACLI(
         model_class=L.LightningModule,
@@ -135,7 +141,8 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             **no_abbreviations,
             **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
-            "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds.",
+            "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
+            "'report' --help for a page about runs.",
         },
         args=args,
     )

@@ -88,6 +88,16 @@ def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tenso
     return found
 
 
+def checkpoint_spectra(ckpt_path: str | Path) -> dict[str, list[float]]:
+    """The singular values of each adapter in a checkpoint by name; of another kind of checkpoint there are none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    found = spectra(read_checkpoint(ckpt_path, mmap=True).get("state_dict", {}))
+    return {name: sigma.tolist() for name, (_, _, sigma) in found.items()}
+
+
 def ranks_table(ckpt_path: str | Path) -> Table:
     """Ranks, parameters and spectra of the adapters in a checkpoint.
 

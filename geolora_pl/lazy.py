@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
-_EXTRAS = {"transformers": "text", "datasets": "text"}  # by library
+_EXTRAS = {"transformers": "text", "datasets": "text", "matplotlib": "report"}  # by library
 
 
 def lazy_exports(
@@ -32,8 +33,33 @@ def lazy_exports(
         except ModuleNotFoundError as error:
             if error.name not in _EXTRAS:
                 raise
-            extra = _EXTRAS[error.name]
-            raise ImportError(f"{package}.{name} needs {error.name}: pip install 'geolora_pl[{extra}]'") from error
+            raise ImportError(_remedy(f"{package}.{name}", error.name)) from error
         return getattr(module, name)
 
     return load, lambda: sorted(homes)
+
+
+def import_extra(module: str, what: str) -> Any:
+    """Import a module that needs a library of an extra.
+
+    Args:
+        module: Its whole name.
+        what: What it is needed for, as a message begins.
+
+    Raises:
+        ValueError: The library is missing.
+
+    Example:
+        >>> import_extra("geolora_pl.lazy", "this").__name__
+        'geolora_pl.lazy'
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        raise ValueError(_remedy(what, error.name)) from error
+
+
+def _remedy(what: str, library: str) -> str:
+    return f"{what} needs {library}: pip install 'geolora_pl[{_EXTRAS[library]}]'"

@@ -34,8 +34,7 @@ class RankMonitor:
     Attributes:
         steps: Steps of the ranks that are kept.
         ranks: The ranks then, in the order of the adapters.
-        seconds: What the run has taken so far in this process.
-        adaptation_seconds: What retractions have taken of them, as far as is known without waiting.
+        clock: Of the retractions.
 
     Args:
         integrator: Of the run.
@@ -59,19 +58,22 @@ class RankMonitor:
         return time.monotonic() - self._began
 
     def numbers(self) -> dict[str, float]:
-        """What is logged; one wait for the device after a retraction."""
+        """What is logged, of a retraction once there was one; a wait for the device after each."""
         integrator = self.integrator
         ranks = integrator.ranks()
-        return {
+        numbers = {
             "rank/mean": sum(ranks.values()) / len(ranks),
             **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
             "adapter_params": float(integrator.adapter_parameters()),
-            "truncation_error": integrator.truncation_error,
-            "energy_kept": 1.0 - integrator.truncation_error**2,
             "orthonormality_defect": self._largest_defect(),
-            "adaptation_time": self.clock.last(),
             "skipped_steps": float(integrator.skipped_steps),
         }
+        if integrator.adaptations:
+            numbers["truncation_error"] = integrator.truncation_error
+            numbers["energy_kept"] = 1.0 - integrator.truncation_error**2
+        if (seconds := self.clock.last()) is not None:
+            numbers["adaptation_time"] = seconds
+        return numbers
 
     def _largest_defect(self) -> float:
         """Bases move only when factors are retracted, so between two retractions it stays."""
@@ -198,7 +200,7 @@ class DeviceClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._total = 0.0
-        self._last = 0.0
+        self._last: float | None = None
         self._pending: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
@@ -215,14 +217,14 @@ class DeviceClock:
         if self.device.type == "cuda":
             self._pending.append((start, self.now()))
         else:
-            self._last = time.perf_counter() - start
+            self._last = float(time.perf_counter() - start)
             self._total += self._last
 
-    def last(self) -> float:
-        """Seconds of what was counted last; waits for it."""
+    def last(self) -> float | None:
+        """Seconds of what was counted last, if anything was; waits for it."""
         for start, end in self._pending:
             end.synchronize()
-            self._last = start.elapsed_time(end) / 1000
+            self._last = float(start.elapsed_time(end)) / 1000
             self._total += self._last
         self._pending.clear()
         return self._last

@@ -38,7 +38,9 @@ LAYERS = [
     ["callback"],
     ["module"],
     ["tasks", "loading", "predictions"],
-    ["export"],
+    ["export", "figures"],
+    ["page"],
+    ["report"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -1,0 +1,277 @@
+"""The pictures of a report: curves, rank maps and ranks over time, as matplotlib's figures and as SVG for a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from geolora_pl.rank_map import RankMap, depth_label
+from geolora_pl.runs import Curve
+
+# Colours for a light page; a page replaces each by the variable of that name, so that it can be dark as well.
+COLOURS = {
+    "ink": "#1f2328",
+    "faint": "#6a737d",
+    "line": "#d5dae0",
+    "paper": "#fdfdfe",
+    "s0": "#2368b5",
+    "s1": "#bf5318",
+    "s2": "#24815c",
+    "s3": "#8748ae",
+    "s4": "#96700d",
+    "s5": "#b93a72",
+    "s6": "#14808c",
+    "s7": "#5b6470",
+    "on-low": "#15202b",
+    "on-high": "#fffffe",
+    "r0": "#cfe0f2",
+    "r1": "#b9d2ec",
+    "r2": "#9fc1e4",
+    "r3": "#84aedb",
+    "r4": "#699bd0",
+    "r5": "#5087c3",
+    "r6": "#3a70b0",
+    "r7": "#285997",
+    "r8": "#184277",
+}
+_SERIES = [colour for name, colour in COLOURS.items() if name.startswith("s")]
+_RAMP = [colour for name, colour in COLOURS.items() if re.fullmatch(r"r\d", name)]
+_POINTS = 400
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["faint"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["faint"],
+    "ytick.labelcolor": COLOURS["faint"],
+    "legend.frameon": False,
+    "legend.labelcolor": COLOURS["ink"],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = (4.4, 2.9)) -> Figure:
+    """Values over steps, a line each.
+
+    Args:
+        series: By their labels.
+        title: Of the figure.
+        size: In inches.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, size)
+        for i, (label, curve) in enumerate(series.items()):
+            steps, values = zip(*thin(curve), strict=True)
+            marker = "o" if len(steps) == 1 else ""
+            if max(values) >= 1000:
+                ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], label=label, linestyle=("-", "--")[i // 8 % 2])
+        _finish(figure, ax, len(series))
+    return figure
+
+
+def ranks_over_steps(ranks: Mapping[str, Curve], title: str, size: tuple[float, float] = (4.4, 2.9)) -> Figure:
+    """The mean rank of every kind of layer over steps.
+
+    Args:
+        ranks: By adapter.
+        title: Of the figure.
+        size: In inches.
+    """
+    places = RankMap.of(ranks)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, size)
+        for i, (kind, label) in enumerate(places.short_kinds().items()):
+            steps, mean = zip(*_mean([ranks[name] for name in places.of_kind(kind)]), strict=True)
+            line = ("-", "--")[i // 8 % 2]
+            ax.step(steps, mean, where="post", color=_SERIES[i % 8], label=label, linestyle=line)
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _finish(figure, ax, len(places.kinds))
+    return figure
+
+
+def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
+    """The ranks by kind of layer (rows) and depth (columns).
+
+    Args:
+        ranks: By adapter.
+        title: Of the figure.
+    """
+    places = RankMap.of(ranks)
+    labels = places.short_kinds()
+    rows, columns = len(places.kinds), len(places.depths)
+    width = 0.35 + 0.075 * max(map(len, labels.values())) + 0.42 * columns
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (max(width, 2.6), 0.75 + 0.36 * rows))
+        low, high = min(ranks.values()), max(ranks.values())
+        for name, (kind, depth) in places.places.items():
+            i, j, level = places.kinds.index(kind), places.depths.index(depth), _level(ranks[name], low, high)
+            ax.add_patch(_cell(j, i, level))
+            ink = COLOURS["on-high" if level >= 5 else "on-low"]
+            ax.text(j, i, str(ranks[name]), color=ink, ha="center", va="center")
+        ax.set_xlim(-0.5, columns - 0.5)
+        ax.set_ylim(rows - 0.5, -0.5)
+        ax.set_xticks(range(columns), [depth_label(depth) for depth in places.depths])
+        ax.set_yticks(range(rows), list(labels.values()))
+        if any(places.depths):
+            ax.set_xlabel("depth")
+        _bare(ax)
+    return figure
+
+
+def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
+    """The rank of every adapter (rows) over steps.
+
+    Args:
+        ranks: By adapter.
+        title: Of the figure.
+    """
+    places = RankMap.of(ranks)
+    labels = places.short_names()
+    values = [value for curve in ranks.values() for _, value in curve]
+    low, high, last = min(values), max(values), max(curve[-1][0] for curve in ranks.values())
+    height = 0.19 if len(ranks) <= 64 else 12 / len(ranks)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (6.6, 0.95 + height * len(ranks)))
+        for i, name in enumerate(places.places):
+            curve = _changes(ranks[name])
+            ends = [step for step, _ in curve[1:]] + [last]
+            for (step, rank), end in zip(curve, ends, strict=True):
+                colour = _RAMP[_level(rank, low, high)]
+                ax.barh(i, max(end - step, last / 500), left=step, height=0.86, color=colour, linewidth=0)
+        levels = range(round(low), round(high) + 1, max(1, round((high - low) / 6)))
+        legend = [Patch(color=_RAMP[_level(rank, low, high)], label=str(rank), linewidth=0) for rank in levels]
+        shown = (
+            range(len(ranks)) if len(ranks) <= 64 else [i for i, name in enumerate(labels) if _is_first(places, name)]
+        )
+        ax.set_yticks(shown, [list(labels.values())[i] for i in shown])
+        ax.set_ylim(len(ranks) - 0.5, -0.5)
+        ax.set_xlim(0, max(last, 1))
+        ax.set_xlabel("step")
+        _bare(ax)
+        figure.legend(
+            handles=legend, loc="outside upper right", ncols=8, handlelength=1, handleheight=1, columnspacing=1
+        )
+    return figure
+
+
+def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """The singular values of every update in descending order, a line an adapter, a colour a kind of layer.
+
+    Args:
+        sigmas: By adapter, descending.
+        title: Of the figure.
+    """
+    places = RankMap.of(sigmas)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (4.4, 2.9))
+        for i, (kind, label) in enumerate(places.short_kinds().items()):
+            for j, name in enumerate(places.of_kind(kind)):
+                sigma = [value for value in sigmas[name] if value > 0]
+                (line,) = ax.plot(range(1, len(sigma) + 1), sigma, label=label if j == 0 else None)
+                line.set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _finish(figure, ax, len(places.kinds), "index of the singular value")
+    return figure
+
+
+def svg(figure: Figure, alt: str, salt: str) -> str:
+    """A figure as an element of a page whose style defines the variables of ``COLOURS``.
+
+    Args:
+        figure: To draw.
+        alt: What it shows, in words.
+        salt: Unique on the page, for the names inside.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = re.search(r"<svg.*</svg>", file.getvalue(), re.S)
+    assert text is not None
+    drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", text[0], flags=re.S)
+    drawn = re.sub(r"<!--.*?-->\s*", "", drawn, flags=re.S)
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
+    drawn = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawn)
+    for name, colour in COLOURS.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:.0f}" role="img" aria-label="{alt}"'
+    return re.sub(r"<svg[^>]*", lambda _: head, drawn, count=1)
+
+
+def thin(curve: Curve) -> Curve:
+    """At most some hundred points of a curve, each the mean of its neighbours.
+
+    Example:
+        >>> len(thin([(step, 1.0) for step in range(10_000)])) <= 400
+        True
+    """
+    size = -(-len(curve) // _POINTS)
+    parts = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def _axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_title(title)
+    return figure, ax
+
+
+def _finish(figure: Figure, ax: Axes, series: int, xlabel: str = "step") -> None:
+    ax.set_xlabel(xlabel)
+    ax.tick_params(length=0)
+    if series > 1:
+        longest = max(len(str(text)) for text in ax.get_legend_handles_labels()[1])
+        figure.legend(loc="outside lower left", ncols=max(1, min(series, 56 // (longest + 5))), columnspacing=1.2)
+
+
+def _bare(ax: Axes) -> None:
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _cell(x: int, y: int, level: int) -> Rectangle:
+    return Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=_RAMP[level], linewidth=0)
+
+
+def _level(value: float, low: float, high: float) -> int:
+    return round((value - low) / (high - low) * (len(_RAMP) - 1)) if high > low else len(_RAMP) // 2
+
+
+def _is_first(places: RankMap, name: str) -> bool:
+    return places.of_kind(places.places[name][0])[0] == name
+
+
+def _changes(curve: Curve) -> Curve:
+    return [point for i, point in enumerate(curve) if i == 0 or point[1] != curve[i - 1][1]]
+
+
+def _mean(of_kind: Sequence[Curve]) -> Curve:
+    """The mean of curves at the steps that they have in common."""
+    tables = [dict(curve) for curve in of_kind]
+    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]

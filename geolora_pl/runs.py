@@ -1,0 +1,160 @@
+"""Read the folder of a run: its metrics, from a CSV or from TensorBoard's events, its settings, its checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Curve = Sequence[tuple[int, float]]
+_OURS = (
+    "adapter_params",
+    "truncation_error",
+    "energy_kept",
+    "orthonormality_defect",
+    "adaptation_time",
+    "skipped_steps",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        name: Of the folder, with as much of its path as tells it from the other runs.
+        folder: Where it is.
+        curves: By the metric's name: steps, ascending, and values.
+        settings: Those of ``config.yaml`` by their dotted names.
+        checkpoints: Its checkpoint files, the last one at the end.
+    """
+
+    name: str
+    folder: Path
+    curves: Mapping[str, Curve]
+    settings: Mapping[str, object]
+    checkpoints: Sequence[Path]
+
+    @property
+    def ranks(self) -> dict[str, Curve]:
+        """The rank of each adapter over steps."""
+        found = {name: curve for name, curve in self.curves.items() if name.startswith("rank/")}
+        return {name.removeprefix("rank/"): curve for name, curve in found.items() if name != "rank/mean"}
+
+    @property
+    def scores(self) -> dict[str, Curve]:
+        """The metrics of the module: losses, scores, and whatever else it logs."""
+        ours = (*_OURS, "epoch", "step", "hp_metric")
+        return {n: c for n, c in self.curves.items() if n not in ours and not n.startswith(("rank/", "lr-"))}
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read the folders of runs.
+
+    Args:
+        folders: Where loggers wrote, such as ``lightning_logs/version_0``.
+
+    Raises:
+        ValueError: One is no such folder, or named twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    names = _distinct_names(paths)
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """Read the folder of one run.
+
+    Of what was written twice, as after a resumption or a second run in the same folder, the later counts.
+
+    Raises:
+        ValueError: It is no folder, holds no metrics, or a file in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"run='{folder}' is no folder (from {Path.cwd()}): name the one that the logger wrote to")
+    tables = sorted(folder.glob("metrics.*.csv"), key=_number) + list(folder.glob("metrics.csv"))
+    events = sorted(folder.glob("events.out.tfevents.*"))
+    if not tables and not events:
+        inside = sorted(path.parent.name for path in folder.glob("*/*") if _is_log(path))
+        hint = f"its folder {inside[-1]!r} does" if inside else "train with the logger of CSV or TensorBoard"
+        raise ValueError(f"run='{folder}' holds neither metrics.csv nor TensorBoard's events: {hint}")
+    points = _of_tables(tables) if tables else _of_events(events)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for metric, step, value in points:
+        curve = curves.setdefault(metric, [])
+        while curve and curve[-1][0] >= step:
+            curve.pop()
+        curve.append((step, value))
+    checkpoints = sorted(
+        folder.glob("checkpoints/*.ckpt"), key=lambda path: (path.name.startswith("last"), path.stat().st_mtime)
+    )
+    return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
+
+
+def _is_log(path: Path) -> bool:
+    return path.name == "metrics.csv" or path.name.startswith("events.out.tfevents.")
+
+
+def _number(path: Path) -> int:
+    number = path.name.split(".")[1]
+    return int(number) if number.isdecimal() else 0
+
+
+def _of_tables(tables: Iterable[Path]) -> Iterable[tuple[str, int, float]]:
+    for path in tables:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    step = int(row.pop("step"))
+                    values = {name: float(text) for name, text in row.items() if text}
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{path} is no table of metrics of Lightning ({error})") from error
+                yield from ((name, step, value) for name, value in values.items() if math.isfinite(value))
+
+
+def _of_events(events: Iterable[Path]) -> Iterable[tuple[str, int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a second of imports
+
+    for path in events:
+        log = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
+        log.Reload()
+        for name in log.Tags()["scalars"]:
+            for event in log.Scalars(name):
+                if math.isfinite(event.value):
+                    yield name, event.step, event.value
+
+
+def _settings(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(_flat(yaml.safe_load(path.read_text())))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+
+
+def _flat(settings: Any, name: str = "") -> Iterable[tuple[str, object]]:
+    if isinstance(settings, dict) and settings:
+        for key, value in settings.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(settings, list) and any(isinstance(entry, dict) for entry in settings):
+        for i, value in enumerate(settings):
+            yield from _flat(value, f"{name}.{i}")
+    else:
+        yield name, settings
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    whole = [path.resolve() for path in paths]
+    if len(set(whole)) < len(whole):
+        twice = next(path for path in paths if whole.count(path.resolve()) > 1)
+        raise ValueError(f"run='{twice}' is given twice: name each run once")
+    length = 1
+    while len({path.parts[-length:] for path in whole}) < len(whole):
+        length += 1
+    return [str(Path(*path.parts[-length:])) for path in whole]
