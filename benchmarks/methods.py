@@ -25,7 +25,7 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
-from geolora_pl.callback import usual_cadence
+from geolora_pl.schedule import usual_cadence
 
 Settings = Mapping[str, Any]
 

@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -23,6 +24,7 @@ from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings
 from geolora_pl.monitor import RankMonitor
 from geolora_pl.preflight import check_company
 from geolora_pl.resume import TrainingPosition
+from geolora_pl.schedule import usual_cadence
 from geolora_pl.terminal import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.watch import OnNonfinite
 
@@ -31,21 +33,6 @@ def run_length(trainer: L.Trainer) -> float:
     """Optimizer steps of the run; infinite where Lightning answers -1, as for a data set of unknown length."""
     steps = trainer.estimated_stepping_batches
     return math.inf if steps < 0 else steps
-
-
-def usual_cadence(steps: float) -> int:
-    """Optimizer steps from one retraction to the next in a run of so many steps: 10, fewer in less than 100.
-
-    Between two retractions a new direction gathers what several gradients say of it before it is judged.
-
-    Args:
-        steps: May be infinite.
-
-    Example:
-        >>> usual_cadence(5), usual_cadence(50), usual_cadence(5000)
-        (1, 5, 10)
-    """
-    return 10 if steps >= 100 else max(1, int(steps // 10))
 
 
 def _last_step(trainer: L.Trainer) -> int:
@@ -240,7 +227,7 @@ class GeoLoRACallback(L.Callback):
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module))
         if not trainer.global_step:
-            self._log_apart(trainer)
+            self._show(trainer, 0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation leave no trace in the random numbers of the training."""
@@ -250,28 +237,28 @@ class GeoLoRACallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
-        assert self.monitor is not None
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:  # as Lightning's own monitors do
-            numbers = self.monitor.numbers()
-            in_bar = {name: numbers.pop(name) for name in ("rank/mean", "adapter_params")}
-            pl_module.log_dict(in_bar, prog_bar=True, rank_zero_only=True)
-            pl_module.log_dict(numbers, rank_zero_only=True)
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            self.monitor.record(step)
-            if trainer.is_global_zero:
-                self.monitor.show(trainer.loggers, step)
+            numbers = self._show(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            in_bar = {name: numbers[name] for name in ("rank/mean", "adapter_params")}
+            pl_module.log_dict(in_bar, prog_bar=True, logger=False, rank_zero_only=True)
         self._position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the loggers the numbers once an epoch, whatever their cadence."""
-        self._log_apart(trainer)
-
-    def _log_apart(self, trainer: L.Trainer) -> None:
+        """The same where an epoch was cut short."""
         assert self.monitor is not None
-        numbers, step = self.monitor.numbers(), _last_step(trainer)
-        self.monitor.record(step)
+        if self.monitor.shown != _last_step(trainer):
+            self._show(trainer, _last_step(trainer))
+
+    def _show(self, trainer: L.Trainer, step: int) -> dict[str, float]:
+        """Give numbers, and pictures when they are due, to the loggers themselves: ``log`` takes ten times as long."""
+        assert self.monitor is not None
+        numbers = self.monitor.numbers(step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
+        if trainer.is_global_zero:
+            self.monitor.show(trainer.loggers, step)
+        return numbers
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""

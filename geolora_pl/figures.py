@@ -121,7 +121,7 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
     places = RankMap.of(ranks)
     labels = places.short_kinds()
     rows, columns = len(places.kinds), len(places.depths)
-    width = 0.35 + 0.075 * max(map(len, labels.values())) + 0.42 * columns
+    width = 0.35 + 0.075 * max(map(len, labels.values())) + (0.42 if columns <= 12 else 0.32) * columns
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (max(width, 2.6), 0.75 + 0.36 * rows))
         low, high = min(ranks.values()), max(ranks.values())
@@ -151,7 +151,7 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
     labels = places.short_names()
     values = [value for curve in ranks.values() for _, value in curve]
     low, high, last = min(values), max(values), max(curve[-1][0] for curve in ranks.values())
-    height = 0.19 if len(ranks) <= 64 else 12 / len(ranks)
+    height = 0.19 if len(ranks) <= 64 else 9 / len(ranks)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (6.6, 0.95 + height * len(ranks)))
         for i, name in enumerate(places.places):
@@ -245,7 +245,9 @@ def _finish(figure: Figure, ax: Axes, series: int, xlabel: str = "step") -> None
     ax.tick_params(length=0)
     if series > 1:
         longest = max(len(str(text)) for text in ax.get_legend_handles_labels()[1])
-        figure.legend(loc="outside lower left", ncols=max(1, min(series, 56 // (longest + 5))), columnspacing=1.2)
+        columns = max(1, min(series, 56 // (longest + 5)))
+        figure.set_figheight(figure.get_figheight() + 0.17 * (-(-series // columns) - 1))  # a line of it is no loss
+        figure.legend(loc="outside lower left", ncols=columns, columnspacing=1.2)
 
 
 def _bare(ax: Axes) -> None:

@@ -32,6 +32,7 @@ class RankMonitor:
     device. Pictures go to loggers that show them; drawing stops while it has taken more than 0.5% of the run.
 
     Attributes:
+        shown: The step whose numbers were asked for last.
         steps: Steps of the ranks that are kept.
         ranks: The ranks then, in the order of the adapters.
         clock: Of the retractions.
@@ -44,6 +45,7 @@ class RankMonitor:
         self.integrator = integrator
         self.map = RankMap.of(integrator.adapters)
         self.clock = DeviceClock(next(iter(integrator.adapters.values())).U.device)
+        self.shown = -1
         self.steps: list[int] = []
         self.ranks: list[list[int]] = []
         self._spacing = 1
@@ -57,9 +59,11 @@ class RankMonitor:
         """Seconds since the run began in this process."""
         return time.monotonic() - self._began
 
-    def numbers(self) -> dict[str, float]:
-        """What is logged, of a retraction once there was one; a wait for the device after each."""
+    def numbers(self, step: int) -> dict[str, float]:
+        """What is logged at a step, of a retraction once there was one; a wait for the device after each."""
         integrator = self.integrator
+        self.shown = step
+        self._record(step)
         ranks = integrator.ranks()
         numbers = {
             "rank/mean": sum(ranks.values()) / len(ranks),
@@ -81,8 +85,7 @@ class RankMonitor:
             self._defect = self.integrator.adaptations, largest_defect(self.integrator.adapters.values())
         return self._defect[1]
 
-    def record(self, step: int) -> None:
-        """Keep the ranks of a step."""
+    def _record(self, step: int) -> None:
         if self.steps and step < self.steps[-1] + self._spacing:
             return
         self.steps.append(step)

@@ -16,6 +16,7 @@ from geolora_pl.runs import Curve, Run
 GENERATOR = "geolora_pl report"  # by which a report knows another
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse")
 _COLUMN = 4.6  # inches: what is wider gets a line of its own
+_OURS = (("adapter_params", "adapter parameters"), ("rank/mean", "mean rank"))
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
@@ -72,11 +73,11 @@ def _comparison(runs: Sequence[Run]) -> str:
     ]
     drawn = [
         _figure(
-            figures.curves(found, name),
-            f"{name} over steps: " + "; ".join(f"{run} {_course(curve)}" for run, curve in found.items()),
+            figures.curves(found, title),
+            f"{title} over steps: " + "; ".join(f"{run} {_course(curve)}" for run, curve in found.items()),
             f"compare-{name}",
         )
-        for name in [*scores, "adapter_params", "rank/mean"]
+        for name, title in [*zip(scores, scores, strict=True), *_OURS]
         if (found := {run.name: run.curves[name] for run in runs if len(run.curves.get(name, ())) > 1})
     ]
     table = _table(head, rows, "Runs, at their ends")
@@ -123,7 +124,7 @@ def _facts(run: Run) -> str:
             lower = any(word in name for word in _LOWER_IS_BETTER)
             step, best = (min if lower else max)(curve, key=lambda point: point[1])
             facts[f"{name}, best"] = f"{_number(best)} <small>at step {step:,}</small>"
-    for name, title in (("adapter_params", "adapter parameters"), ("rank/mean", "mean rank")):
+    for name, title in _OURS:
         if course := run.curves.get(name):
             facts[title] = f"{_number(course[-1][1])} <small>from {_number(course[0][1])}</small>"
     facts["steps"] = _number(_steps(run))

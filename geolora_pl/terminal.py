@@ -134,7 +134,7 @@ def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> t
     capped = sum(layer.rank == layer.max_rank for layer in adapters.values())
     if capped:
         lines.append(f"at max_rank: {capped} of {len(adapters)} adapters; where they are many, raise it")
-    own = monitor.numbers()
+    own = monitor.numbers(monitor.shown)
     lines += [f"{name}: {float(value):.4f}" for name, value in trainer.callback_metrics.items() if name not in own]
     adapting = monitor.clock.total()
     lines.append(

@@ -1,0 +1,79 @@
+"""What it costs to watch the ranks: the part of the quickstart that numbers, pictures and tables take.
+
+    python benchmarks/monitor_cost.py
+
+Counted is all that the callback does but moving the factors: reading and logging its numbers, drawing its pictures,
+printing its tables. Times are those of the processor, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from geolora_pl import GeoLoRACallback
+from geolora_pl.cli import main
+from geolora_pl.monitor import DeviceClock, RankMonitor
+
+ROOT = Path(__file__).parents[1]
+PARTS = {
+    GeoLoRACallback: ("on_train_start", "on_train_batch_end", "on_train_epoch_end", "on_fit_end"),
+    RankMonitor: ("show", "numbers"),  # parts of those above
+    DeviceClock: ("now", "add"),
+}
+
+
+def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    """The function, whose time is added up."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[name] += time.thread_time() - began
+
+    return wrapper
+
+
+def measure() -> tuple[float, dict[str, float]]:
+    """Seconds of a fit in all, and of its parts."""
+    spent: dict[str, float] = defaultdict(float)
+    for owner, names in PARTS.items():
+        for name in names:
+            setattr(owner, name, timed(getattr(owner, name), spent, name))
+    ends: list[float] = []
+    on_fit_start, on_fit_end = GeoLoRACallback.on_fit_start, GeoLoRACallback.on_fit_end
+
+    def at(hook: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(*args: Any) -> None:
+            hook(*args)
+            ends.append(time.process_time())
+
+        return wrapper
+
+    GeoLoRACallback.on_fit_start, GeoLoRACallback.on_fit_end = at(on_fit_start), at(on_fit_end)  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("configs").symlink_to(ROOT / "configs")
+        main(["fit", "--config", "configs/quickstart.yaml", "--trainer.enable_progress_bar=false"])
+        os.chdir(ROOT)
+    return ends[1] - ends[0], spent
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    whole, spent = measure()
+    total = sum(spent[name] for owner in (GeoLoRACallback, DeviceClock) for name in PARTS[owner])
+    console = Console()
+    for name, seconds in spent.items():
+        console.print(f"{name}: {seconds:.3f} s, {seconds / whole:.2%}")
+    console.print(f"in all: {total:.3f} s of {whole:.1f} s, {total / whole:.2%}")
