@@ -56,9 +56,10 @@ def import_extra(module: str, what: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
             raise
-        raise ValueError(_remedy(what, error.name)) from error
+        raise ValueError(_remedy(what, library)) from error
 
 
 def _remedy(what: str, library: str) -> str:

@@ -25,6 +25,7 @@ LAYERS = [
         "picture",
         "preflight",
         "rank_map",
+        "runs",
         "schedule",
     ],
     ["adapters"],
@@ -93,6 +94,8 @@ def test_each_library_stays_in_its_rooms(path):
         assert "lightning" not in used
     if here not in {"tasks", "data"}:
         assert not used & {"timm", "transformers", "datasets", "sklearn", "torchvision"}
+    if here not in {"figures", "page"}:
+        assert "matplotlib" not in used
 
 
 def test_importing_the_package_prints_nothing_and_leaves_tasks_alone():

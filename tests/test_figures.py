@@ -1,0 +1,75 @@
+import re
+
+import pytest
+
+from geolora_pl import figures
+
+RANKS = {f"m.{i}.{kind}": [(0, 2.0), (10, 2.0 + i), (20, 3.0 + i)] for i in range(3) for kind in ("q", "v")}
+
+
+def labels(ax):
+    return ax.get_legend_handles_labels()[1]
+
+
+def test_curves_have_a_line_each_and_its_points():
+    figure = figures.curves({"a": [(0, 1.0), (5, 3.0)], "b": [(2, 4.0)]}, "loss")
+    (ax,) = figure.axes
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [5, 3]], [[2, 4]]]
+    assert ax.lines[1].get_marker() == "o"  # one point is no line
+    assert (labels(ax), ax.get_title(loc="left")) == (["a", "b"], "loss")
+
+
+def test_long_curves_are_thinned_to_means_and_end_where_they_end():
+    thin = figures.thin([(step, float(step % 2)) for step in range(1000)])
+    assert len(thin) <= 400
+    assert thin[-1][0] == 999
+    assert all(0.3 < value < 0.7 for _, value in thin[:-1])
+
+
+def test_the_mean_rank_of_a_kind_is_that_of_its_layers():
+    (ax,) = figures.ranks_over_steps(RANKS, "ranks").axes
+    assert labels(ax) == ["q", "v"]
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[2, 3, 4]] * 2
+
+
+def test_the_rank_map_has_kinds_in_rows_and_depth_in_columns():
+    ranks = {"m.0.q": 1, "m.1.q": 5, "m.0.v": 9}
+    (ax,) = figures.rank_map(ranks, "map").axes
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {(0, 0): "1", (1, 0): "5", (0, 1): "9"}
+    darkness = [sum(patch.get_facecolor()[:3]) for patch in ax.patches]
+    assert darkness[0] > darkness[1] > darkness[2]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["q", "v"]
+
+
+def test_bars_of_an_adapter_change_where_its_rank_does():
+    (ax,) = figures.ranks_by_adapter({"m.0.q": [(0, 2.0), (10, 2.0), (20, 5.0), (40, 5.0)]}, "ranks").axes
+    bars = sorted((patch.get_x(), patch.get_width()) for patch in ax.patches)
+    assert bars == [(0, 20), (20, 20)]
+
+
+@pytest.mark.parametrize("layers", [1, 70])
+def test_one_layer_and_many_are_drawn_in_a_page(layers):
+    ranks = {f"m.{i}.q": [(0, 4.0)] for i in range(layers)}
+    assert figures.ranks_by_adapter(ranks, "").get_figheight() < 12
+    assert figures.rank_map(dict.fromkeys(ranks, 4), "").axes
+
+
+def test_spectra_leave_out_what_a_logarithm_cannot_show():
+    (ax,) = figures.spectra({"m.0.q": [1.0, 0.1, 0.0], "m.1.q": []}, "spectra").axes
+    assert [len(line.get_xdata()) for line in ax.lines] == [2, 0]
+
+
+def test_an_svg_stands_in_a_page_takes_its_colours_from_there_and_names_nothing_else():
+    figure = figures.curves({"a": [(0, 1.0), (5, 3.0)], "b": [(0, 2.0), (5, 1.0)]}, "<loss>")
+    drawn = figures.svg(figure, "what it shows", "one")
+    assert drawn.startswith("<svg ")
+    assert drawn.endswith("</svg>")
+    assert 'role="img" aria-label="what it shows"' in drawn
+    assert "://" not in drawn
+    assert "&lt;loss&gt;" in drawn
+    assert {"--ink", "--faint", "--line", "--s0", "--s1"} <= set(re.findall(r"var\((--[\w-]+)\)", drawn))
+    assert not re.findall(r"#[0-9a-f]{6}(?=[;\"])", drawn)
+    ids = set(re.findall(r' id="([^"]*)"', drawn))
+    others = set(re.findall(r' id="([^"]*)"', figures.svg(figure, "", "two")))
+    assert ids
+    assert not ids & others

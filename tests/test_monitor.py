@@ -1,0 +1,215 @@
+import io
+import time
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_callback import ADAPTER, Foreign, loader, trainer
+from torch import nn
+
+from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters
+from geolora_pl.functional import orthonormality_defect
+from geolora_pl.inject import find_adapters
+from geolora_pl.monitor import DeviceClock, RankMonitor, largest_defect
+
+NUMBERS = {
+    "rank/mean",
+    "rank/body.0",
+    "rank/body.2",
+    "adapter_params",
+    "truncation_error",
+    "energy_kept",
+    "orthonormality_defect",
+    "adaptation_time",
+    "skipped_steps",
+}
+
+
+def make(layers=2, max_rank=6):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"b": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(12, 10)}) for _ in range(layers))})
+    inject_adapters(model, AdapterConfig(init_rank=3, max_rank=max_rank))
+    return RankMonitor(RankAdaptiveIntegrator(model, tau=0.1))
+
+
+def move(monitor):
+    """A retraction with something to retract."""
+    for layer in monitor.integrator.adapters.values():
+        layer.K.data.normal_()
+        layer.L.data.normal_()
+    monitor.integrator.retract()
+
+
+def test_tensorboard_shows_numbers_and_pictures_without_any_setting(tmp_path):
+    callback = GeoLoRACallback(tau=0.05, adapter=ADAPTER)
+    runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""), log_every_n_steps=2, max_epochs=3)
+    runs.fit(Foreign(), loader())
+    log = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0})
+    log.Reload()
+    assert set(log.Tags()["scalars"]) >= NUMBERS
+    last = {name: log.Scalars(name)[-1] for name in NUMBERS}
+    assert last["rank/body.0"].value == find_adapters(runs.lightning_module)["body.0"].rank
+    assert last["energy_kept"].value == pytest.approx(1 - last["truncation_error"].value ** 2, abs=1e-6)
+    assert 0 < last["orthonormality_defect"].value < 1e-5
+    assert 0 < last["adaptation_time"].value < 1
+    assert [e.step for e in log.Scalars("rank/mean")] == [0, 1, 3, 5, 7, 9, 11, 13, 15, 17]
+    assert log.Scalars("rank/mean")[0].value == 2
+    assert log.Scalars("energy_kept")[0].step > 0  # nothing was truncated at the start
+    for name in ("rank_map", "ranks_over_time", "spectra"):
+        shown = log.Images(name)
+        assert shown[-1].step == 17
+        picture = Image.open(io.BytesIO(shown[-1].encoded_image_string))
+        assert picture.size == (shown[-1].width, shown[-1].height)
+        assert len(set(picture.getdata())) > 3
+
+
+class Keeps(Logger):
+    """A logger of somebody else, who knows of no pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    name, version = "keeps", 0
+
+    def log_metrics(self, metrics, step=None):
+        self.seen.update(dict.fromkeys(metrics, step))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def test_any_logger_gets_the_numbers_and_is_asked_for_nothing_else(tmp_path):
+    keeps, table = Keeps(), CSVLogger(tmp_path, name="", version="")
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=[keeps, table])
+    runs.fit(Foreign(), loader())
+    assert set(keeps.seen) >= NUMBERS
+    assert set((tmp_path / "metrics.csv").read_text().split("\n")[0].split(",")) >= NUMBERS
+
+
+def test_weights_and_biases_gets_pictures(monkeypatch):
+    class Wandb(WandbLogger):
+        def __init__(self):
+            self.shown = []
+
+        def log_image(self, key, images, step=None, **kwargs):
+            self.shown.append((key, images[0].mode, step))
+
+    logger = Wandb()
+    make().show([logger, Keeps()], 7)
+    assert logger.shown == [(name, "RGB", 7) for name in ("rank_map", "ranks_over_time", "spectra")]
+
+
+def test_without_a_logger_the_numbers_are_there_for_callbacks():
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), ModelCheckpoint(monitor="energy_kept", mode="max"))
+    runs.fit(Foreign(), loader())
+    assert set(runs.callback_metrics) >= NUMBERS
+    assert set(runs.progress_bar_metrics) >= {"rank/mean", "adapter_params"}
+    assert runs.checkpoint_callback.best_model_score == runs.callback_metrics["energy_kept"]
+
+
+def test_tensors_are_read_when_numbers_are_logged_and_once_a_retraction(monkeypatch):
+    read = []
+    monkeypatch.setattr("geolora_pl.monitor.largest_defect", lambda layers: read.append(1) or 0.0)
+    trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=3), log_every_n_steps=6, max_epochs=2).fit(Foreign(), loader())
+    assert len(read) == 3  # at the start and at the end of each epoch, of 12 steps and 4 retractions
+    monitor = make()
+    read.clear()
+    monitor.numbers(0)
+    monitor.numbers(1)
+    assert len(read) == 1
+
+
+def test_the_defect_is_the_largest_of_all_bases():
+    monitor = make()
+    move(monitor)
+    layers = monitor.integrator.adapters.values()
+    assert largest_defect(layers) == pytest.approx(
+        max(float(orthonormality_defect(basis)) for layer in layers for basis in (layer.U, layer.V)), abs=1e-8
+    )
+    next(iter(layers)).V.data[0, 0] += 0.5
+    assert largest_defect(layers) > 0.1
+
+
+def test_pictures_come_less_and_less_often_and_stop_when_they_take_too_long(monkeypatch):
+    class Wandb(WandbLogger):
+        def __init__(self):
+            self.steps = []
+
+        def log_image(self, key, images, step=None, **kwargs):
+            self.steps.append(step) if key == "rank_map" else None
+
+    logger, monitor = Wandb(), make()
+    monkeypatch.setattr("geolora_pl.monitor._SHARE", 1e9)
+    for step in range(1000):
+        monitor.show([logger], step)
+    assert 20 < len(logger.steps) < 60
+    monkeypatch.setattr("geolora_pl.monitor._SHARE", 1e-9)
+    monitor.show([logger], 10_000)
+    assert logger.steps[-1] < 1000
+    monitor.show([logger], 10_001, at_last=True)
+    assert logger.steps[-1] == 10_001
+
+
+def test_the_ranks_over_time_stay_few_and_evenly_spread():
+    monitor = make()
+    for step in range(0, 50_000, 10):
+        monitor.numbers(step)
+    gaps = [b - a for a, b in zip(monitor.steps, monitor.steps[1:], strict=False)]
+    assert monitor.steps[0] == 0
+    assert 40 <= len(monitor.steps) <= 128
+    assert max(gaps) <= 4 * min(gaps)
+    assert all(picture.width < 1500 for picture in monitor.pictures().values())
+
+
+def test_a_rank_of_zero_and_many_layers_are_drawn():
+    monitor = make(layers=150, max_rank=8)
+    for layer in monitor.integrator.adapters.values():
+        for factor in (layer.U, layer.S, layer.V):
+            factor.data.zero_()
+        layer.read_rank()
+    monitor.numbers(0)
+    pictures = monitor.pictures()
+    assert pictures["ranks_over_time"].height < 1400
+    assert set(pictures) == {"rank_map", "ranks_over_time", "spectra"}
+
+
+def test_a_resumed_run_knows_the_ranks_before_it(tmp_path):
+    def fit(epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        callback = GeoLoRACallback(tau=0.05, adapter=ADAPTER)
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        runs = trainer(callback, checkpoint, max_epochs=epochs, log_every_n_steps=2)
+        runs.fit(Foreign(), loader(), ckpt_path=ckpt_path)
+        return callback.monitor.state_dict()
+
+    whole = fit(2)
+    assert whole["steps"] == [0, 1, 3, 5, 7, 9, 11]
+    assert fit(2, tmp_path / "epoch=0.ckpt") == whole
+
+
+def test_the_clock_counts_what_was_done():
+    clock = DeviceClock(torch.device("cpu"))
+    assert (clock.last(), clock.total()) == (None, 0.0)
+    for _ in range(2):
+        began = clock.now()
+        time.sleep(0.01)
+        clock.add(began)
+    assert 0.01 <= clock.last() < 1
+    assert clock.total() >= 0.02
+
+
+def test_pictures_need_no_matplotlib(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=TensorBoardLogger(tmp_path, name="", version=""))
+    runs.fit(Foreign(), loader())
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    assert "rank_map" in log.Tags()["images"]
+    assert isinstance(runs, L.Trainer)

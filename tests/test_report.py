@@ -1,0 +1,168 @@
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from test_callback import ADAPTER, Foreign, loader, trainer
+
+from geolora_pl import GeoLoRACallback
+from geolora_pl.cli import main
+from geolora_pl.report import write_report
+
+VOID = {"meta", "br", "img", "link", "use", "path"}
+
+
+class Page(HTMLParser):
+    """What a page holds; its elements must be closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.elements, self.words = [], [], []
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data.strip())
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of different tau."""
+    folder = tmp_path_factory.mktemp("runs")
+    for tau in (0.05, 0.5):
+        home = folder / f"tau<{tau}>"
+        checkpoint = ModelCheckpoint(home / "checkpoints", save_last=True, save_top_k=0)
+        callback = GeoLoRACallback(tau=tau, adapter=ADAPTER)
+        logger = CSVLogger(home, name="", version="")
+        runs = trainer(callback, checkpoint, logger=logger, log_every_n_steps=2, max_epochs=3)
+        runs.fit(Foreign(), loader(), loader())
+        (home / "config.yaml").write_text(yaml.safe_dump({"geolora": {"tau": tau, "min_rank": 1}}))
+    return sorted(folder.iterdir())
+
+
+def test_a_page_about_one_run(runs, tmp_path):
+    target = write_report(runs[:1], tmp_path / "page.html")
+    text = target.read_text()
+    page = Page(text)
+    assert [len(page.all(tag)) for tag in ("html", "title", "h1", "main")] == [1, 1, 1, 1]
+    assert "Run tau<0.05>" in page.words
+    assert {"Learning curves", "Ranks", "Retractions", "Files", "last.ckpt", "geolora.tau", "0.05"} <= set(page.words)
+    pictures = page.all("svg")
+    assert len(pictures) == len(page.all("figure")) == 1 + 5 + 3
+    said = " ".join(picture["aria-label"] for picture in pictures)
+    for part in (
+        "train_loss from ",
+        "val_loss from ",
+        "Rank map at the end: from ",
+        "Mean rank over steps",
+        "Singular",
+    ):
+        assert part in said
+    assert "Adapter parameters over steps: from 84 at step 0 to " in said
+    assert all(picture["role"] == "img" for picture in pictures)
+    assert text.count("<caption>") == len(page.all("table")) >= 3
+    assert "Comparison" not in page.words
+
+
+def test_it_needs_nothing_from_elsewhere(runs, tmp_path):
+    text = write_report(runs, tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert not re.search(r"://|@import|url\((?!#)", text)
+    assert not [attrs for tag in ("script", "link", "iframe", "img") for attrs in page.all(tag)]
+    inside = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    for _, attrs in page.elements:
+        for name in ("href", "xlink:href"):
+            if name in attrs:
+                assert attrs[name].removeprefix("#") in inside
+    for name in re.findall(r"url\(#([^)]+)\)", text):
+        assert name in inside
+
+
+def test_colours_are_variables_with_a_dark_half(runs, tmp_path):
+    text = write_report(runs[:1], tmp_path / "page.html").read_text()
+    light, _, dark = text.partition("@media (prefers-color-scheme: dark)")
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert used <= set(re.findall(r"(--[\w-]+):", light))
+    assert used <= set(re.findall(r"(--[\w-]+):", dark.partition("* {")[0]))
+
+
+def test_several_runs_are_compared(runs, tmp_path, capfd):
+    main(["report", "--run", str(runs[0]), "--run", str(runs[1]), "--output", str(tmp_path / "page.html")])
+    assert f"{tmp_path / 'page.html'}: open it" in capfd.readouterr().out
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert {"2 runs", "Comparison", "tau<0.05>", "tau<0.5>"} <= set(page.words)
+    table = text.partition("<table>")[2].partition("</table>")[0]
+    head = re.findall(r'<th scope="col">(.*?)</th>', table)
+    assert head == ["run", "val_loss", "adapter parameters", "mean rank", "steps", "geolora.tau"]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)][1:]
+    assert [(row[0], row[-1]) for row in rows] == [("tau&lt;0.05&gt;", "0.05"), ("tau&lt;0.5&gt;", "0.5")]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
+    assert rows[0][4] == "18"
+    said = [picture["aria-label"] for picture in page.all("svg")]
+    assert any(s.startswith("mean rank over steps: tau<0.05> from 2 ") and "; tau<0.5> from 2 " in s for s in said)
+
+
+def test_a_list_is_several_and_the_page_lies_in_the_first(runs):
+    main(["report", "--run", *map(str, runs)])
+    assert "2 runs" in (runs[0] / "report.html").read_text()
+    main(["report", "--run", str(runs[0])])  # a report may be made anew
+    assert "2 runs" not in (runs[0] / "report.html").read_text()
+
+
+def test_a_run_of_metrics_alone_has_a_page(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,accuracy\n0,0.5\n1,0.6\n")
+    page = Page(write_report([tmp_path]).read_text())
+    assert "Ranks" not in page.words
+    assert len(page.all("svg")) == 1
+
+
+def refusal(arguments, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *arguments])
+    assert stop.value.code == 1
+    return capfd.readouterr().err
+
+
+def test_the_users_mistakes_are_one_sentence(runs, tmp_path, capfd):
+    assert refusal(["--run", "gone"], capfd).startswith("error: run='gone' is no folder")
+    own = tmp_path / "own.html"
+    own.write_text("mine")
+    assert "own.html' is there already and is no report" in refusal(
+        ["--run", str(runs[0]), "--output", str(own)], capfd
+    )
+    assert own.read_text() == "mine"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"no checkpoint")
+    (tmp_path / "metrics.csv").write_text((runs[0] / "metrics.csv").read_text())
+    assert "last.ckpt" in refusal(["--run", str(tmp_path)], capfd)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_without_matplotlib_the_remedy_is_said(runs, tmp_path, capfd, monkeypatch):
+    for module in [m for m in sys.modules if m.partition(".")[0] == "matplotlib" or m in PICTURES]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    err = refusal(["--run", str(runs[0]), "--output", str(tmp_path / "page.html")], capfd)
+    assert err == "error: a report needs matplotlib: pip install 'geolora_pl[report]'\n"
+
+
+PICTURES = {"geolora_pl.page", "geolora_pl.figures"}
