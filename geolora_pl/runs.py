@@ -90,9 +90,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         while curve and curve[-1][0] >= step:
             curve.pop()
         curve.append((step, value))
-    checkpoints = sorted(
-        folder.glob("checkpoints/*.ckpt"), key=lambda path: (path.name.startswith("last"), path.stat().st_mtime)
-    )
+    checkpoints = [path for path in folder.glob("checkpoints/*.ckpt") if path.is_file()]  # sharded ones are folders
+    checkpoints.sort(key=lambda path: (path.name.startswith("last"), path.stat().st_mtime))
     return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
 
 

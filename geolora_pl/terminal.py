@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from rich import get_console
 from rich.console import Console
 from rich.table import Table
@@ -133,7 +133,7 @@ def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> t
     lines = [f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)"]
     capped = sum(layer.rank == layer.max_rank for layer in adapters.values())
     if capped:
-        lines.append(f"at max_rank: {capped} of {len(adapters)} adapters; where they are many, raise it")
+        lines.append(f"at max_rank: {capped} of {len(adapters)} adapters; if these are many, a larger one may help")
     own = monitor.numbers(monitor.shown)
     lines += [f"{name}: {float(value):.4f}" for name, value in trainer.callback_metrics.items() if name not in own]
     adapting = monitor.clock.total()
@@ -155,11 +155,12 @@ def _files(trainer: L.Trainer) -> list[str]:
         if folder and f"logs: {folder}" not in lines:
             lines.append(f"logs: {folder}")
     for callback in trainer.checkpoint_callbacks:
-        best = getattr(callback, "best_model_path", "")
-        if best and callback.monitor:  # type: ignore[attr-defined]
-            score = float(callback.best_model_score)  # type: ignore[attr-defined]
-            lines.append(f"best checkpoint: {_relative(best)} ({callback.monitor} {score:.4f})")  # type: ignore[attr-defined]
-        if last := getattr(callback, "last_model_path", "") or (best if not callback.monitor else ""):  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.monitor and callback.best_model_score is not None:
+            score = f"{callback.monitor} {float(callback.best_model_score):.4f}"
+            lines.append(f"best checkpoint: {_relative(callback.best_model_path)} ({score})")
+        if last := callback.last_model_path or ("" if callback.monitor else callback.best_model_path):
             lines.append(f"last checkpoint: {_relative(last)}")
     return lines
 

@@ -11,7 +11,9 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
+import figures
 import harness
+import quickstart_ranks
 import report
 import step_cost
 import sweep
@@ -252,3 +254,14 @@ def test_a_text_task_pads_to_the_longest_and_trains_the_head(monkeypatch):
     result = harness.run(short, METHODS["lora"], 1e-3, 0)
     assert result["parameters"] == 331_776
     assert "accuracy" in result
+
+
+def test_the_picture_of_a_run_is_the_same_whenever_it_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text("step,rank/m.0.fc,rank/m.1.fc\n0,4,4\n9,6,5\n19,7,5\n")
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    drawn = []
+    for _ in range(2):
+        quickstart_ranks.draw(str(tmp_path))
+        drawn.append((tmp_path / "ranks_quickstart.svg").read_text())
+    assert drawn[0] == drawn[1]
+    assert all(colour in drawn[0] for colour in ("#cfe0f2", "#184277"))  # the least rank and the largest

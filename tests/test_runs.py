@@ -24,6 +24,7 @@ def write(folder, text, name="metrics.csv"):
 @pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
 def test_a_run_is_read_from_its_table_or_its_events(tmp_path, logger):
     integrator = fit(tmp_path / "run", logger)
+    (tmp_path / "run" / "checkpoints" / "sharded.ckpt").mkdir()
     run = read_run(tmp_path / "run")
     assert run.name == "run"
     assert {name: curve[-1][1] for name, curve in run.ranks.items()} == integrator.ranks()

@@ -69,6 +69,7 @@ def test_a_fit_ends_with_ranks_scores_time_and_the_files(tmp_path, capfd):
     out = capfd.readouterr().out
     assert "trainable: " in out
     end = out.partition("ranks found, by depth")[2]
+    assert "at max_rank: 2 of 2 adapters" in end
     assert f"│ body.0 │ {module.body[0].rank}     │ 2.0 -> {module.body[0].rank}.0 │" in end
     total = sum(p.numel() for p in Foreign().parameters())
     assert f"of the {total} of the model itself" in end
