@@ -263,7 +263,8 @@ class GeoLoRACallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
         assert self.integrator is not None
-        self._retract_pending()
+        if self._retract_pending():
+            self._show(trainer, _last_step(trainer))
         if self.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RuntimeError(
                 "training ended without one adaptation of the ranks: no optimizer step was taken, and "
@@ -280,9 +281,11 @@ class GeoLoRACallback(L.Callback):
         if wants_tables(trainer):
             print_summary(*end_summary(trainer, pl_module, self.monitor))
 
-    def _retract_pending(self) -> None:
-        if self.integrator is not None and self.integrator.steps:
-            self.integrator.retract(self._optimizer)
+    def _retract_pending(self) -> bool:
+        if self.integrator is None or not self.integrator.steps:
+            return False
+        self.integrator.retract(self._optimizer)
+        return True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop following the optimizer."""

@@ -19,7 +19,7 @@ from geolora_pl.runs import Curve
 # Colours for a light page; a page replaces each by the variable of that name, so that it can be dark as well.
 COLOURS = {
     "ink": "#1f2328",
-    "faint": "#6a737d",
+    "faint": "#59626c",
     "line": "#d5dae0",
     "paper": "#fdfdfe",
     "s0": "#2368b5",
@@ -37,7 +37,7 @@ COLOURS = {
     "r2": "#9fc1e4",
     "r3": "#84aedb",
     "r4": "#699bd0",
-    "r5": "#5087c3",
+    "r5": "#588ec9",
     "r6": "#3a70b0",
     "r7": "#285997",
     "r8": "#184277",
@@ -128,7 +128,7 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
         for name, (kind, depth) in places.places.items():
             i, j, level = places.kinds.index(kind), places.depths.index(depth), _level(ranks[name], low, high)
             ax.add_patch(_cell(j, i, level))
-            ink = COLOURS["on-high" if level >= 5 else "on-low"]
+            ink = COLOURS["on-high" if level >= 6 else "on-low"]
             ax.text(j, i, str(ranks[name]), color=ink, ha="center", va="center")
         ax.set_xlim(-0.5, columns - 0.5)
         ax.set_ylim(rows - 0.5, -0.5)

@@ -86,10 +86,13 @@ class RankMonitor:
         return self._defect[1]
 
     def _record(self, step: int) -> None:
+        ranks = list(self.integrator.ranks().values())
+        if self.steps and step == self.steps[-1]:
+            self.ranks[-1] = ranks
         if self.steps and step < self.steps[-1] + self._spacing:
             return
         self.steps.append(step)
-        self.ranks.append(list(self.integrator.ranks().values()))
+        self.ranks.append(ranks)
         if len(self.steps) > _POINTS:
             del self.steps[1::2], self.ranks[1::2]
             self._spacing = max(1, (self.steps[-1] - self.steps[0]) // len(self.steps))

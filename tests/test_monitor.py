@@ -1,7 +1,8 @@
 import io
+import sys
 import time
+from contextlib import nullcontext
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -178,6 +179,20 @@ def test_a_rank_of_zero_and_many_layers_are_drawn():
     assert set(pictures) == {"rank_map", "ranks_over_time", "spectra"}
 
 
+def test_what_the_last_retraction_found_is_logged_as_well(tmp_path):
+    callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER, adapt_every=4)  # of 6 steps: the last retraction is of two
+    runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    runs.fit(Foreign(), loader())
+    assert callback.integrator.adaptations == 2
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    ranks = callback.integrator.ranks()
+    assert {name: log.Scalars(f"rank/{name}")[-1].value for name in ranks} == ranks
+    assert log.Scalars("truncation_error")[-1].value == pytest.approx(callback.integrator.truncation_error)
+    assert callback.monitor.ranks[-1] == list(ranks.values())
+    assert float(runs.callback_metrics["adapter_params"]) == callback.integrator.adapter_parameters()
+
+
 def test_a_resumed_run_knows_the_ranks_before_it(tmp_path):
     def fit(epochs, ckpt_path=None):
         torch.manual_seed(0)
@@ -203,13 +218,41 @@ def test_the_clock_counts_what_was_done():
     assert clock.total() >= 0.02
 
 
-def test_pictures_need_no_matplotlib(tmp_path, monkeypatch):
-    import sys
+def test_on_a_gpu_the_clock_waits_only_when_it_is_read(monkeypatch):
+    """With events that stand in for CUDA's: a device works 2 ms between two of them."""
+    made = []
 
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.ms, self.recorded, self.waited = 2 * len(made), False, False
+            made.append(self)
+
+        def record(self):
+            self.recorded = True
+
+        def synchronize(self):
+            self.waited = True
+
+        def elapsed_time(self, end):
+            assert self.recorded
+            assert end.waited
+            return end.ms - self.ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    clock = DeviceClock(torch.device("cuda"))
+    for _ in range(3):
+        clock.add(clock.now())
+    assert not any(event.waited for event in made)
+    assert clock.last() == pytest.approx(0.002)
+    assert clock.total() == pytest.approx(0.006)
+
+
+def test_pictures_need_no_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=TensorBoardLogger(tmp_path, name="", version=""))
     runs.fit(Foreign(), loader())
     log = EventAccumulator(str(tmp_path))
     log.Reload()
     assert "rank_map" in log.Tags()["images"]
-    assert isinstance(runs, L.Trainer)
