@@ -17,6 +17,11 @@ GENERATOR = "geolora_pl report"  # by which a report knows another
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse")
 _COLUMN = 4.6  # inches: what is wider gets a line of its own
 _OURS = (("adapter_params", "adapter parameters"), ("rank/mean", "mean rank"))
+_OF_RETRACTIONS = (
+    ("energy_kept", "share of energy kept by a retraction"),
+    ("orthonormality_defect", "largest orthonormality defect of the bases"),
+    ("adaptation_time", "seconds of a retraction"),
+)
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
@@ -72,11 +77,7 @@ def _comparison(runs: Sequence[Run]) -> str:
         for run in runs
     ]
     drawn = [
-        _figure(
-            figures.curves(found, title),
-            f"{title} over steps: " + "; ".join(f"{run} {_course(curve)}" for run, curve in found.items()),
-            f"compare-{name}",
-        )
+        _curves(found, title, f"compare-{name}")
         for name, title in [*zip(scores, scores, strict=True), *_OURS]
         if (found := {run.name: run.curves[name] for run in runs if len(run.curves.get(name, ())) > 1})
     ]
@@ -89,27 +90,13 @@ def _run(run: Run, number: int, alone: bool) -> str:
     h, salt = ("h2", "h3")[not alone], f"run-{number}"
     parts = [f"<h2>{escape(run.name)}</h2>"] if not alone else []
     parts.append(_facts(run))
-    drawn = [
-        _figure(
-            figures.curves(series, name),
-            f"{name} over steps: " + "; ".join(f"{label} {_course(curve)}" for label, curve in series.items()),
-            f"{salt}-{name}",
-        )
-        for name, series in _by_kind(run.scores).items()
-    ]
-    if drawn:
+    if drawn := [_curves(series, name, f"{salt}-{name}") for name, series in _by_kind(run.scores).items()]:
         parts.append(f'<{h}>Learning curves</{h}><div class="figures">{"".join(drawn)}</div>')
     if run.ranks:
         parts += [f"<{h}>Ranks</{h}>", _ranks(run, salt)]
     if numbers := [
-        _figure(
-            figures.curves({name: run.curves[name]}, title), f"{title}: {_course(run.curves[name])}", f"{salt}-{name}"
-        )
-        for name, title in (
-            ("energy_kept", "share of energy kept by a retraction"),
-            ("orthonormality_defect", "largest orthonormality defect of the bases"),
-            ("adaptation_time", "seconds of a retraction"),
-        )
+        _curves({name: run.curves[name]}, title, f"{salt}-{name}")
+        for name, title in _OF_RETRACTIONS
         if len(run.curves.get(name, ())) > 1
     ]:
         parts.append(f'<{h}>Retractions</{h}><div class="figures">{"".join(numbers)}</div>')
@@ -145,38 +132,20 @@ def _ranks(run: Run, salt: str) -> str:
         ],
         "Ranks at the end",
     )
+    over_time = f"Mean rank over steps by kind of layer: {_kinds_in_words(run.ranks)}"
+    every = f"Rank of each of {len(last)} adapters over steps; at the end {extremes}"
+    drawn = [_figure(figures.ranks_over_steps(run.ranks, "mean rank over steps"), over_time, f"{salt}-over")]
+    wide = [_figure(figures.ranks_by_adapter(run.ranks, "rank of every adapter"), every, f"{salt}-adapters", wide=True)]
     chart = figures.rank_map(last, "rank by layer and depth")
     deep = chart.get_size_inches()[0] > _COLUMN
-    drawn: list[str] = []
-    wide: list[str] = []
-    (wide if deep else drawn).append(_figure(chart, f"Rank map at the end: {extremes}", f"{salt}-map", deep))
-    drawn.append(
-        _figure(
-            figures.ranks_over_steps(run.ranks, "mean rank over steps"),
-            f"Mean rank over steps by kind of layer: {_kinds_in_words(run.ranks)}",
-            f"{salt}-over",
-        )
-    )
+    (wide if deep else drawn).insert(0, _figure(chart, f"Rank map at the end: {extremes}", f"{salt}-map", deep))
     if params := run.curves.get("adapter_params"):
-        drawn.append(
-            _figure(
-                figures.curves({"adapter_params": params}, "adapter parameters over steps"),
-                f"Adapter parameters over steps: {_course(params)}",
-                f"{salt}-params",
-            )
-        )
+        drawn.append(_curves({"adapter_params": params}, "adapter parameters", f"{salt}-params"))
     if run.checkpoints and (found := checkpoint_spectra(run.checkpoints[-1])):
         sigmas = {name: found[name] for name in [*filter(found.__contains__, last), *found]}  # kinds keep their colours
-        drawn.append(
-            _figure(
-                figures.spectra(sigmas, f"singular values in {run.checkpoints[-1].name}"),
-                f"Singular values of every update, the largest {max(s[0] for s in sigmas.values() if s):.3g}",
-                f"{salt}-spectra",
-            )
-        )
-    every = figures.ranks_by_adapter(run.ranks, "rank of every adapter")
-    alt = f"Rank of each of {len(last)} adapters over steps; at the end {extremes}"
-    wide.append(_figure(every, alt, f"{salt}-adapters", wide=True))
+        largest = max((sigma[0] for sigma in sigmas.values() if sigma), default=0.0)
+        chart = figures.spectra(sigmas, f"singular values in {run.checkpoints[-1].name}")
+        drawn.append(_figure(chart, f"Singular values of every update, the largest {largest:.3g}", f"{salt}-spectra"))
     details = f"<details><summary>The rank map as a table</summary>{table}</details>"
     return f'<div class="figures">{"".join(drawn)}</div><div class="figures wide">{"".join(wide)}</div>{details}'
 
@@ -192,10 +161,15 @@ def _files(run: Run, h: str) -> str:
     return "".join(parts)
 
 
+def _curves(series: Mapping[str, Curve], title: str, salt: str) -> str:
+    alt = f"{title} over steps: " + "; ".join(f"{label} {_course(curve)}" for label, curve in series.items())
+    return _figure(figures.curves(series, title), alt, salt)
+
+
 def _figure(figure: Figure, alt: str, salt: str, wide: bool = False) -> str:
     drawn = figures.svg(figure, escape(alt), salt)
     scrolls = ' tabindex="0"' if wide else ""  # a small screen shows a part of it
-    return f'<figure{scrolls}>{drawn}<figcaption class="hidden">{escape(alt)}.</figcaption></figure>'
+    return f"<figure{scrolls}>{drawn}</figure>"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:

@@ -76,7 +76,7 @@ def test_a_page_about_one_run(runs, tmp_path):
         "Singular",
     ):
         assert part in said
-    assert "Adapter parameters over steps: from 84 at step 0 to " in said
+    assert "adapter parameters over steps: adapter_params from 84 at step 0 to " in said
     assert all(picture["role"] == "img" for picture in pictures)
     assert text.count("<caption>") == len(page.all("table")) >= 3
     assert "Comparison" not in page.words
