@@ -171,7 +171,7 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
         ax.set_xlabel("step")
         _bare(ax)
         figure.legend(
-            handles=legend, loc="outside upper right", ncols=8, handlelength=1, handleheight=1, columnspacing=1
+            handles=legend, loc="outside lower left", ncols=8, handlelength=1, handleheight=1, columnspacing=1
         )
     return figure
 
