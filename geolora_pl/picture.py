@@ -42,23 +42,28 @@ def heat_map(
     width, height = cell
     left = _MARGIN + max((round(font.getlength(row)) for row in rows), default=0) + 6
     top = _MARGIN + _LINE + 4
-    right = max(left + width * len(columns), _MARGIN + round(font.getlength(title)))
+    ends = [left + (j + 0.5) * width + font.getlength(column) / 2 for j, column in enumerate(columns)]
+    right = round(max(left + width * len(columns), _MARGIN + font.getlength(title), *ends))
     picture = Image.new("RGB", (right + _MARGIN, top + height * len(rows) + _LINE + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((_MARGIN, _MARGIN), title, _INK, font)
-    for i, (row, of_row) in enumerate(zip(rows, values, strict=True)):
-        y = top + i * height
-        draw.text((left - 6, y + height / 2), row, _INK, font, anchor="rm")
-        for j, value in enumerate(of_row):
-            if value is None:
-                continue
-            part = min(max((value - low) / (high - low), 0.0), 1.0)
-            x = left + j * width
-            gap = 1 if width > 8 else 0
-            draw.rectangle((x, y, x + width - 1 - gap, y + height - 1 - (height > 8)), _colour(part))
-            if numbers:
-                ink = _PAPER if part > 0.5 else _INK
-                draw.text((x + width / 2, y + height / 2), f"{value:g}", ink, font, anchor="mm")
+    parts = [[None if v is None else min(max((v - low) / (high - low), 0.0), 1.0) for v in row] for row in values]
+    pixels = Image.new("RGB", (len(columns), len(rows)))
+    pixels.putdata([_PAPER if part is None else _colour(part) for of_row in parts for part in of_row])
+    size = (width * len(columns), height * len(rows))
+    picture.paste(pixels.resize(size, Image.Resampling.NEAREST), (left, top))
+    if width > 8:  # smaller cells touch
+        for x in range(left + width - 1, left + size[0], width):
+            draw.line((x, top, x, top + size[1]), _PAPER)
+    if height > 8:
+        for y in range(top + height - 1, top + size[1], height):
+            draw.line((left, y, left + size[0], y), _PAPER)
+    for i, row in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * height), row, _INK, font, anchor="rm")
+        for j, part in enumerate(parts[i] if numbers else ()):
+            if part is not None:
+                place = (left + (j + 0.5) * width, top + (i + 0.5) * height)
+                draw.text(place, f"{values[i][j]:g}", _PAPER if part > 0.5 else _INK, font, anchor="mm")
     for j, column in enumerate(columns):
         draw.text((left + (j + 0.5) * width, top + height * len(rows) + 2), column, _INK, font, anchor="ma")
     return picture

@@ -65,7 +65,7 @@ def test_tensorboard_shows_numbers_and_pictures_without_any_setting(tmp_path):
         assert shown[-1].step == 17
         picture = Image.open(io.BytesIO(shown[-1].encoded_image_string))
         assert picture.size == (shown[-1].width, shown[-1].height)
-        assert len(set(picture.getdata())) > 3
+        assert len(picture.getcolors(100_000)) > 3
 
 
 class Keeps(Logger):
@@ -105,8 +105,8 @@ def test_weights_and_biases_gets_pictures(monkeypatch):
     assert logger.shown == [(name, "RGB", 7) for name in ("rank_map", "ranks_over_time", "spectra")]
 
 
-def test_without_a_logger_the_numbers_are_there_for_callbacks():
-    runs = trainer(GeoLoRACallback(adapter=ADAPTER), ModelCheckpoint(monitor="energy_kept", mode="max"))
+def test_without_a_logger_the_numbers_are_there_for_callbacks(tmp_path):
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), ModelCheckpoint(tmp_path, monitor="energy_kept", mode="max"))
     runs.fit(Foreign(), loader())
     assert set(runs.callback_metrics) >= NUMBERS
     assert set(runs.progress_bar_metrics) >= {"rank/mean", "adapter_params"}

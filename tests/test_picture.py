@@ -7,6 +7,7 @@ def brightness(picture, row, column, rows, columns, cell):
     """Of the corner of a cell, which no number covers."""
     pixels = np.asarray(picture.convert("L"))
     left = picture.width - 8 - columns * cell[0]
+    assert picture.height == 28 + rows * cell[1] + 24
     top = 28
     return int(pixels[top + row * cell[1] + 1, left + column * cell[0] + 1])
 
