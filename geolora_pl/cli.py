@@ -18,6 +18,7 @@ from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.parser import OneSentenceParser
 from geolora_pl.predictions import PredictionWriter
 from geolora_pl.preflight import CheckTestSplit, check_trainer
+from geolora_pl.terminal import end_summary, print_summary, wants_tables
 
 _LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
 
@@ -80,6 +81,7 @@ class GeoLoRACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test if asked to, and say what came of it and how to look closer."""
+        self._print_ranks()
         results: dict[str, float] = {}
         if self.config["fit"]["test_after_fit"]:
             tested = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -88,11 +90,19 @@ class GeoLoRACLI(LightningCLI):
         self._print_results(results, log_dir)
 
     @rank_zero_only
+    def _print_ranks(self) -> None:
+        """They are what the command was run for, also where the callback was told to be quiet."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next(callback.monitor for callback in callbacks if isinstance(callback, GeoLoRACallback))
+        if monitor is not None and not wants_tables(self.trainer):
+            print_summary(*end_summary(self.trainer, self.model, monitor))
+
+    @rank_zero_only
     def _print_results(self, results: dict[str, float], log_dir: str | None) -> None:
         console = get_console()
         for name, value in results.items():
             console.print(f"{name}: {value:.4f}")
-        if log_dir is not None:
+        if log_dir is not None and self.trainer.loggers:
             console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
             console.print(f"a page of it: python -m geolora_pl report --run {log_dir}", soft_wrap=True)
 

@@ -50,6 +50,9 @@ def print_summary(table: Table, lines: Sequence[str], console: Console | None = 
         console: That of the progress bar by default, so that the two do not disturb each other.
     """
     console = console or get_console()
+    if not console.is_terminal:  # a file is as wide as it must be
+        needed = console.measure(table, options=console.options.update_width(1000)).maximum
+        console.width = max(console.width, needed)
     console.print(table)
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -12,8 +12,7 @@ from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
-CPU = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
-QUIET = [*CPU, "--trainer.enable_model_summary=false"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture
@@ -24,16 +23,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(command, *more, quick=QUICK, quiet=QUIET):
-    main([command, "--config", "configs/quickstart.yaml", *quick, *quiet, *more])
+def run(command, *more, quick=QUICK):
+    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
 
 
 def test_fit_then_test_then_predict(folder, capfd):
-    run("fit", "--trainer.log_every_n_steps=2", quiet=CPU)
+    run("fit", "--trainer.log_every_n_steps=2")
     out = capfd.readouterr().out
     assert re.search(r"test_accuracy: 0\.\d{4}", out)
     assert re.search(r"adapter parameters: [\d,]+ \(\d+\.\d% of the 205,066", out)
     assert "tensorboard --logdir lightning_logs/quickstart" in out
+    assert "python -m geolora_pl report --run lightning_logs/quickstart" in out
+    assert out.count("ranks found") == 1
     assert re.search(r"model\.blocks\.\*\.attn\.qkv\s*│ \d+ \d+ \d+ \d+ ", out)
     logs = folder / "lightning_logs" / "quickstart"
     assert list(logs.glob("events.out.tfevents.*"))
@@ -60,6 +61,14 @@ def test_validate_and_predict(folder, capfd):
         assert not expected or expected in capfd.readouterr().out
 
 
+def test_with_the_models_summary_there_is_a_table_at_the_start_and_still_one_at_the_end(folder, capfd):
+    run("fit", "--trainer.enable_model_summary=true", "--trainer.logger=false", "--test_after_fit=false")
+    out = capfd.readouterr().out
+    assert re.search(r"model\.blocks\.\*\.attn\.qkv\s*│ +4 │ 192 x 64 │ +4 │ +16 │ +4,096 │", out)
+    assert (out.count("trainable: "), out.count("ranks found")) == (1, 1)
+    assert "look closer" not in out
+
+
 def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder):
     run("fit")
     first = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
@@ -83,11 +92,10 @@ def test_the_callbacks_settings_and_any_torch_optimizer_from_the_command_line(fo
         "--model.init_args.optimizer.init_args.lr=0.1",
         "--trainer.logger=false",
         "--test_after_fit=false",
-        quiet=CPU,
     )
-    out = capfd.readouterr().out.partition("ranks found")[2]
+    out = capfd.readouterr().out
     assert "test_accuracy" not in out
-    ranks = [int(r) for r in re.findall(r"\* ?[\w.]* +│ ([\d ]+?) +│", out) for r in r.split()]
+    ranks = [int(r) for r in re.findall(r"│ ([\d ]+?) +│", out) for r in r.split()]
     assert len(ranks) == 16
     assert max(ranks) <= 4
 

@@ -86,6 +86,18 @@ def test_it_is_quiet_when_told(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_long_names_are_whole_in_a_file_and_folded_on_a_narrow_terminal():
+    name = "a_rather_long_name_of_a_module.in_another_of_a_long_name.query_key_value"
+    rank = {name: 2}
+    layer = next(iter(find_adapters(blocks()).values()))
+    for terminal in (False, True):
+        console = Console(record=True, width=60, file=io.StringIO(), force_terminal=terminal)
+        print_summary(rank_table(rank, rank, {name: layer}), [], console)
+        out = console.export_text()
+        assert (name in out) != terminal
+        assert max(map(len, out.splitlines())) <= 60 or not terminal
+
+
 @pytest.mark.parametrize("width", [40, 200])
 def test_it_reads_without_colour_and_no_line_is_cut(width, monkeypatch, capfd):
     monkeypatch.setenv("NO_COLOR", "1")
