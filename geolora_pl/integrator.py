@@ -220,12 +220,15 @@ class RankAdaptiveIntegrator:
         """Write the truncated factors of adapters of one shape and carry their moments along."""
         layers = [self.adapters[name] for name in names]
         chosen = [ranks[name] for name in names]
-        U, _, V, _, _ = stack(self.adapters, names)
+        columns = decomposition.U.shape[-1]
+        U, V = (stack(self.adapters, names, factor, columns) for factor in "UV")
         U_new, S_new, V_new = functional.truncate(decomposition, torch.tensor(chosen, device=U.device))
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new)))
-        for factor, value in (("U", U_new), ("S", S_new), ("V", V_new)):
-            torch._foreach_copy_([getattr(layer, factor) for layer in layers], list(value.unbind()))
+        # The columns beyond were zero and stay so.
+        torch._foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
+        torch._foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
+        torch._foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
         torch._foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
         for layer, rank in zip(layers, chosen, strict=True):
             layer.rank = rank

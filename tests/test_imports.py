@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
     ["agreement", "atomic", "config", "errors", "functional", "lazy", "loggers", "parser", "preflight", "schedule"],
+    ["fused"],
     ["adapters"],
     ["layers"],
     ["inject", "moments", "plan", "watch"],
