@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geolora_pl.config import AdapterConfig
-from geolora_pl.functional import autocast_dtype, computed_columns, exact_products, factored, project_out, working_dtype
+from geolora_pl.functional import computed_columns, factored, project_out
 from geolora_pl.fused import fused_linear
+from geolora_pl.precision import autocast_dtype, exact_products, working_dtype
 
 FACTORS = ("U", "S", "V", "K", "L")
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.functional import exact_products, factored, project_out
+from geolora_pl.functional import factored, project_out
+from geolora_pl.precision import exact_products
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, ...], alpha: float) -> Tensor:
@@ -73,7 +74,7 @@ class _FusedLinear(torch.autograd.Function):
             return F.linear(x, torch.addmm(weight, A, B.mT, alpha=alpha), bias)
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias).addmm_(rows @ B, A.mT, alpha=alpha)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -142,10 +142,18 @@ class RankAdaptiveIntegrator:
             new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
         self.steps += new_steps
         self.total_steps += new_steps
+        if self.steps >= self.adapt_every:
+            self._settle()
         if self.steps < self.adapt_every:
             return False
         self.retract(optimizer)
         return True
+
+    def _settle(self) -> None:
+        """Take back the count of steps that the device, as is known only now, has skipped."""
+        skipped = self._watch.settle()
+        self.steps -= skipped
+        self.total_steps -= skipped
 
     def require_gradients(self) -> None:
         """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
@@ -175,6 +183,7 @@ class RankAdaptiveIntegrator:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
+        self._settle()
         state = {name: getattr(self, name) for name in _STATE}
         return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
 
@@ -195,6 +204,7 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
+        self._settle()
         tau = self.tau if self.rank_changes else None
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
         for names, step in zip(plan.groups, plan.steps, strict=True):

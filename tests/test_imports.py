@@ -13,12 +13,14 @@ import geolora_pl.tasks
 PACKAGE = Path(__file__).parents[1] / "geolora_pl"
 # A module may import those on lines above its own.
 LAYERS = [
-    ["agreement", "atomic", "config", "errors", "functional", "lazy", "loggers", "parser", "preflight", "schedule"],
+    ["agreement", "atomic", "config", "errors", "lazy", "loggers", "parser", "precision", "preflight", "schedule"],
+    ["functional"],
     ["fused"],
     ["adapters"],
     ["layers"],
-    ["inject", "moments", "plan", "watch"],
-    ["optim", "integrator", "fingerprint", "sharding"],
+    ["inject", "moments", "optim", "plan"],
+    ["watch"],
+    ["fingerprint", "integrator", "sharding"],
     ["checkpoints", "resume", "state", "merge"],
     ["files", "peft"],
     ["library"],
