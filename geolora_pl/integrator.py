@@ -209,9 +209,10 @@ class RankAdaptiveIntegrator:
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
         for names, step in zip(plan.groups, plan.steps, strict=True):
             moved = [i for i, name in enumerate(names) if name in plan.ranks]
+            if 0 < len(moved) < len(names):
+                step = functional.Decomposition(*(values[moved] for values in step))
             if moved:
-                of_moved = functional.Decomposition(*(values[moved] for values in step))
-                self._move([names[i] for i in moved], of_moved, plan.ranks, optimizer)
+                self._move([names[i] for i in moved], step, plan.ranks, optimizer)
         self.truncation_error = plan.truncation_error
         self.steps = 0
         self.adaptations += 1
