@@ -14,13 +14,15 @@ import ablations
 import matrix_approximation
 import rank_adaptation
 import report
-import step_cost
+import throughput
+from random_models import BERTS, VITS
 from sweep import RESULTS, read
 from tasks import ROOT
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
 NAMES = {
     "geolora": "geolora_pl",
+    "defaults": "geolora_pl, max_rank 16",
     "lora": "LoRA r 8 (PEFT)",
     "adalora": "AdaLoRA",
     "dora": "DoRA",
@@ -57,17 +59,17 @@ def matrix_table() -> str:
     return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results))
 
 
-def step_cost_table(size: str) -> str:
-    """What a step costs on a ViT."""
-    results = json.loads((RESULTS / f"step_cost_vit_{size}.json").read_text())["results"]
-    return markdown(step_cost.HEADER, step_cost.rows(results))
+def throughput_table(model: str) -> str:
+    """What a step costs: the first of the setups that were measured."""
+    results = json.loads((RESULTS / f"throughput_{model}.json").read_text())["results"]
+    return markdown(throughput.HEADER, throughput.rows(results[0]))
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
-    **{f"step_cost_{size}": lambda size=size: step_cost_table(size) for size in ("tiny", "small", "base")},
+    **{f"throughput_{model}": lambda model=model: throughput_table(model) for model in (*BERTS, *VITS)},
 }
 
 

@@ -37,7 +37,7 @@ from geolora_pl.callback import usual_cadence
 
 WHAT = ("step", "memory", "loss", "event", "growth")
 OVER = {"bound": "frozen", "lora": "LoRA", "adalora": "AdaLoRA"}
-HEADER = ["method", "ms a step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "a second", "peak MB"]
+HEADER = ["method", "ms a step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "throughput", "peak MB"]
 # At most, on a CPU in float32 and on a GPU in bf16-mixed.
 TARGETS = {
     "step over frozen": (1.12, 1.10),
@@ -72,8 +72,9 @@ def rows(record: Record) -> list[list[str]]:
     for name, values in record["step"].items():
         ms = [f"{values[part]:.1f}" for part in ("ms", *timing.PARTS)]
         over = [_spread(values["over"].get(base)) for base in OVER]
+        speed = f"{values['a_second']:,.{1 if values['a_second'] < 100 else 0}f} {record['unit']}/s"
         peak = f"{record['memory'][name]:.0f}" if "memory" in record else "-"
-        lines.append([name, *ms, *over, f"{values['a_second']:,.0f}", peak])
+        lines.append([name, *ms, *over, speed, peak])
     return lines
 
 

@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib")
 
 import harness
 import report
-import step_cost
 import sweep
 import tasks
 from image_tasks import HELD_OUT, WithLoss
@@ -216,15 +215,6 @@ def test_a_search_goes_on_beyond_an_edge_where_the_best_rate_lies(runs, tried, b
 def test_a_retraction_without_the_optimizer_leaves_the_moments():
     results = [harness.run(tiny_task(12), GeoLoRA(carry_moments=carry), 0.3, 0)["losses"] for carry in (True, False)]
     assert results[0] != results[1]
-
-
-def test_a_step_is_told_apart_in_turns():
-    methods = {name: METHODS[name] for name in ("geolora", "lora", "adalora")} | {"bound": step_cost.Bound()}
-    found = step_cost.summary(*step_cost.measure(tiny_task(100), methods, rounds=10))
-    assert found["lora"]["ratio"] == [1, 1, 1]
-    assert found["geolora"]["after"] > found["lora"]["after"]  # also where it retracts in one round of ten
-    assert all(found[name]["kept_mb"] >= found["bound"]["kept_mb"] for name in methods)
-    assert len(step_cost.rows(found)[0]) == len(step_cost.HEADER)
 
 
 def test_some_classes_of_fashion_mnist_are_numbered_anew():
