@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from geolora_pl import GeoLoRAWarning
-from geolora_pl.cli import main, rank_table
+from geolora_pl.cli import main
+from geolora_pl.lightning_cli import rank_table
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
