@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[64], help="tokens a text")
     parser.add_argument("--rounds", type=int, default=20, help="a multiple of the cadence of adaptations, 10")
     parser.add_argument("--loss", type=float, default=0.5, help="the loss to reach")
-    parser.add_argument("--steps", type=int, default=100, help="in which to reach it")
+    parser.add_argument("--steps", type=int, default=200, help="in which to reach it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("32", "bf16-mixed"), help="by default 32 on a CPU, bf16-mixed on a GPU")
@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 lines = [[name, *map(str, values.values())] for name, values in record["loss"].items()]
                 show(["method", "steps", "seconds", "last loss"], lines, f"to a loss of {args.loss:g}: {title}")
             lines = [line for name in ("geolora", "defaults") for line in judged(record, name)]
-            show(["", "found", "target", "met"], lines, title)
+            if lines:
+                show(["", "found", "target", "met"], lines, title)
         if "step" in records[0]:
             draw(records[0])
     if "event" in args.what:
