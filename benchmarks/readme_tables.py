@@ -23,6 +23,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
 NAMES = {
     "geolora": "geolora_pl",
     "defaults": "geolora_pl, max_rank 16",
+    "room": "geolora_pl, rank 6, max_rank 64",
     "lora": "LoRA r 8 (PEFT)",
     "adalora": "AdaLoRA",
     "dora": "DoRA",

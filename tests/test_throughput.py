@@ -66,6 +66,15 @@ def test_equal_rank_is_equal_columns():
         assert {min(size) for size in sizes} == {columns}, name
 
 
+def test_in_a_room_for_64_columns_6_stay_live():
+    training, batch = tiny_training("room")
+    for number in range(3):
+        training.model(**batch).loss.backward()
+        training.optimizer.step()
+        training.after_step(number)
+    assert set(training.ranks()) == {6}
+
+
 def test_the_bound_goes_down_to_the_first_layer_and_trains_the_head_alone():
     training, batch = tiny_training("bound")
     inputs = []
