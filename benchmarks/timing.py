@@ -43,7 +43,8 @@ class Bound(Full):
 def compared(rank: int) -> dict[str, Method]:
     """The methods with so many columns allocated for each adapter; ``defaults`` is this package's own.
 
-    ``room`` has 64 of them of which 6 stay live, to see what the others cost. AdaLoRA goes to that rank from one and a half times as many, as its authors do.
+    ``room`` has 64 of them of which 6 stay live, to see what the others cost. AdaLoRA goes to that rank from one and a
+    half times as many, as its authors do.
     """
     return {
         "geolora": GeoLoRA(adapter={"init_rank": min(4, rank), "max_rank": rank}),

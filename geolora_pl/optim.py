@@ -183,9 +183,10 @@ class RiemannianAdam(Optimizer):
         (beta1, beta2), eps = group["betas"], group["eps"]
         rows = [len(factor) for factor in factors]
         owner = _owners(tuple(a + b for a, b in zip(rows[::2], rows[1::2], strict=True)), factors[0].device)
-        G, taken = torch.cat(_gradients(factors)), 1.0 if found_inf is None else 1.0 - found_inf
+        G = torch.cat(_gradients(factors))
+        taken: float | Tensor = 1.0
         if found_inf is not None:
-            G = torch.where(found_inf > 0, 0, G)
+            G, taken = torch.where(found_inf > 0, 0, G), 1.0 - found_inf.to(G.dtype)
         M = self._lerp(factors, "exp_avg", G, rows, (1 - beta1) * taken)
         steps = self._count(factors[::2], taken)
         bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))

@@ -32,7 +32,7 @@ def two_shapes(**settings):
 
 def backward(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, 8, generator=generator)
+    x = torch.randn(16, 8, generator=generator).to(next(model.parameters()).dtype)
     model.zero_grad()
     nn.functional.cross_entropy(model(x), torch.arange(16) % 3).backward()
 
@@ -425,9 +425,11 @@ def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, 
 @pytest.mark.parametrize("place", ["adapter", "head"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, geometry, place, value, first):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, geometry, place, value, first, dtype):
     monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
     model, adapters, integrator = two_shapes(adapt_every=2)
+    model.to(dtype)
     optimizer = RiemannianAdam(model, lr=0.1, weight_decay=0.1, geometry=geometry)
     if not first:
         train(model, integrator, optimizer, 1)
