@@ -255,6 +255,20 @@ def test_the_part_held_out_keeps_the_shares_of_the_classes_and_depends_on_the_se
     assert texts_of(1) != [train, val]
 
 
+def test_a_source_of_ones_own_may_give_plain_indices_as_labels(tmp_path):
+    class Own(TextDataModule):
+        class_names = tuple("abcdefghijk")
+
+        def load_splits(self):
+            rows = [{"text": "good", "label": index} for index in range(11) for _ in range(10 + 10 * (index == 2))]
+            return {"train": datasets.Dataset.from_list(rows)}
+
+    data = attach(Own(val_fraction=0.2, cache_dir=str(tmp_path)))
+    shares = [2 + 2 * (index == 2) for index in range(11)]
+    assert np.bincount(data.splits["val"]["label"][:]).tolist() == shares
+    assert data.class_counts == [4 * share for share in shares]
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
