@@ -7,15 +7,13 @@ from types import ModuleType
 import lightning as L
 import pytest
 import torch
-from pages import ROOT, blocks, commands
+from pages import QUIET, ROOT, blocks, commands, quiet_trainers, understood
 from tiny_text import save_tiny_model
 from torch.utils.data import DataLoader, TensorDataset
 
 from geolora_pl import GeoLoRACallback
-from geolora_pl.cli import main
 from geolora_pl.tasks import ImageClassification
 
-QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
 PAGES = {page.name: page for page in (ROOT / "docs").glob("*.md")}
 
 
@@ -60,23 +58,10 @@ def mine(monkeypatch):
     return module
 
 
-def understood(arguments, capfd):
-    """The command line takes the arguments, but for a checkpoint that is not there."""
-    exports = arguments[0] in {"export", "ranks"}
-    with pytest.raises(SystemExit) as stop:
-        main(arguments if exports else [*arguments, "--print_config"])
-    said = capfd.readouterr().err
-    if exports:
-        assert re.search(r"error: \S+ is no file|\.ckpt' is no file", said), said
-    else:
-        assert stop.value.code == 0, f"{arguments}: {said}"
-
-
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about loaders without workers
 @pytest.mark.parametrize("page", having("python"))
 def test_python_runs(page, here, monkeypatch):
-    original = L.Trainer.__init__
-    monkeypatch.setattr(L.Trainer, "__init__", lambda self, **kwargs: original(self, **{**QUIET, **kwargs}))
+    quiet_trainers(monkeypatch)
     names = {"__name__": "page"}
     for snippet in blocks(page, "python"):
         exec(compile(snippet, page.name, "exec"), names)
