@@ -102,6 +102,11 @@ class ImageClassification(GeoLoRAModule):
             raise ValueError(
                 f"model_args={self.model_args!r} do not suit model_name={self.model_name!r}: {error}; drop or mend them"
             ) from error
+        except OSError as error:  # of the hub, with or without a connection
+            raise ValueError(
+                f"model_name={self.model_name!r}: its weights cannot be fetched: {' '.join(str(error).split())} Check "
+                "the connection, or name a file on this machine as checkpoint_path"
+            ) from error
         if self.checkpoint_path is not None:
             load_backbone(model, self.checkpoint_path)
         # From now on the weights are in the checkpoints, which must load where neither file nor hub is at hand.
