@@ -116,7 +116,7 @@ class ImageClassification(GeoLoRAModule):
     def save_model(self, folder: Path) -> None:
         """Write weights and configuration as timm does, for ``timm.create_model``.
 
-        Either ``timm.create_model("local-dir:folder")``, or the model's own name and arguments with
+        Either ``timm.create_model("local-dir:folder", pretrained=True)``, or the model's own name and arguments with
         ``checkpoint_path="folder/model.safetensors"``.
         """
         names = {} if self.class_names is None else {"label_names": self.class_names}
