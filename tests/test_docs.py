@@ -70,10 +70,13 @@ def test_every_source_is_on_the_page_with_its_settings():
 
 def test_the_picture_of_the_architecture_is_that_of_the_imports():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    drawn = dict(re.findall(r"^    (\w+)\[\"<b>.*?</b><br>(.*?)\"\]$", page, re.M))
+    drawn = dict(re.findall(r"^ +(\w+)\[\"<b>.*?</b><br>(.*?)\"\]$", page, re.M))
     rooms = {node: set(names.split(", ")) for node, names in drawn.items()}
     assert rooms.pop("data") == {"data"}
-    order = re.search(r"^    (tools(?: --> \w+)+)$", page, re.M)[1].split(" --> ")
+    order = [node for chain in re.findall(r"^ {8}(\w+(?: --> \w+)+)$", page, re.M) for node in chain.split(" --> ")]
+    assert re.findall(r"^ {4}subgraph (\w+)", page, re.M) == re.search(r"^ {4}(\w+ --> .*)$", page, re.M)[1].split(
+        " --> "
+    )
     for node, layer in zip(order, LAYERS[:-1], strict=True):
         assert rooms[node] == set(layer), f"{node} in docs/architecture.md is not the layer of test_imports.py"
     described = {name for cell in re.findall(r"^\| (`.*?`) \|", page, re.M) for name in re.findall(r"`(\w+)`", cell)}
