@@ -83,6 +83,12 @@ def test_the_picture_of_the_architecture_is_that_of_the_imports():
     assert {"data", *set().union(*rooms.values())} <= described, "each room has its job in the table"
 
 
+def test_the_index_has_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
 def anchors(page):
     """What a page's headings are called in links."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
