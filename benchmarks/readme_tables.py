@@ -19,7 +19,8 @@ from random_models import BERTS, VITS
 from sweep import RESULTS, read
 from tasks import ROOT
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "speed.md")
+IN_SHORT = {"minilm": "BERT of 22M, 32 x 64 tokens", "vit_tiny": "ViT-tiny, 4 images"}
 LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all are near chance in 200 steps
 NAMES = {
     "geolora": "geolora_pl",
@@ -73,11 +74,33 @@ def throughput_table(model: str) -> str:
     return markdown(throughput.HEADER, throughput.rows(results[0]))
 
 
+def speed() -> str:
+    """Medians of the ratios of a few models, side by side."""
+    found = {model: json.loads((RESULTS / f"throughput_{model}.json").read_text())["results"][0] for model in IN_SHORT}
+    header, rows = ["method"], [[name] for name in next(iter(found.values()))["step"]]
+    for model, record in found.items():
+        header += [f"{IN_SHORT[model]}: time over frozen", "over LoRA", "memory over LoRA"]
+        for row in rows:
+            over = record["step"][row[0]]["over"]
+            row += [f"{over[base][1]:.2f}" if base in over else "1" for base in ("bound", "lora")]
+            row.append(f"{record['memory'][row[0]] / record['memory']['lora']:.2f}")
+    return markdown(header, rows)
+
+
+def event_table() -> str:
+    """One adaptation of many adapters."""
+    event = json.loads((RESULTS / "throughput_event.json").read_text())["results"]
+    cells = [throughput.spread(event[name]) for name in ("batched", "one_by_one", "ratio")]
+    return markdown(["ms, batched", "ms, one by one", "ratio"], [cells])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
+    "speed": speed,
+    "event": event_table,
     **{f"throughput_{model}": lambda model=model: throughput_table(model) for model in (*BERTS, *VITS)},
 }
 

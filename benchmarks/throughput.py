@@ -71,7 +71,7 @@ def rows(record: Record) -> list[list[str]]:
     lines = []
     for name, values in record["step"].items():
         ms = [f"{values[part]:.1f}" for part in ("ms", *timing.PARTS)]
-        over = [_spread(values["over"].get(base)) for base in OVER]
+        over = [spread(values["over"].get(base)) for base in OVER]
         speed = f"{values['a_second']:,.{1 if values['a_second'] < 100 else 0}f} {record['unit']}/s"
         peak = f"{record['memory'][name]:.0f}" if "memory" in record else "-"
         lines.append([name, *ms, *over, speed, peak])
@@ -97,10 +97,11 @@ def judged(record: Record, name: str) -> list[list[str]]:
 
 
 def _judged(what: str, found: Sequence[float], target: float) -> list[str]:
-    return [what, _spread(found), f"{target:g}", "yes" if found[1] <= target else "no"]
+    return [what, spread(found), f"{target:g}", "yes" if found[1] <= target else "no"]
 
 
-def _spread(quartiles: Sequence[float] | None) -> str:
+def spread(quartiles: Sequence[float] | None) -> str:
+    """The median, and the quartiles if they differ."""
     if quartiles is None:
         return "-"
     low, middle, high = quartiles
@@ -184,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "event" in args.what:
         event = adaptation_event.measure(args.device, args.rounds)
         save("event", event, given)
-        lines = [["milliseconds, batched", _spread(event["batched"]), "5" if args.device == "cuda" else "-", "-"]]
-        lines += [["milliseconds, one by one", _spread(event["one_by_one"]), "-", "-"]]
+        lines = [["milliseconds, batched", spread(event["batched"]), "5" if args.device == "cuda" else "-", "-"]]
+        lines += [["milliseconds, one by one", spread(event["one_by_one"]), "-", "-"]]
         lines += [_judged("batched over one by one", event["ratio"], EVENT_TARGET)]
         show(["", "found", "target", "met"], lines, f"one adaptation of {event['adapters']} adapters")
     if "growth" in args.what:

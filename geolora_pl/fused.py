@@ -37,7 +37,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
         (..., m).
     """
     merged = pays_to_merge(x, weight, factors[0])
-    return _FusedLinear.apply(x, weight, bias, *factors, alpha, merged)  # type: ignore[no-any-return,no-untyped-call]
+    return FusedLinear.apply(x, weight, bias, *factors, alpha, merged)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def pays_to_merge(x: Tensor, weight: Tensor, U: Tensor) -> bool:
@@ -52,7 +52,9 @@ def pays_to_merge(x: Tensor, weight: Tensor, U: Tensor) -> bool:
     return exact and U.dtype == x.dtype and x.numel() // n * (m + n) > m * n
 
 
-class _FusedLinear(torch.autograd.Function):
+class FusedLinear(torch.autograd.Function):
+    """The forms of :func:`fused_linear`; the last argument chooses."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -67,6 +69,7 @@ class _FusedLinear(torch.autograd.Function):
         alpha: float,
         merged: bool,
     ) -> Tensor:
+        """y, as :func:`fused_linear` has it."""
         ctx.save_for_backward(x, weight, U, S, V, K, L)
         ctx.alpha, ctx.merged = alpha, merged
         A, B = (factor.to(x.dtype) for factor in factored(U, S, V, K, L))
@@ -78,6 +81,7 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, bias, K and L."""
         (dy,) = grad_outputs
         x, weight, U, S, V, K, L = ctx.saved_tensors
         rank = U.shape[1]
