@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import ablations
 import matrix_approximation
+import products
 import rank_adaptation
 import report
 import throughput
@@ -94,6 +95,12 @@ def event_table() -> str:
     return markdown(["ms, batched", "ms, one by one", "ratio"], [cells])
 
 
+def products_table(name: str, columns: Sequence[str]) -> str:
+    """Times of the products that the fused layer is made of."""
+    results = json.loads((RESULTS / "products.json").read_text())["results"]
+    return markdown(columns, products.rows(results[name], columns))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
@@ -101,6 +108,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "matrix_approximation": matrix_table,
     "speed": speed,
     "event": event_table,
+    "layouts": lambda: products_table("layouts", products.LAYOUTS),
+    "forms": lambda: products_table("forms", products.FORMS),
     **{f"throughput_{model}": lambda model=model: throughput_table(model) for model in (*BERTS, *VITS)},
 }
 
