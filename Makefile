@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help venv fit test test-slow check format bench
+.PHONY: help venv fit test test-slow check format bench compare
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,5 +36,9 @@ format: venv ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: venv ## this package beside its peers on two shifts of images (about half an hour on two cores)
+bench: venv ## what a step costs, beside LoRA, AdaLoRA, full fine-tuning and frozen layers (a quarter of an hour on two cores)
+	$(BIN)/python benchmarks/throughput.py step memory event growth
+	$(BIN)/python benchmarks/throughput.py loss --model bert_tiny --batch_size 16 --length 32
+
+compare: venv ## this package beside its peers on two shifts of images (about half an hour on two cores)
 	$(BIN)/python benchmarks/compare.py

@@ -26,10 +26,10 @@ plt.rcParams.update(
 )
 
 
-def panels(number: int) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of some panels side by side."""
-    figure, axes = plt.subplots(1, number, figsize=(3.6 * number, 2.8), layout="constrained", squeeze=False)
-    return figure, list(axes[0])
+def panels(number: int, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of some panels side by side, row after row."""
+    figure, axes = plt.subplots(rows, number, figsize=(3.6 * number, 2.8 * rows), layout="constrained", squeeze=False)
+    return figure, list(axes.flat)
 
 
 def band(ax: Axes, x: Sequence[float], ranges: Sequence[Sequence[float]], label: str, color: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from methods import Method, defaults
 from tasks import Task, on
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from geolora_pl import GeoLoRAModule
 from geolora_pl.schedule import warmup_cosine
@@ -45,10 +47,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     head_parameters = sum(p.numel() for head in task.heads for p in model.get_submodule(head).parameters())
     training = method.start(task, model, lr)
     optimizer = training.optimizer
-    lengths = warmup()
-    if not any(group.get("adapters") for group in optimizer.param_groups):  # the head alone
-        lengths["warmup"] = lengths["head_warmup"]
-    schedule = warmup_cosine(optimizer, total_steps=task.steps, **lengths)
+    rates = schedule(optimizer, task.steps)
     evaluated_at = {round(task.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
 
     sized_at = {round(task.steps ** (i / (SIZES - 1))) for i in range(SIZES)}
@@ -63,7 +62,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         output.loss.backward()
         optimizer.step()
         training.after_step(step)
-        schedule.step()
+        rates.step()
         losses.append(task.loss(output.logits.detach(), batch["labels"]).item())  # without a method's penalty
         seconds += now() - start
         if not math.isfinite(losses[-1]):
@@ -87,6 +86,14 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
         "head_parameters": head_parameters,
         "ranks": list(training.ranks()),
     }
+
+
+def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """The schedule, which is this package's for every method; a head alone warms up as heads do."""
+    lengths = warmup()
+    if not any(group.get("adapters") for group in optimizer.param_groups):
+        lengths["warmup"] = lengths["head_warmup"]
+    return warmup_cosine(optimizer, total_steps=steps, **lengths)
 
 
 def warmup() -> dict[str, float]:

@@ -139,16 +139,21 @@ class LoRA:
 
 @dataclass(frozen=True)
 class AdaLoRA:
-    """PEFT's AdaLoRA from rank 12 to 8 on average, its allocator called at every step.
+    """PEFT's AdaLoRA, its allocator called at every step.
 
-    The scale, the penalty and the parts of the run before and after the ranks shrink are those of its authors' scripts
-    for GLUE.
+    The rank at the start, the scale, the penalty and the parts of the run before and after the ranks shrink are those
+    of its authors' scripts for GLUE.
+
+    Args:
+        rank: Where it ends on average; it starts at one and a half times as much.
     """
+
+    rank: int = 8
 
     def settings(self) -> dict[str, Any]:
         return {
-            "init_r": 12,
-            "target_r": 8,
+            "init_r": self.rank * 3 // 2,
+            "target_r": self.rank,
             "lora_alpha": 32,
             "orth_reg_weight": 0.1,
             "tinit": 0.15,  # parts of the run

@@ -12,15 +12,21 @@ from collections.abc import Callable, Sequence
 
 import ablations
 import matrix_approximation
+import products
 import rank_adaptation
 import report
-import step_cost
+import throughput
+from random_models import BERTS, VITS
 from sweep import RESULTS, read
 from tasks import ROOT
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "speed.md")
+IN_SHORT = {"minilm": "BERT of 22M, 32 x 64 tokens", "vit_tiny": "ViT-tiny, 4 images"}
+LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all are near chance in 200 steps
 NAMES = {
     "geolora": "geolora_pl",
+    "defaults": "geolora_pl, max_rank 16",
+    "room": "geolora_pl, rank 6, max_rank 64",
     "lora": "LoRA r 8 (PEFT)",
     "adalora": "AdaLoRA",
     "dora": "DoRA",
@@ -45,6 +51,12 @@ def compare() -> str:
     return markdown(report.header(records), report.rows(records))
 
 
+def overview() -> str:
+    """The same on the tasks that a method can learn in so few steps, without the details."""
+    records = report.latest(read(RESULTS / "compare.jsonl"))
+    return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], report.overview(records, LEARNT))
+
+
 def rank_adaptation_table() -> str:
     """Parameters and scores by start rank."""
     records = read(RESULTS / "rank_adaptation.jsonl")
@@ -57,17 +69,48 @@ def matrix_table() -> str:
     return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results))
 
 
-def step_cost_table(size: str) -> str:
-    """What a step costs on a ViT."""
-    results = json.loads((RESULTS / f"step_cost_vit_{size}.json").read_text())["results"]
-    return markdown(step_cost.HEADER, step_cost.rows(results))
+def throughput_table(model: str) -> str:
+    """What a step costs: the first of the setups that were measured."""
+    results = json.loads((RESULTS / f"throughput_{model}.json").read_text())["results"]
+    return markdown(throughput.HEADER, throughput.rows(results[0]))
+
+
+def speed() -> str:
+    """Medians of the ratios of a few models, side by side."""
+    found = {model: json.loads((RESULTS / f"throughput_{model}.json").read_text())["results"][0] for model in IN_SHORT}
+    header, rows = ["method"], [[name] for name in next(iter(found.values()))["step"]]
+    for model, record in found.items():
+        header += [f"{IN_SHORT[model]}: time over frozen", "over LoRA", "memory over LoRA"]
+        for row in rows:
+            over = record["step"][row[0]]["over"]
+            row += [f"{over[base][1]:.2f}" if base in over else "1" for base in ("bound", "lora")]
+            row.append(f"{record['memory'][row[0]] / record['memory']['lora']:.2f}")
+    return markdown(header, rows)
+
+
+def event_table() -> str:
+    """One adaptation of many adapters."""
+    event = json.loads((RESULTS / "throughput_event.json").read_text())["results"]
+    cells = [throughput.spread(event[name]) for name in ("batched", "one_by_one", "ratio")]
+    return markdown(["ms, batched", "ms, one by one", "ratio"], [cells])
+
+
+def products_table(name: str, columns: Sequence[str]) -> str:
+    """Times of the products that the fused layer is made of."""
+    results = json.loads((RESULTS / "products.json").read_text())["results"]
+    return markdown(columns, products.rows(results[name], columns))
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
+    "overview": overview,
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
-    **{f"step_cost_{size}": lambda size=size: step_cost_table(size) for size in ("tiny", "small", "base")},
+    "speed": speed,
+    "event": event_table,
+    "layouts": lambda: products_table("layouts", products.LAYOUTS),
+    "forms": lambda: products_table("forms", products.FORMS),
+    **{f"throughput_{model}": lambda model=model: throughput_table(model) for model in (*BERTS, *VITS)},
 }
 
 

@@ -151,6 +151,28 @@ def rows(records: Records) -> list[list[str]]:
     return lines
 
 
+def overview(records: Records, tasks: Sequence[str]) -> list[list[str]]:
+    """A row for each method that ran on all of some tasks: scores, their mean, parameters beside those of LoRA."""
+    found = summaries(records)
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        if any((name, method) not in found for name in tasks):
+            continue
+        of_method = [found[name, method] for name in tasks]
+        seeds = set.intersection(*(set(s.scores) for s in of_method))
+        parts = [s.parameters / found[name, "lora"].parameters for name, s in zip(tasks, of_method, strict=True)]
+        least, most = (f"{100 * part:,.0f}" for part in (min(parts), max(parts)))
+        lines.append(
+            [
+                method,
+                *(spread(s.scores.values()) for s in of_method),
+                spread(mean(s.scores[seed] for s in of_method) for seed in sorted(seeds)),
+                f"{least}%" if least == most else f"{least}% to {most}%",
+            ]
+        )
+    return lines
+
+
 def _part_of_lora(method: Summary | None, lora: Summary | None, axis: int) -> str:
     """When the score is reached that LoRA ends with, in steps (axis 0) or seconds (1), as a part of LoRA's run."""
     if method is None or lora is None or not lora.curve:

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geolora_pl.config import AdapterConfig
-from geolora_pl.functional import factored, project_out, working_dtype
+from geolora_pl.functional import computed_columns, factored, project_out
+from geolora_pl.fused import fused_linear
+from geolora_pl.precision import autocast_dtype, exact_products, working_dtype
 
 FACTORS = ("U", "S", "V", "K", "L")
 
@@ -32,7 +34,7 @@ class _TangentGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (V,) = ctx.saved_tensors
-        with torch.autocast(V.device.type, enabled=False):  # a backward pass may be run inside autocast
+        with exact_products(V.device):  # a backward pass may be run inside autocast
             return project_out(grad_outputs[0], V), None
 
 
@@ -166,12 +168,23 @@ class GeoLoRALayer(nn.Module):
         """The base's bias."""
         return getattr(self.base, "bias", None)
 
+    def _live_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """U, S, V, K and L without columns beyond the live rank, as far as that pays."""
+        U, S, V, K, L = self.U, self.S, self.V, self.K, self.L
+        if torch.compiler.is_compiling():  # all columns, so that a new rank does not compile the forward again
+            return U, S, V, K, L
+        columns = computed_columns(self.rank, self.max_rank)
+        if columns == self.max_rank:
+            return U, S, V, K, L
+        return U[:, :columns], S[:columns, :columns], V[:, :columns], K[:, :columns], L[:, :columns]
+
     def _factored(self) -> tuple[Tensor, Tensor]:
-        return factored(self.U, self.S, self.V, self.K, _with_tangent_gradient(self.L, self.V))
+        U, S, V, K, L = self._live_factors()
+        return factored(U, S, V, K, _with_tangent_gradient(L, V))
 
     def delta_weight(self) -> Tensor:
         """The update of the weight as a matrix, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending part included."""
-        with torch.autocast(self.U.device.type, enabled=False):
+        with exact_products(self.U.device):
             A, B = self._factored()
             return self.scaling * (A @ B.mT)
 
@@ -235,6 +248,28 @@ class GeoLoRALinear(GeoLoRALayer):
         (2, (6, 4), (6, 8))
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., in)."""
+        if not self._is_fusible():
+            return super().forward(x)
+        weight, bias, dtype = self.base.weight, self.base.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with exact_products(x.device):
+            return fused_linear(x, weight, bias, self._live_factors(), self.scaling)
+
+    def _is_fusible(self) -> bool:
+        """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
+        base = self.base
+        return (
+            type(base).forward is nn.Linear.forward
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not base.weight.requires_grad
+            and not (self.training and isinstance(self.dropout, nn.Dropout))
+            and not self._is_quantised()
+        )
+
     def _is_quantised(self) -> bool:
         """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
         weight = getattr(self.base, "weight", None)
@@ -254,7 +289,7 @@ class GeoLoRALinear(GeoLoRALayer):
         weight = getattr(self.base, "weight", None)
         like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
         dtype = torch.get_default_dtype() if like is None else like.dtype
-        with torch.no_grad(), torch.autocast(self.U.device.type, enabled=False):
+        with torch.no_grad(), exact_products(self.U.device):
             columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
             return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
 

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.agreement import average_unsharded
-from geolora_pl.checkpoints import WholeFiles, describe_base, shrink
+from geolora_pl.checkpoint_io import WholeFiles
+from geolora_pl.checkpoints import describe_base, shrink
 from geolora_pl.config import AdapterConfig
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.integrator import RankAdaptiveIntegrator, check_settings

@@ -1,8 +1,7 @@
-"""Checkpoint files: whole or not there at all, and small where the base can be had elsewhere."""
+"""What a checkpoint holds: read whole or refused, and small where the base can be had elsewhere."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Collection
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from torch import nn
 
 from geolora_pl.fingerprint import base_hash, base_parameters, trained_names
@@ -20,64 +17,7 @@ _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # in a small checkpoint: what is known of the base that it leaves out
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoint files, written to a temporary name beside the target, flushed and renamed.
-
-    A process that dies in mid-write leaves the earlier file as it was. (Lightning's own writes to the system's
-    temporary folder, and where that is another disk, the file is copied in place.) Remote paths are left to Lightning.
-
-    Args:
-        module: Rebuilds the base of a small checkpoint that is loaded.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            OSError: It cannot be written; the target is as it was.
-        """
-        if "://" in str(path) or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.part")  # what a process that died left there is written over
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            # Torch's own writer tells of a full disk by a RuntimeError.
-            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-                raise OSError(
-                    f"{target} cannot be written ({error}): free space or choose another folder; what was there before "
-                    "is as it was"
-                ) from error
-            raise
-
-    def load_checkpoint(
-        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint, and complete a small one.
-
-        Raises:
-            ValueError: The file is no whole checkpoint, or its base is another one.
-        """
-        if "://" in str(path) or weights_only is False:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        else:
-            checkpoint = read_checkpoint(path)
-        complete(checkpoint, self._module)
-        return checkpoint
-
-
-def read_checkpoint(path: _PATH, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint of a run, whole and unbroken, or say why it is none.
 
     Every byte is compared with the checksums in the file, for torch loads changed weights without a word.

@@ -1,123 +1,12 @@
-"""The command line: LightningCLI with the callback always there."""
+"""The command line: a command imports what it needs, and those about a checkpoint alone do without Lightning."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import lightning as L
-from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
-from rich import get_console
-
-from geolora_pl.callback import GeoLoRACallback
-from geolora_pl.checkpoints import read_checkpoint
-from geolora_pl.parser import OneSentenceParser
-from geolora_pl.predictions import PredictionWriter
-from geolora_pl.preflight import CheckTestSplit, check_trainer
-from geolora_pl.terminal import end_summary, print_summary, wants_tables
-
-_LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
-
-
-class SaveFitConfig(SaveConfigCallback):
-    """Save the configuration of a fit beside the run; a later test in the same folder leaves it alone."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save for ``fit`` only, and never over the file that the configuration was read from."""
-        target = Path(trainer.log_dir or ".") / self.config_filename
-        sources = [Path(str(source)) for source in self.config.get("config") or []]
-        if stage == "fit" and not any(source.resolve() == target.resolve() for source in sources):
-            super().setup(trainer, pl_module, stage)
-
-
-class GeoLoRACLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` for modules and data modules given by class path."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--geolora.*``, ``--test_after_fit`` and ``--output``."""
-        parser.add_lightning_class_args(GeoLoRACallback, "geolora")
-        parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether a fit ends with a test.")
-        parser.add_argument(
-            "--output", type=str | None, default=None, help="File for what predict finds: .csv, .jsonl."
-        )
-
-    def before_predict(self) -> None:
-        """Write the predictions to ``--output``."""
-        if (output := self.config["predict"]["output"]) is not None:
-            self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Refuse a broken checkpoint and a seed out of range before anything is made."""
-        super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]
-        if (path := config.get("ckpt_path")) and not _is_left_to_lightning(path, config):
-            read_checkpoint(path, mmap=True)
-        if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
-            raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
-
-    def _parse_ckpt_path(self) -> None:
-        """For a fit the settings given count, and what does not fit the checkpoint is refused when it is loaded."""
-        if self.config["subcommand"] != "fit":
-            super()._parse_ckpt_path()
-
-    def instantiate_classes(self) -> None:
-        """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""
-        try:
-            super().instantiate_classes()
-        except MisconfigurationException as error:  # of the trainer
-            raise ValueError(str(error)) from error
-        except ValueError as error:
-            raise _without_types(error) from error.__cause__
-
-    def before_fit(self) -> None:
-        """Refuse what would show only in training, or after it."""
-        check_trainer(self.trainer)
-        if self.config["fit"]["test_after_fit"]:
-            self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
-
-    def after_fit(self) -> None:
-        """Test if asked to, and say what came of it and how to look closer."""
-        self._print_ranks()
-        results: dict[str, float] = {}
-        if self.config["fit"]["test_after_fit"]:
-            tested = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            results = {name: value for of_loader in tested for name, value in of_loader.items()}
-        log_dir = self.trainer.log_dir  # every process must ask for it: rank 0 tells the others
-        self._print_results(results, log_dir)
-
-    @rank_zero_only
-    def _print_ranks(self) -> None:
-        """They are what the command was run for, also where the callback was told to be quiet."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        monitor = next(callback.monitor for callback in callbacks if isinstance(callback, GeoLoRACallback))
-        if monitor is not None and not wants_tables(self.trainer):
-            print_summary(*end_summary(self.trainer, self.model, monitor))
-
-    @rank_zero_only
-    def _print_results(self, results: dict[str, float], log_dir: str | None) -> None:
-        console = get_console()
-        for name, value in results.items():
-            console.print(f"{name}: {value:.4f}")
-        if log_dir is not None and self.trainer.loggers:
-            console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
-            console.print(f"a page of it: python -m geolora_pl report --run {log_dir}", soft_wrap=True)
-
-
-def _is_left_to_lightning(path: str, config: Namespace) -> bool:
-    """Whether a checkpoint is somewhere else, looked for by its name, of several files, or trusted as it is."""
-    by_name = "://" in path or path.partition(":")[0] in _LOOKED_UP
-    return by_name or (Path(path) / ".metadata").is_file() or config.get("weights_only") is False
-
-
-def _without_types(error: ValueError) -> ValueError:
-    """The error of a class that jsonargparse could not make, which it wraps in all the types that it tried."""
-    while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
-        error = error.__cause__
-    return error
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
 
 
 def main(args: ArgsType = None) -> None:
@@ -137,22 +26,6 @@ def main(args: ArgsType = None) -> None:
 
         geolora_pl.report.main(given[1:])
         return
-    no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
-    GeoLoRACLI(
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveFitConfig,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_class=OneSentenceParser,
-        parser_kwargs={
-            **no_abbreviations,
-            **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
-            "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
-            "'report' --help for a page about runs.",
-        },
-        args=args,
-    )
+    import geolora_pl.lightning_cli
+
+    geolora_pl.lightning_cli.run(args)

@@ -17,7 +17,6 @@ from geolora_pl.atomic import atomic, refuse_existing
 from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.files import save_adapter
 from geolora_pl.functional import decompose, ranks_by_tau
-from geolora_pl.loading import load_module
 from geolora_pl.merge import MergedAdapters
 from geolora_pl.peft import export_peft
 
@@ -57,6 +56,8 @@ def export(
         raise ValueError(f"compact is for format='peft' and not for {format!r}: leave it out")
     if not overwrite:
         refuse_existing(output)
+    from geolora_pl.loading import load_module  # needs Lightning, which takes seconds and the ranks do without
+
     module = load_module(ckpt_path, config)
     if format == "adapter":
         save_adapter(module.model, output)

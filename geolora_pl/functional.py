@@ -22,12 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from geolora_pl.precision import working_dtype
+
 
 class Decomposition(NamedTuple):
     """Leading singular triplets of a point plus its pending step, before any truncation.
 
-    ``U`` is (m, R) and ``V`` (n, R), orthonormal in every column; ``sigma`` (k,) holds *all* singular values in
-    descending order, k = min(m, n, 2 R), so that the tail is known when the rank is chosen.
+    ``U`` is (m, c) and ``V`` (n, c), orthonormal in every column; ``sigma`` (k,) holds *all* singular values in
+    descending order, k = min(m, n, 2 R) >= c, so that the tail is known when the rank is chosen.
     """
 
     U: Tensor
@@ -35,14 +37,14 @@ class Decomposition(NamedTuple):
     V: Tensor
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of factors and retraction: float64 stays, everything else is float32.
+def computed_columns(rank: int, max_rank: int) -> int:
+    """How many of ``max_rank`` columns are computed with: those of the live rank, up to the next multiple of 8.
 
     Example:
-        >>> working_dtype(torch.bfloat16), working_dtype(torch.float64)
-        (torch.float32, torch.float64)
+        >>> computed_columns(0, 16), computed_columns(9, 64), computed_columns(9, 12)
+        (8, 16, 12)
     """
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return min(max_rank, max(8, -(-rank // 8) * 8))
 
 
 def factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def _svd(matrix: Tensor, driver: str | None = None) -> tuple[Tensor, Tensor, Ten
     return P, sigma, Qh
 
 
-def decompose(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Decomposition:
+def decompose(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor, columns: int | None = None) -> Decomposition:
     r"""Singular value decomposition of ``U S V^T + K V^T + U L^T`` at the cost of its small core.
 
     This is augmentation and assembly (Algorithm 1 of GeoLoRA, steps 3 to 5 before the truncation) in one: with
@@ -108,9 +110,10 @@ def decompose(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Decompos
         V: (..., n, R), orthonormal columns, then zeros.
         K: (..., m, R).
         L: (..., n, R).
+        columns: How many singular vectors to return, at most 2 R; by default R.
 
     Returns:
-        The leading R singular vectors and all singular values, in float32, or float64 for float64 factors.
+        The leading singular vectors and all singular values, in float32, or float64 for float64 factors.
 
     Example:
         >>> U, V = torch.eye(5)[:, :2], torch.eye(4)[:, :2]
@@ -118,9 +121,9 @@ def decompose(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Decompos
         >>> step.sigma
         tensor([3., 1., 0., 0.])
     """
-    R = U.shape[-1]
     dtype = working_dtype(U.dtype)
-    return svd_of_product(*factored(*(factor.to(dtype) for factor in (U, S, V, K, L))), R)
+    A, B = factored(*(factor.to(dtype) for factor in (U, S, V, K, L)))
+    return svd_of_product(A, B, U.shape[-1] if columns is None else columns)
 
 
 def svd_of_product(A: Tensor, B: Tensor, columns: int) -> Decomposition:
@@ -145,15 +148,15 @@ def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     Args:
         step: From :func:`decompose`.
-        ranks: (...), int, one a matrix of the batch, in [0, R].
+        ranks: (...), int, one a matrix of the batch, in [0, c].
 
     Returns:
-        U (..., m, R), S (..., R, R) diagonal, V (..., n, R).
+        U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
     """
-    R = step.U.shape[-1]
-    keep = torch.arange(R, device=ranks.device) < ranks[..., None]
+    c = step.U.shape[-1]
+    keep = torch.arange(c, device=ranks.device) < ranks[..., None]
     columns = keep[..., None, :]
-    sigma = step.sigma[..., :R]
+    sigma = step.sigma[..., :c]
     zero = sigma.new_zeros(())
     return (
         torch.where(columns, step.U, zero),

@@ -142,10 +142,18 @@ class RankAdaptiveIntegrator:
             new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
         self.steps += new_steps
         self.total_steps += new_steps
+        if self.steps >= self.adapt_every:
+            self._settle()
         if self.steps < self.adapt_every:
             return False
         self.retract(optimizer)
         return True
+
+    def _settle(self) -> None:
+        """Take back the count of steps that the device, as is known only now, has skipped."""
+        skipped = self._watch.settle()
+        self.steps -= skipped
+        self.total_steps -= skipped
 
     def require_gradients(self) -> None:
         """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
@@ -175,6 +183,7 @@ class RankAdaptiveIntegrator:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
+        self._settle()
         state = {name: getattr(self, name) for name in _STATE}
         return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
 
@@ -195,13 +204,15 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
+        self._settle()
         tau = self.tau if self.rank_changes else None
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
         for names, step in zip(plan.groups, plan.steps, strict=True):
             moved = [i for i, name in enumerate(names) if name in plan.ranks]
+            if 0 < len(moved) < len(names):
+                step = functional.Decomposition(*(values[moved] for values in step))
             if moved:
-                of_moved = functional.Decomposition(*(values[moved] for values in step))
-                self._move([names[i] for i in moved], of_moved, plan.ranks, optimizer)
+                self._move([names[i] for i in moved], step, plan.ranks, optimizer)
         self.truncation_error = plan.truncation_error
         self.steps = 0
         self.adaptations += 1
@@ -220,12 +231,15 @@ class RankAdaptiveIntegrator:
         """Write the truncated factors of adapters of one shape and carry their moments along."""
         layers = [self.adapters[name] for name in names]
         chosen = [ranks[name] for name in names]
-        U, _, V, _, _ = stack(self.adapters, names)
+        columns = decomposition.U.shape[-1]
+        U, V = (stack(self.adapters, names, factor, columns) for factor in "UV")
         U_new, S_new, V_new = functional.truncate(decomposition, torch.tensor(chosen, device=U.device))
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new)))
-        for factor, value in (("U", U_new), ("S", S_new), ("V", V_new)):
-            torch._foreach_copy_([getattr(layer, factor) for layer in layers], list(value.unbind()))
+        # The columns beyond were zero and stay so.
+        torch._foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
+        torch._foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
+        torch._foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
         torch._foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
         for layer, rank in zip(layers, chosen, strict=True):
             layer.rank = rank

@@ -27,8 +27,8 @@ def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALayer], old:
     Args:
         optimizer: Any torch optimizer.
         layers: B adapters of one shape.
-        old: U (B, m, R) and V (B, n, R) before.
-        new: U and V after.
+        old: Of U (B, m, c) and V (B, n, c) before, the leading columns; the others are zero before and after.
+        new: The same columns after.
 
     Returns:
         The keys of the state that was set to zero.
@@ -46,14 +46,14 @@ def transport_moments(optimizer: Optimizer, layers: Sequence[GeoLoRALayer], old:
         having = [i for i, pair in enumerate(states) if all(_depends_on_basis(state.get(key)) for state in pair)]
         if not having:
             continue
-        of_K, of_L = ([states[i][side][key] for i in having] for side in (0, 1))
+        of_K, of_L = ([states[i][side][key][:, : U.shape[-1]] for i in having] for side in (0, 1))
+        m_K, m_L = torch.stack(of_K), torch.stack(of_L)
+        moving = [bases if len(having) == len(layers) else bases[having] for bases in (U, V, U_new, V_new)]
         if key in _FIRST:
-            new_K, new_L = transport_first_moment(
-                torch.stack(of_K), torch.stack(of_L), U[having], V[having], U_new[having], V_new[having]
-            )
+            new_K, new_L = transport_first_moment(m_K, m_L, *moving)
         else:
-            new_K = transport_second_moment(torch.stack(of_K), V[having], V_new[having])
-            new_L = transport_second_moment(torch.stack(of_L), U[having], U_new[having])
+            new_K = transport_second_moment(m_K, *moving[1::2])
+            new_L = transport_second_moment(m_L, *moving[::2])
         torch._foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
     return reset
 

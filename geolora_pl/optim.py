@@ -2,7 +2,9 @@ r"""RiemannianAdam: moments that do not depend on the basis for the adapters, Ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim.adamw import adamw
 from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
 
+_CACHED = 2**18  # entries; measured from 2**15 to all, for 72 adapters of 768 and 3072 rows and 16 or 64 columns
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
 
 
@@ -88,6 +91,10 @@ class RiemannianAdam(Optimizer):
             polar factor of each momentum, scaled to norm one (Muon in tangent coordinates), which fills the rank it is
             given; ``entrywise``: Adam's division entry by entry, scaled to the same norm.
 
+    Attributes:
+        found_inf: Set to a tensor just before a step, as a gradient scaler does for the optimizers it knows: the step
+            is taken where it is 0, and leaves weights and state alone where it is 1, without waiting for the device.
+
     Raises:
         ValueError: An argument is out of range, or no group holds adapters.
 
@@ -97,6 +104,8 @@ class RiemannianAdam(Optimizer):
         >>> _ = inject_adapters(model)
         >>> optimizer = RiemannianAdam(model, lr=0.1)
     """
+
+    found_inf: Tensor | None
 
     def __init__(
         self,
@@ -140,6 +149,9 @@ class RiemannianAdam(Optimizer):
                     "to that, or start a new run from the weights"
                 )
         super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:  # torch leaves it where it was saved from
+                state["step"] = state["step"].to(parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -155,83 +167,67 @@ class RiemannianAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf = self.__dict__.pop("found_inf", None)
         for group in self.param_groups:
             parameters = group["params"]
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
-                moving = [(K, L) for K, L in pairs if K.grad is not None and L.grad is not None]
-                self._step_adapters([factor for pair in moving for factor in pair], group)
+                for factors in _stackable((K, L) for K, L in pairs if K.grad is not None and L.grad is not None):
+                    self._step_adapters(factors, group, found_inf)
             else:
-                self._step_others([p for p in parameters if p.grad is not None], group)
+                self._step_others([p for p in parameters if p.grad is not None], group, found_inf)
         return loss
 
-    def _step_adapters(self, factors: list[Tensor], group: dict[str, Any]) -> None:
-        """K and L of one adapter are neighbours; biases and scale have one entry an adapter."""
-        if not factors:
-            return
-        beta1, beta2 = group["betas"]
-        gradients = _gradients(factors)
-        momenta = self._states(factors, "exp_avg", torch.zeros_like)
-        steps = self._count(factors[::2])
-        torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-
+    def _step_adapters(self, factors: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+        """K and L of one adapter are neighbours; all of them are one matrix here, one under the other."""
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        rows = [len(factor) for factor in factors]
+        owner = _owners(tuple(a + b for a, b in zip(rows[::2], rows[1::2], strict=True)), factors[0].device)
+        G = torch.cat(_gradients(factors))
+        taken: float | Tensor = 1.0
+        if found_inf is not None:
+            G, taken = torch.where(found_inf > 0, 0, G), 1.0 - found_inf.to(G.dtype)
+        M = self._lerp(factors, "exp_avg", G, rows, (1 - beta1) * taken)
+        steps = self._count(factors[::2], taken)
         bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
+
+        # A direction, and the scale of each adapter that gives it the norm 1 at most.
         if group["geometry"] == "spectral":
-            directions: Sequence[Tensor] = [polar_factor(momentum) for momentum in momenta]
-            scale = 1 / _pair_norms(directions).clamp_min(group["eps"])
+            direction = torch.cat([polar_factor(momentum) for momentum in M.split(rows)])
+            scale = 1 / _pair_norms(direction.split(rows)).clamp_min(eps)
         elif group["geometry"] == "isotropic":
-            squared = self._states(factors[::2], "exp_avg_sq", lambda factor: factor.new_zeros(()))
-            v = torch.stack(squared).lerp_(_pair_norms(gradients).square(), 1 - beta2)
-            torch._foreach_copy_(squared, list(v.unbind()))
-            directions, scale = momenta, 1 / (bias1 * ((v / bias2).sqrt() + group["eps"]))
+            squares = _pair_norms(G.split(rows)).square()
+            v = self._lerp(factors[::2], "exp_avg_sq", squares, [1] * len(squares), (1 - beta2) * taken)
+            direction, scale = M, 1 / (bias1 * ((v / bias2).sqrt() + eps))
         elif group["geometry"] == "rowwise":
-            squares = [torch.linalg.vector_norm(g, dim=1).square_() for g in gradients]
-            roots = self._second_moment_roots(factors, squares, bias2, beta2, group["eps"])
+            ones = G.new_ones(G.shape[1])  # sums over rows are several times faster as products
+            v = self._lerp(factors, "exp_avg_sq", G.square() @ ones, rows, (1 - beta2) * taken)
             # Cautious: the rows in which momentum and gradient agree, and no step in the others.
-            agree = [(m * g).sum(1) > 0 for m, g in zip(momenta, gradients, strict=True)]
-            inverse = torch._foreach_div([rows.to(root.dtype) for rows, root in zip(agree, roots, strict=True)], roots)
-            directions = torch._foreach_mul(momenta, [rows.unsqueeze(1) for rows in inverse])
-            scale = 1 / (bias1 * self._norm_of_ones(factors))
+            inverse = ((M * G) @ ones > 0) / ((v / bias2[owner]).sqrt() + eps)
+            direction, scale = M * inverse[:, None], 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
         else:
-            roots = self._second_moment_roots(
-                factors, torch._foreach_mul(gradients, gradients), bias2, beta2, group["eps"]
-            )
-            directions = torch._foreach_div(momenta, roots)
-            scale = 1 / (bias1 * self._norm_of_ones(factors))
-        factor_of = (-group["lr"] * scale).repeat_interleave(2)
+            v = self._lerp(factors, "exp_avg_sq", G.square(), rows, (1 - beta2) * taken)
+            direction = M / ((v / bias2[owner, None]).sqrt() + eps)
+            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
         if group["weight_decay"]:
-            torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(factors, torch._foreach_mul(list(directions), list(factor_of.unbind())))
+            kept = 1 - group["lr"] * group["weight_decay"] * taken
+            torch._foreach_mul_(factors, [kept] * len(factors) if isinstance(kept, Tensor) else kept)
+        step = direction * (-group["lr"] * taken * scale)[owner, None]
+        torch._foreach_add_(factors, list(step.split(rows)))
 
-    def _second_moment_roots(
-        self, factors: Sequence[Tensor], squares: Sequence[Tensor], bias: Tensor, beta: float, eps: float
-    ) -> list[Tensor]:
-        """Add the squares to the second moments of each factor, and return the moments' roots."""
-        for factor, square in zip(factors, squares, strict=True):
-            if "exp_avg_sq" not in self.state[factor]:
-                self.state[factor]["exp_avg_sq"] = torch.zeros_like(square)
-        seconds = [self.state[factor]["exp_avg_sq"] for factor in factors]
-        torch._foreach_lerp_(seconds, list(squares), 1 - beta)
-        roots = torch._foreach_sqrt(torch._foreach_div(seconds, list(bias.repeat_interleave(2).unbind())))
-        torch._foreach_add_(roots, eps)
-        return list(roots)
-
-    def _norm_of_ones(self, factors: Sequence[Tensor]) -> Tensor:
-        """Norm of each K and L if all were one whose second moment is not zero."""
-        counts = torch.stack([torch.count_nonzero(self.state[factor]["exp_avg_sq"]) for factor in factors])
-        return counts.view(-1, 2).sum(1).clamp_min(1).sqrt()
-
-    def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_others(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         if not parameters:
             return
         adamw(
             parameters,
             _gradients(parameters),
-            self._states(parameters, "exp_avg", torch.zeros_like),
-            self._states(parameters, "exp_avg_sq", torch.zeros_like),
+            self._states(parameters, "exp_avg", parameters),
+            self._states(parameters, "exp_avg_sq", parameters),
             [],
-            self._states(parameters, "step", _zero_steps),
-            foreach=True,
+            self._steps(parameters),
+            foreach=False,
+            fused=found_inf is not None or parameters[0].device.type != "cpu",
+            found_inf=found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -241,17 +237,54 @@ class RiemannianAdam(Optimizer):
             maximize=False,
         )
 
-    def _states(self, parameters: Sequence[Tensor], key: str, initial: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        for parameter in parameters:
+    def _lerp(
+        self, factors: Sequence[Tensor], key: str, new: Tensor, lengths: list[int], weight: float | Tensor
+    ) -> Tensor:
+        """Move a moment of all factors towards ``new``, of which each has so many entries, and return it whole."""
+        moments = self._states(factors, key, new.split(lengths))
+        moved = torch.cat(moments).lerp_(new, weight)
+        torch._foreach_copy_(moments, list(moved.split(lengths)))
+        return moved
+
+    def _states(self, parameters: Sequence[Tensor], key: str, like: Sequence[Tensor]) -> list[Tensor]:
+        for parameter, example in zip(parameters, like, strict=True):
             if key not in self.state[parameter]:
-                self.state[parameter][key] = initial(parameter)
+                self.state[parameter][key] = torch.zeros_like(example)
         return [self.state[parameter][key] for parameter in parameters]
 
-    def _count(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Steps taken by each parameter, this one included, as a vector on their device."""
-        steps = self._states(parameters, "step", _zero_steps)
-        torch._foreach_add_(steps, 1)
-        return torch.stack(steps).to(parameters[0].device, non_blocking=True)
+    def _steps(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Steps taken so far by each parameter, on its device."""
+        return self._states(parameters, "step", [p.new_zeros((), dtype=torch.float32) for p in parameters])
+
+    def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:
+        """Steps taken by each parameter, with this one if it is taken, as a vector; at least 1."""
+        steps = self._steps(parameters)
+        torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
+        return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
+
+
+def _stackable(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
+    """K and L of those adapters together that have as many columns; on a CPU no more than its cache holds."""
+    groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for K, L in pairs:
+        key = (K.shape[1], K.dtype, K.device)
+        groups[key] += K, L
+        if K.device.type == "cpu" and sum(factor.numel() for factor in groups[key]) > _CACHED:
+            yield groups.pop(key)
+    yield from groups.values()
+
+
+@lru_cache(maxsize=16)
+def _owners(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of every row of all adapters the number of its adapter."""
+    return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)
+
+
+def _norm_of_ones(v: Tensor, owner: Tensor, adapters: int) -> Tensor:
+    """Norm of each K and L together if every entry were one, but for rows whose second moment is zero."""
+    present = (v != 0).to(v.dtype)
+    counts = v.new_zeros(adapters).index_add_(0, owner, present if v.dim() == 1 else present.sum(1))
+    return counts.clamp_min(1).sqrt()
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
@@ -277,10 +310,6 @@ def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of each K and L together."""
     norms: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).view(-1, 2), dim=1)
     return norms
-
-
-def _zero_steps(parameter: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float32)  # on the CPU, as torch's own optimizers keep it
 
 
 def _check(group: dict[str, Any]) -> None:

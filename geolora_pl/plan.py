@@ -23,7 +23,8 @@ class Plan:
 
     Attributes:
         groups: Names of the adapters of one shape each.
-        steps: For each group, the point plus the pending step of its adapters, decomposed.
+        steps: For each group, the point plus the pending step of its adapters, decomposed; no more singular vectors
+            than any of them may keep.
         ranks: New rank of every adapter that moves; one with nothing pending keeps its factors to the bit.
         truncation_error: Relative Frobenius norm of what is dropped, over all adapters.
     """
@@ -49,13 +50,22 @@ def plan_retraction(
     groups = _group_by_shape(adapters)
     if processes() == 1:
         return _decide(adapters, groups, decay, tau, budget, min_rank)
-    mine = _decide(adapters, groups, decay, tau, budget, min_rank) if decides() else _blank(adapters, groups)
-    return _agree(mine)
+    if decides():
+        return _agree(_decide(adapters, groups, decay, tau, budget, min_rank))
+    return _agree(_blank(adapters, groups, min_rank))
 
 
-def stack(adapters: Adapters, names: Sequence[str]) -> list[Tensor]:
-    """U, S, V, K and L of adapters of one shape, each (B, ...)."""
-    return [torch.stack([getattr(adapters[name], factor) for name in names]) for factor in FACTORS]
+def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -> Tensor:
+    """The leading columns of a factor of adapters of one shape; of S the leading rows, too."""
+    tensors = [getattr(adapters[name], factor) for name in names]
+    return torch.stack([t[:columns, :columns] if factor == "S" else t[:, :columns] for t in tensors])
+
+
+def _columns(adapters: Adapters, names: Sequence[str], min_rank: int) -> tuple[int, int]:
+    """Columns of the adapters of one shape to compute with, and how many may be live afterwards: twice as many."""
+    max_rank = adapters[names[0]].max_rank
+    before = functional.computed_columns(max(min_rank, *(adapters[name].rank for name in names)), max_rank)
+    return before, min(2 * before, max_rank)
 
 
 def _group_by_shape(adapters: Adapters) -> list[list[str]]:
@@ -77,9 +87,10 @@ def _decide(
     """The new ranks: by tau or as they are, then by the budget."""
     steps, facts = [], []
     for names in groups:
-        U, S, V, K, L = stack(adapters, names)
+        columns, columns_after = _columns(adapters, names, min_rank)
+        U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
         factor = torch.tensor([decay[name] for name in names], dtype=S.dtype, device=S.device)
-        steps.append(functional.decompose(U, S * factor[:, None, None], V, K, L))
+        steps.append(functional.decompose(U, S * factor[:, None, None], V, K, L, columns_after))
         pending = (K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1)
         facts.append(torch.cat([pending[:, None], steps[-1].sigma], 1).to(steps[0].sigma.device))
     # One transfer to the host an adaptation: all singular values, and which adapters have something pending.
@@ -115,13 +126,14 @@ def _decide(
     return Plan(groups, steps, moved, math.sqrt(dropped / total) if total else 0.0)
 
 
-def _blank(adapters: Adapters, groups: Sequence[Sequence[str]]) -> Plan:
+def _blank(adapters: Adapters, groups: Sequence[Sequence[str]], min_rank: int) -> Plan:
     """Room for the plan of rank 0."""
     steps = []
     for names in groups:
         layer, B = adapters[names[0]], len(names)
-        U, V = (basis.new_empty(B, *basis.shape) for basis in (layer.U, layer.V))
-        steps.append(functional.Decomposition(U, U.new_empty(B, layer.max_rank), V))
+        _, columns = _columns(adapters, names, min_rank)
+        U, V = (basis.new_empty(B, len(basis), columns) for basis in (layer.U, layer.V))
+        steps.append(functional.Decomposition(U, U.new_empty(B, columns), V))
     return Plan(groups, steps, {}, 0.0)
 
 

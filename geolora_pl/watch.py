@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.agreement import anywhere, is_sharded
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.functional import working_dtype
+from geolora_pl.optim import RiemannianAdam
+from geolora_pl.precision import working_dtype
 
 OnNonfinite = Literal["skip", "raise"]
+_LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class StepWatch:
@@ -27,6 +29,10 @@ class StepWatch:
     A step with a gradient that is not finite, or whose square is not, is skipped whole: the gradients of all the
     optimizer's parameters are set to ``None`` just before it. A step that never happens, as when a gradient scaler
     skips it, is not counted.
+
+    To know that takes a wait for the device. On a GPU an optimizer that can leave a step out by itself
+    (:class:`~geolora_pl.RiemannianAdam`) is told by a tensor instead, and how many steps were skipped is known at
+    :meth:`settle`.
 
     Attributes:
         new_steps: Steps taken since :meth:`take`.
@@ -54,6 +60,7 @@ class StepWatch:
         self.forget_decay()
         self._model = model
         self._without_gradient: set[str] = set()  # adapters already named
+        self._skipped_on_device: Tensor | None = None  # since the last settle
         self._register()
 
     def _register(self) -> None:
@@ -81,6 +88,20 @@ class StepWatch:
         """Return the number of new steps and start again from zero."""
         taken, self.new_steps = self.new_steps, 0
         return taken
+
+    def settle(self) -> int:
+        """Ask the device how many of the steps taken were skipped there, count them as skipped, and return it."""
+        if self._skipped_on_device is None:
+            return 0
+        skipped = int(self._skipped_on_device)
+        self._skipped_on_device = None
+        self.skipped_steps += skipped
+        if skipped:
+            _warn(
+                f"{skipped} optimizer steps were skipped whole, for gradients that are not finite or so large that "
+                "their squares are not; nothing has changed in them, and skipped_steps counts them"
+            )
+        return skipped
 
     def forget_decay(self) -> None:
         """Start again from a decay of one."""
@@ -114,7 +135,11 @@ class StepWatch:
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if (broken := _first_non_finite(parameters)) is not None:
+        if self._can_skip_on_device(optimizer, parameters):
+            optimizer.found_inf = (~_below_limits(parameters).all()).to(torch.float32)  # type: ignore[attr-defined]
+            before = 0 if self._skipped_on_device is None else self._skipped_on_device
+            self._skipped_on_device = before + optimizer.found_inf  # type: ignore[attr-defined]
+        elif (broken := _first_non_finite(parameters)) is not None:
             names = {id(parameter): name for name, parameter in self._model.named_parameters()}
             finite = bool(_values(broken).isfinite().all())
             for parameter in parameters:
@@ -148,6 +173,16 @@ class StepWatch:
                     if adapter is not None and parameter.grad is not None:
                         self.decay[adapter] *= decay
 
+    def _can_skip_on_device(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
+        """Whether a step can be left out without knowing here that it is."""
+        return (
+            isinstance(optimizer, RiemannianAdam)
+            and self.on_nonfinite == "skip"
+            and bool(parameters)
+            and all(p.device == parameters[0].device and _waits(p.device) for p in parameters)
+            and not any(is_sharded(p) or p.grad.is_sparse for p in parameters if p.grad is not None)
+        )
+
     def _name_missing(self, missing: set[str], trained: set[str]) -> None:
         if missing and self.every_adapter_needs_a_gradient:
             raise ValueError(
@@ -180,14 +215,9 @@ def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
 
     A process holds a part only of a sharded parameter: what one finds there counts for all.
     """
-    checked = [(parameter, values) for parameter in parameters if (values := _values(parameter)).numel()]
-    broken = None
-    if checked:
-        largest = torch._foreach_norm([values for _, values in checked], ord=math.inf)
-        norms = torch.stack([norm.to(largest[0].device, torch.float32) for norm in largest]).tolist()
-        measured = zip(checked, norms, strict=True)
-        # "not below" is true of an undefined norm as well
-        broken = next((parameter for (parameter, values), norm in measured if not norm < _limit(values)), None)
+    checked = [parameter for parameter in parameters if _values(parameter).numel()]
+    below = _below_limits(checked).tolist() if checked else []
+    broken = next((parameter for parameter, fine in zip(checked, below, strict=True) if not fine), None)
     if any(is_sharded(parameter) for parameter in parameters):
         device = _values(parameters[0]).device
         if anywhere(torch.tensor(broken is not None, device=device)) and broken is None:
@@ -204,7 +234,14 @@ def _values(parameter: nn.Parameter) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _limit(gradient: Tensor) -> float:
-    """Entries up to which the squares that an optimizer sums stay finite; beyond it second moments break for good."""
-    wide = torch.finfo(working_dtype(gradient.dtype)).max
-    return min(math.sqrt(wide / gradient.numel()), torch.finfo(torch.float32).max)
+def _below_limits(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Whether the squares of each gradient have a finite sum; beyond it second moments break for good."""
+    values = [_values(parameter) for parameter in parameters]
+    norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
+    # "below" is not true of an undefined norm either
+    return torch.stack([norm.to(values[0].device, torch.float32) for norm in norms]) < _LARGEST_NORM
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether reading a number from the device waits for what it has been told to do."""
+    return device.type != "cpu"

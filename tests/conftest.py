@@ -13,3 +13,15 @@ settings.load_profile("deterministic")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def messages(capfd, caplog):
+    """Gives what was printed or logged since the last call: Lightning's log goes either way, by when it is imported."""
+
+    def read():
+        text = "".join(capfd.readouterr()) + caplog.text
+        caplog.clear()
+        return text
+
+    return read

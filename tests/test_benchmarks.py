@@ -15,7 +15,7 @@ import figures
 import harness
 import quickstart_ranks
 import report
-import step_cost
+import retraction
 import sweep
 import tasks
 from image_tasks import HELD_OUT, WithLoss
@@ -220,13 +220,22 @@ def test_a_retraction_without_the_optimizer_leaves_the_moments():
     assert results[0] != results[1]
 
 
-def test_a_step_is_told_apart_in_turns():
-    methods = {name: METHODS[name] for name in ("geolora", "lora", "adalora")} | {"bound": step_cost.Bound()}
-    found = step_cost.summary(*step_cost.measure(tiny_task(100), methods, rounds=10))
-    assert found["lora"]["ratio"] == [1, 1, 1]
-    assert found["geolora"]["after"] > found["lora"]["after"]  # also where it retracts in one round of ten
-    assert all(found[name]["kept_mb"] >= found["bound"]["kept_mb"] for name in methods)
-    assert len(step_cost.rows(found)[0]) == len(step_cost.HEADER)
+def test_of_a_retraction_is_drawn_what_it_kept(monkeypatch):
+    found = retraction.observe(tiny_task(20), (2, 6))  # of the run's retractions, at every second step
+    for step, of_step in found.items():
+        assert set(of_step) == set(SIZES)
+        for name, one in of_step.items():
+            assert one.size == SIZES[name]
+            assert one.rank == retraction.kept(one.pending, 0.2, one.max_rank)
+            assert len(one.before) == (0 if step == 2 else one.old_rank)
+            assert len(one.pending) > one.old_rank
+        assert retraction.parameters(list(of_step.values()), 0.2) == sum(r.rank * r.size for r in of_step.values())
+    assert retraction.kept(torch.tensor([1.0, 0.5, 0.05]), 0.1, 3) == 2
+    drawn = []
+    monkeypatch.setattr(retraction.figures, "save", lambda figure, name: drawn.append(name))
+    monkeypatch.setattr(retraction, "SHOWN", "model.2")
+    retraction.draw(found)
+    assert drawn == ["retraction"]
 
 
 def test_some_classes_of_fashion_mnist_are_numbered_anew():

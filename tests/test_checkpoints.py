@@ -12,7 +12,8 @@ from test_module import Small
 from torch.utils.data import DataLoader, TensorDataset
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
-from geolora_pl.checkpoints import WholeFiles, complete
+from geolora_pl.checkpoint_io import WholeFiles
+from geolora_pl.checkpoints import complete
 from geolora_pl.tasks import ImageClassification
 
 

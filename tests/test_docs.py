@@ -6,29 +6,97 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+from test_imports import LAYERS
 
+import geolora_pl.data
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
+from geolora_pl.data.images import ImageDataModule
+from geolora_pl.data.language import LanguageDataModule
+from geolora_pl.data.text_files import LabelledTexts
+from geolora_pl.data.token_data import TokenDataModule
+from geolora_pl.tasks import ImageClassification, TextClassification
+from geolora_pl.tasks.transformer import TransformerTask
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
 ELSEWHERE = {GeoLoRAModule: {"adapter", "optimizer", "lr_scheduler"}, RiemannianAdam: {"params"}}
+OWNERS = [
+    GeoLoRACallback,
+    AdapterConfig,
+    RiemannianAdam,
+    GeoLoRAModule,
+    ImageClassification,
+    TransformerTask,
+    TextClassification,
+    ImageDataModule,
+    TokenDataModule,
+    LabelledTexts,
+    LanguageDataModule,
+]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+BASES = {"ImageDataModule", "TextDataModule", "LanguageDataModule"}
 
 
 def defaults(owner):
+    """The settings that a class has of its own, as the page writes their defaults."""
     if owner is AdapterConfig:
         return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(owner)}
-    parameters = inspect.signature(owner).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ELSEWHERE.get(owner, ())}
+    own = [p for p in inspect.signature(owner).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    written = {p.name: "required" if p.default is p.empty else p.default for p in own}
+    of_config = {name: value.target_modules for name, value in written.items() if isinstance(value, AdapterConfig)}
+    return {name: of_config.get(name, value) for name, value in written.items() if name not in ELSEWHERE.get(owner, ())}
 
 
-@pytest.mark.parametrize("owner", [GeoLoRACallback, AdapterConfig, RiemannianAdam, GeoLoRAModule])
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", SETTINGS, re.M | re.S)[1]
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=lambda owner: owner.__name__)
 def test_every_setting_is_on_the_page_with_its_default(owner):
-    section = re.search(rf"^## {owner.__name__}\n(.*?)(?=^## |\Z)", SETTINGS, re.M | re.S)[1]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.M))
-    assert rows == {name: str(default) for name, default in defaults(owner).items()}
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section(owner.__name__), re.M)
+    assert rows == [(name, str(default)) for name, default in defaults(owner).items()]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_every_source_is_on_the_page_with_its_settings():
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|$", section("Sources"), re.M)
+    said = {name: set(re.findall(r"`(\w+)`", what)) for names, what in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(said) == set(geolora_pl.data.__all__) - BASES
+    shared = {name for base in (ImageDataModule, TokenDataModule) for name in inspect.signature(base).parameters}
+    for name, settings in said.items():
+        own = set(inspect.signature(getattr(geolora_pl.data, name)).parameters) - shared - {"kwargs"}
+        assert own <= settings, name
+
+
+def test_the_picture_of_the_architecture_is_that_of_the_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = dict(re.findall(r"^ +(\w+)\[\"<b>.*?</b><br>(.*?)\"\]$", page, re.M))
+    rooms = {node: set(names.split(", ")) for node, names in drawn.items()}
+    assert rooms.pop("data") == {"data"}
+    order = [node for chain in re.findall(r"^ {8}(\w+(?: --> \w+)+)$", page, re.M) for node in chain.split(" --> ")]
+    assert re.findall(r"^ {4}subgraph (\w+)", page, re.M) == re.search(r"^ {4}(\w+ --> .*)$", page, re.M)[1].split(
+        " --> "
+    )
+    for node, layer in zip(order, LAYERS[:-1], strict=True):
+        assert rooms[node] == set(layer), f"{node} in docs/architecture.md is not the layer of test_imports.py"
+    described = {name for cell in re.findall(r"^\| (`.*?`) \|", page, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    assert {"data", *set().union(*rooms.values())} <= described, "each room has its job in the table"
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+def anchors(page):
+    """What a page's headings are called in links."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_inside_the_project_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"

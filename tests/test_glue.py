@@ -179,7 +179,7 @@ def test_a_hub_that_cannot_be_reached_names_the_remedy(monkeypatch):
         GLUE("rte").load_splits()
 
 
-def test_lines_that_lack_a_field_are_left_out_and_counted(tmp_path, capfd):
+def test_lines_that_lack_a_field_are_left_out_and_counted(tmp_path, messages):
     folder = write_glue(tmp_path, "qqp")
     with (tmp_path / "QQP" / "train.tsv").open("a") as file:
         file.write('"\tWas Muhammad a real figure?\t0\n7\t8\t9\te?\tf?\t1\n')
@@ -188,9 +188,9 @@ def test_lines_that_lack_a_field_are_left_out_and_counted(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"dev\.tsv: row 3 has is_duplicate='two', which is none of the labels 0, 1"):
         GLUE("qqp", folder).load_splits()
     write_tsv(tmp_path / "QQP" / "dev.tsv", [LAYOUTS["qqp"][1], *LAYOUTS["qqp"][2]])
-    capfd.readouterr()
+    messages()
     assert GLUE("qqp", folder).load_splits()["train"]["text"][:] == ['what is "a?', "c?", "e?"]
-    assert "train.tsv: lines left out for not having 6 fields: 1" in "".join(capfd.readouterr())
+    assert "train.tsv: lines left out for not having 6 fields: 1" in messages()
 
 
 def test_an_unknown_task_and_a_folder_without_it_are_refused_at_once(tmp_path):

@@ -93,6 +93,15 @@ def test_a_file_of_weights_that_is_not_there_is_refused_before_training():
         trainer(GeoLoRACallback()).fit(task(checkpoint_path="nowhere.safetensors"), Digits())
 
 
+def test_weights_that_cannot_be_fetched_are_told_in_one_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    unknown = {"pretrained_cfg_overlay": {"hf_hub_id": "nobody/has-this", "url": ""}}  # in no cache
+    with pytest.raises(
+        ValueError, match=r"model_name='vit_tiny_patch16_224': its weights cannot be fetched: .*as checkpoint_path"
+    ):
+        ImageClassification("vit_tiny_patch16_224", model_args=unknown, num_classes=3).configure_model()
+
+
 def test_any_timm_model_knows_its_head():
     for name, heads in (("resnet18", ("fc",)), ("deit_tiny_distilled_patch16_224", ("head", "head_dist"))):
         assert head_names(timm.create_model(name)) == heads

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import gc
 import pickle
@@ -7,8 +8,18 @@ import pytest
 import torch
 from reference import best_of_rank, one_layer
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, inject_adapters, parameter_groups
+from geolora_pl import (
+    AdapterConfig,
+    GeoLoRAWarning,
+    RankAdaptiveIntegrator,
+    RiemannianAdam,
+    inject_adapters,
+    parameter_groups,
+)
+from geolora_pl.functional import orthonormality_defect
+from geolora_pl.optim import _owners
 
 
 def two_shapes(**settings):
@@ -21,7 +32,7 @@ def two_shapes(**settings):
 
 def backward(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, 8, generator=generator)
+    x = torch.randn(16, 8, generator=generator).to(next(model.parameters()).dtype)
     model.zero_grad()
     nn.functional.cross_entropy(model(x), torch.arange(16) % 3).backward()
 
@@ -383,3 +394,101 @@ def test_bad_settings_are_refused_by_name_and_value(settings, message):
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="no adapters: inject_adapters"):
         RankAdaptiveIntegrator(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("on_nonfinite", "waits"), [("skip", False), ("raise", True)])
+def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, on_nonfinite, waits):
+    """Fake tensors have no values, so that whatever asks for one fails."""
+    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
+    monkeypatch.setattr("geolora_pl.optim._owners", _owners.__wrapped__)  # a cache that outlives the fake tensors
+    with FakeTensorMode():
+        model, _, integrator = two_shapes(adapt_every=3, on_nonfinite=on_nonfinite)
+        optimizer = RiemannianAdam(model, weight_decay=0.1)
+
+        def step():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                loss = model(torch.randn(16, 8)).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            return integrator.step(optimizer)
+
+        if not waits:
+            assert not step()
+            assert not step()
+        with pytest.raises(DataDependentOutputException):
+            step()
+
+
+@pytest.mark.parametrize("geometry", ["rowwise", "isotropic", "spectral", "entrywise"])
+@pytest.mark.parametrize("place", ["adapter", "head"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, geometry, place, value, first, dtype):
+    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
+    model, adapters, integrator = two_shapes(adapt_every=2)
+    model.to(dtype)
+    optimizer = RiemannianAdam(model, lr=0.1, weight_decay=0.1, geometry=geometry)
+    if not first:
+        train(model, integrator, optimizer, 1)
+    before = snapshot(model, optimizer)
+    backward(model, 99)
+    (adapters["2"].K if place == "adapter" else model[5].weight).grad[0, 0] = value
+    optimizer.step()
+    if first:
+        assert not integrator.step(optimizer)
+    else:
+        with pytest.warns(GeoLoRAWarning, match="1 optimizer steps were skipped whole"):
+            assert not integrator.step(optimizer), "a step that was skipped does not count"
+    after = snapshot(model, optimizer)
+    if first:  # there is a state now, of zeros
+        assert not any(value.any() for value in after[len(before) :])
+    assert_same(after[: len(before)], before)
+    with pytest.warns(GeoLoRAWarning) if first else contextlib.nullcontext():
+        train(model, integrator, optimizer, 2)
+    assert integrator.skipped_steps == 1
+    assert integrator.total_steps == (2 if first else 3)
+
+
+def test_the_room_for_columns_changes_nothing_but_the_room():
+    """With more columns than the ranks ever need, a run is the same; and so it is when ranks cross a multiple of 8."""
+    runs = []
+    for max_rank in (16, 24, 40):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 40)).double()
+        adapters = inject_adapters(model, AdapterConfig(init_rank=3, max_rank=max_rank, target_modules=["0", "2"]))
+        for adapter in adapters.values():
+            generator = torch.Generator().manual_seed(adapter.in_features)
+            with torch.no_grad():
+                for basis in (adapter.U, adapter.V):
+                    basis[:, :3] = torch.linalg.qr(torch.randn(len(basis), 3, generator=generator).double()).Q
+        integrator = RankAdaptiveIntegrator(model, tau=0.035, adapt_every=2)
+        optimizer = RiemannianAdam(model, lr=1.0)
+        ranks = []
+        for t in range(14):
+            generator = torch.Generator().manual_seed(t)
+            x = torch.randn(64, 40, generator=generator).double()
+            optimizer.zero_grad()
+            (model(x) - x.roll(1, 1)).square().mean().backward()
+            optimizer.step()
+            integrator.step(optimizer)
+            ranks.append(list(integrator.ranks().values()))
+        runs.append((ranks, [adapter.delta_weight().detach() for adapter in adapters.values()]))
+    lowest, highest = min(map(min, runs[0][0])), max(map(max, runs[0][0]))
+    assert lowest <= 8 < highest < 16
+    for ranks, updates in runs[1:]:
+        assert ranks == runs[0][0]
+        for a, b in zip(updates, runs[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_min_rank_may_ask_for_more_columns_than_are_live():
+    _, adapter, integrator = one_layer(40, 30, 2, 24, min_rank=20)
+    with torch.no_grad():
+        adapter.K[:, :2].normal_()
+    integrator.retract()
+    assert adapter.rank == 20
+    for basis in (adapter.U, adapter.V):
+        assert orthonormality_defect(basis) < 1e-12

@@ -123,11 +123,11 @@ def test_token_ids_are_made_once_whatever_the_blocks(tmp_path, texts, monkeypatc
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 3
 
 
-def test_the_hub_gives_the_same_and_empty_rows_are_left_out_and_counted(tmp_path, texts, capfd):
+def test_the_hub_gives_the_same_and_empty_rows_are_left_out_and_counted(tmp_path, texts, messages):
     datasets.Dataset.from_dict({"text": ["", *TEXTS, " \n"]}).to_parquet(tmp_path / "hub" / "train.parquet")
     hub, files = LanguageHub(str(tmp_path / "hub")), LanguageFiles(texts)
     assert hub.load_splits()["train"][:] == files.load_splits()["train"][:]
-    assert "train: rows left out, where text is empty: 2" in "".join(capfd.readouterr())
+    assert "train: rows left out, where text is empty: 2" in messages()
     datasets.Dataset.from_dict({"text": [""]}).to_parquet(tmp_path / "hub" / "train.parquet")
     with pytest.raises(ValueError, match="text is empty in every row"):
         LanguageHub(str(tmp_path / "hub")).load_splits()

@@ -1,73 +1,66 @@
-"""The README's snippets run and its commands exist."""
+"""The README's snippets run, its commands and tables are right, and what it promises is tested."""
 
 import importlib.util
 import re
-import shlex
-from pathlib import Path
+import sys
 
 import pytest
+from pages import ROOT, blocks, commands, quiet_trainers, understood
 
-from geolora_pl.cli import main
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+PAGE = ROOT / "README.md"
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about loaders without workers
 def test_the_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
-    from lightning.pytorch import Trainer
-
-    original = Trainer.__init__
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    monkeypatch.setattr(Trainer, "__init__", lambda self, **kwargs: original(self, **{**quiet, **kwargs}))
+    quiet_trainers(monkeypatch)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    snippets = blocks("python")
-    assert len(snippets) == 6
+    snippets = blocks(PAGE, "python")
+    assert len(snippets) == 2
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
-    assert set(names["integrator"].ranks()) == {"0"}
+    assert set(names["callback"].integrator.ranks()) == {"body.0", "body.2"}
 
 
 def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
     makefile = (ROOT / "Makefile").read_text()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 14
-    for program, *arguments in commands:
+    monkeypatch.setattr(sys, "argv", ["geolora_pl"])
+    calls = commands(PAGE, tmp_path)
+    assert len(calls) == 15
+    for program, *arguments in calls:
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
-            continue
-        assert arguments[:2] == ["-m", "geolora_pl"]
-        if arguments[2] in {"export", "ranks"}:  # understood, but for the checkpoint that is not there
-            with pytest.raises(SystemExit) as stop:
-                main(arguments[2:])
-            assert "last.ckpt' is no file" in capfd.readouterr().err
-            continue
-        with pytest.raises(SystemExit) as stop:
-            main([*arguments[2:], "--print_config"])
-        assert stop.value.code == 0, capfd.readouterr().err
+        elif program == "source":
+            assert arguments == [".venv/bin/activate"]
+        else:
+            assert arguments[arguments.index("geolora_pl") - 1] == "-m"
+            understood(arguments[arguments.index("geolora_pl") + 1 :], capfd)
 
 
-@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: re.search(r"data\.(\w+)", block)[1])
-def test_the_yaml_for_own_data_is_a_configuration(block, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("block", blocks(PAGE, "yaml"), ids=lambda block: re.search(r"data\.(\w+)", block)[1])
+def test_the_yaml_for_own_data_is_a_configuration_of_ten_lines(block, tmp_path, monkeypatch, capfd):
+    assert len(block.splitlines()) <= 10
     (tmp_path / "own.yaml").write_text(block)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", "own.yaml", "--print_config"])
-    assert stop.value.code == 0, capfd.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["geolora_pl"])
+    understood(["fit", "--config", "own.yaml"], capfd)
 
 
-def test_the_promised_tests_exist():
-    promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
-    assert len(promised) >= 10
+def test_there_are_three_kinds_of_own_data():
+    assert len(blocks(PAGE, "yaml")) == 3
+
+
+@pytest.mark.parametrize(("page", "least"), [(PAGE, 15), (ROOT / "docs/promises.md", 40)], ids=["README", "promises"])
+def test_the_promised_tests_exist(page, least):
+    text = page.read_text()
+    promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(promised) >= least
     for file, name in promised:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+    for tool in re.findall(r"`python (tools/\w+\.py)`", text):
+        assert (ROOT / tool).is_file()
 
 
 def test_the_tables_are_those_of_the_committed_results():

@@ -151,10 +151,10 @@ def test_categories_of_pandas_are_what_they_stand_for(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "missing"), [(".csv", ""), (".tsv", ""), (".jsonl", None), (".parquet", None)])
-def test_a_missing_text_is_an_empty_one_and_said(tmp_path, capfd, suffix, missing):
+def test_a_missing_text_is_an_empty_one_and_said(tmp_path, messages, suffix, missing):
     file = write(tmp_path / f"train{suffix}", text=["a", missing, missing], label=["x", "y", "x"])
     assert TextFiles(file).load_splits()["train"]["text"][:] == ["a", "", ""]
-    assert f"train{suffix}: text is empty in 2 rows, row 2 first" in "".join(capfd.readouterr())
+    assert f"train{suffix}: text is empty in 2 rows, row 2 first" in messages()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
@@ -186,12 +186,12 @@ def test_a_json_file_that_is_one_list_is_told_its_form(tmp_path, content):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_regression_that_nobody_asked_for_is_said_with_what_to_do(tmp_path, capfd, suffix):
+def test_a_regression_that_nobody_asked_for_is_said_with_what_to_do(tmp_path, messages, suffix):
     file = write(tmp_path / f"train{suffix}", text=["a", "b", "c"], label=[0.0, 1.0, 1.0])
     for regression, said in ((None, True), (True, False), (False, False)):
         TextFiles(file, regression=regression).load_splits()
         message = "label holds numbers with decimals, so this is a regression; set regression: false"
-        assert (message in "".join(capfd.readouterr())) == said
+        assert (message in messages()) == said
 
 
 def test_an_unknown_label_of_another_split_is_refused_with_its_row(tmp_path, train):
@@ -253,6 +253,20 @@ def test_the_part_held_out_keeps_the_shares_of_the_classes_and_depends_on_the_se
     assert not [ids for ids in val if ids in train]
     assert texts_of(0) == [train, val]
     assert texts_of(1) != [train, val]
+
+
+def test_a_source_of_ones_own_may_give_plain_indices_as_labels(tmp_path):
+    class Own(TextDataModule):
+        class_names = tuple("abcdefghijk")
+
+        def load_splits(self):
+            rows = [{"text": "good", "label": index} for index in range(11) for _ in range(10 + 10 * (index == 2))]
+            return {"train": datasets.Dataset.from_list(rows)}
+
+    data = attach(Own(val_fraction=0.2, cache_dir=str(tmp_path)))
+    shares = [2 + 2 * (index == 2) for index in range(11)]
+    assert np.bincount(data.splits["val"]["label"][:]).tolist() == shares
+    assert data.class_counts == [4 * share for share in shares]
 
 
 @pytest.mark.parametrize(

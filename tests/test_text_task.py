@@ -91,9 +91,9 @@ def test_the_model_starts_as_the_pretrained_one_and_in_training_mode(model):
     assert module(batch()).shape == (3, 3)
 
 
-def test_fit_says_what_is_new_and_nothing_of_the_libraries_own(model, texts, capfd):
+def test_fit_says_what_is_new_and_nothing_of_the_libraries_own(model, texts, messages):
     trainer(GeoLoRACallback(), max_steps=1).fit(TextClassification(model), data(texts))
-    said = "".join(capfd.readouterr())
+    said = messages()
     assert f"{model} has no weights for classifier: initialised at random" in said
     assert not re.search("LOAD REPORT|MISSING|newly initialized|Loading weights", said)
 
@@ -235,7 +235,7 @@ def test_two_processes_give_every_text_exactly_once_an_epoch_in_a_new_order(tmp_
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_default_targets_can_be_changed_and_fall_back_to_all_linear_layers(tmp_path, model, capfd):
+def test_default_targets_can_be_changed_and_fall_back_to_all_linear_layers(tmp_path, model, messages):
     class Queries(TextClassification):
         def default_targets(self):
             return ["query"]
@@ -253,7 +253,7 @@ def test_default_targets_can_be_changed_and_fall_back_to_all_linear_layers(tmp_p
     flat = TextClassification("flat", num_classes=2)
     flat.model = nn.ModuleDict({"body": nn.Linear(4, 4), "score": nn.Linear(4, 2)})
     assert flat.default_targets() == "all-linear"
-    assert "flat has no numbered blocks: every linear layer but the head is adapted" in "".join(capfd.readouterr())
+    assert "flat has no numbered blocks: every linear layer but the head is adapted" in messages()
 
 
 def test_the_precision_of_the_file_is_not_that_of_the_run(tmp_path):

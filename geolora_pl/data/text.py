@@ -66,6 +66,12 @@ class TextDataModule(TokenDataModule):
         """A batch padded to its longest text."""
         return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
 
+    def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
+        """Split training texts into ``train`` and ``val``; plain indices will do as classes."""
+        if not self.is_regression and not isinstance(texts.features["label"], datasets.ClassLabel):
+            texts = texts.cast_column("label", datasets.ClassLabel(names=self.class_names))
+        return super().hold_out(texts)
+
     def stratify_by(self, texts: datasets.Dataset) -> str | None:
         """The labels, where they are classes.
 

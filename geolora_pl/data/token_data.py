@@ -87,7 +87,7 @@ class TokenDataModule(L.LightningDataModule):
         splits = self.load_splits()
         self.check_limit(splits, tokenizer, limit)
         if "train" in splits and not _of_kind("val", splits):
-            splits |= self._hold_out(splits["train"])
+            splits |= self.hold_out(splits["train"])
         to_predict = splits.get("predict", splits.get("test"))
         if to_predict is not None and self.a_sample_is_a_text:
             columns = [name for name in to_predict.column_names if name != "label"]
@@ -104,7 +104,8 @@ class TokenDataModule(L.LightningDataModule):
             raise ValueError(f"max_length={limit} is more than the {positions} positions of the model")
         return limit
 
-    def _hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
+        """Split training texts into ``train`` and ``val``."""
         count = round(self.val_fraction * len(texts))
         stratify = self.stratify_by(texts)
         try:

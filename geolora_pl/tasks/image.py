@@ -102,6 +102,11 @@ class ImageClassification(GeoLoRAModule):
             raise ValueError(
                 f"model_args={self.model_args!r} do not suit model_name={self.model_name!r}: {error}; drop or mend them"
             ) from error
+        except OSError as error:  # of the hub, with or without a connection
+            raise ValueError(
+                f"model_name={self.model_name!r}: its weights cannot be fetched: {' '.join(str(error).split())} Check "
+                "the connection, or name a file on this machine as checkpoint_path"
+            ) from error
         if self.checkpoint_path is not None:
             load_backbone(model, self.checkpoint_path)
         # From now on the weights are in the checkpoints, which must load where neither file nor hub is at hand.
@@ -111,7 +116,7 @@ class ImageClassification(GeoLoRAModule):
     def save_model(self, folder: Path) -> None:
         """Write weights and configuration as timm does, for ``timm.create_model``.
 
-        Either ``timm.create_model("local-dir:folder")``, or the model's own name and arguments with
+        Either ``timm.create_model("local-dir:folder", pretrained=True)``, or the model's own name and arguments with
         ``checkpoint_path="folder/model.safetensors"``.
         """
         names = {} if self.class_names is None else {"label_names": self.class_names}

@@ -1,0 +1,133 @@
+"""Models with random weights for measuring what a step costs: BERTs and ViTs of any size, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from image_tasks import WithLoss
+from tasks import Batch, Samples, Task
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from geolora_pl import AdapterConfig, inject_adapters
+from geolora_pl.tasks.text_models import block_linears, head_names
+
+BERTS = {"bert_tiny": (128, 2, 2), "minilm": (384, 6, 12), "bert_base": (768, 12, 12)}  # width, depth, heads
+VITS = tuple(f"vit_{size}" for size in ("tiny", "small", "base"))
+VOCABULARY = 30522
+CLASSES = 8
+BATCHES = 8  # that are trained on again and again
+STEPS = 10_000  # of the run that steps are taken from the middle of: cadence and AdaLoRA's phases depend on it
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured, and how.
+
+    Attributes:
+        name: Of the model, from ``BERTS`` or ``VITS``; a BERT of other ``sizes`` may have any.
+        rank: Allocated for each adapter.
+        batch_size: Texts or images a step.
+        length: Tokens a text; of no meaning for images.
+        device: ``cpu`` or ``cuda``.
+        precision: ``32`` or ``bf16-mixed``.
+        threads: Of the CPU.
+        sizes: Width, depth and heads of a BERT.
+    """
+
+    name: str
+    rank: int = 8
+    batch_size: int = 32
+    length: int = 64
+    device: str = "cpu"
+    precision: str = "32"
+    threads: int = 1
+    sizes: tuple[int, int, int] | None = None
+
+    @property
+    def of_images(self) -> bool:
+        return self.name in VITS
+
+    @property
+    def unit(self) -> str:
+        """What the throughput counts."""
+        return "images" if self.of_images else "tokens"
+
+    @property
+    def amount(self) -> int:
+        """So many of them a step."""
+        return self.batch_size * (1 if self.of_images else self.length)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+
+def load(setup: Setup, steps: int = STEPS) -> Task:
+    """The model, without dropout and with PyTorch's own attention, and a few batches that it can learn.
+
+    Args:
+        setup: Which model, and what is in a batch.
+        steps: Length of the run.
+    """
+    return _vit(setup, steps) if setup.of_images else _bert(setup, steps)
+
+
+def _bert(setup: Setup, steps: int) -> Task:
+    width, depth, heads = setup.sizes or BERTS[setup.name]
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=max(512, setup.length),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,
+    )
+
+    def make_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")  # type: ignore[no-any-return]
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(BATCHES * setup.batch_size) % CLASSES
+    words = torch.randint(VOCABULARY, (len(labels), setup.length), generator=generator)
+    words[:, ::8] = words[:, ::8] // CLASSES * CLASSES + labels[:, None]  # every eighth word tells the class
+    words = words.clamp_max(VOCABULARY - 1)
+    model = make_model(0)
+    inputs = {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}
+    return _task(setup, steps, make_model, inputs, block_linears(model), head_names(model))
+
+
+def _vit(setup: Setup, steps: int) -> Task:
+    def make_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return WithLoss(timm.create_model(f"{setup.name}_patch16_224", num_classes=CLASSES))
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(BATCHES * setup.batch_size) % CLASSES
+    images = torch.randn(len(labels), 3, 224, 224, generator=generator)
+    images += torch.randn(CLASSES, 3, 1, 1, generator=generator)[labels]  # the colour tells the class
+    heads = ["model.head"]
+    targets = list(inject_adapters(make_model(0), AdapterConfig(modules_to_save=heads)))
+    return _task(setup, steps, make_model, {"images": images, "labels": labels}, targets, heads)
+
+
+def _task(
+    setup: Setup,
+    steps: int,
+    make_model: object,
+    inputs: dict[str, Tensor],
+    targets: Sequence[str],
+    heads: Sequence[str],
+) -> Task:
+    def batch(index: Sequence[int]) -> Batch:
+        return {name: values[list(index)] for name, values in inputs.items()}
+
+    samples = Samples(len(inputs["labels"]), batch)
+    size = setup.batch_size
+    return Task(setup.name, make_model, samples, samples, CLASSES, ["accuracy"], targets, heads, size, steps, 1e-3)

@@ -1,0 +1,191 @@
+"""What a step costs is measured as it is said to be: in turns, part by part, against the right bound."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+import adaptation_event
+import figures
+import growth
+import harness
+import memory
+import random_models
+import throughput
+import timing
+from methods import LoRA
+from random_models import BERTS, Setup
+from tasks import on
+
+TINY = Setup("bert", rank=2, batch_size=8, length=8, sizes=(32, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path, monkeypatch):
+    """Nothing is written over what is committed; a small vocabulary, or the table of words is the whole cost."""
+    monkeypatch.setattr(throughput, "RESULTS", tmp_path)
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    monkeypatch.setattr(random_models, "VOCABULARY", 64)
+
+
+def tiny_training(name, setup=TINY):
+    task = random_models.load(setup)
+    return timing.start(setup, task, timing.compared(setup.rank)[name], name), next(task.batches(0))
+
+
+def test_a_model_is_the_size_it_is_called_by(monkeypatch):
+    monkeypatch.setattr(random_models, "VOCABULARY", 30522)
+    model = random_models.load(Setup("minilm")).make_model(0)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(22.7e6, rel=0.01)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    assert len(random_models.load(replace(TINY, sizes=(64, 3, 2))).targets) == 6 * 3
+
+
+def test_a_vit_is_adapted_in_its_blocks():
+    setup = Setup("vit_tiny", batch_size=1)
+    task = random_models.load(setup)
+    assert len(task.targets) == 4 * 12
+    assert next(task.batches(0))["images"].shape == (1, 3, 224, 224)
+    assert (setup.unit, setup.amount, TINY.unit, TINY.amount) == ("images", 1, "tokens", 64)
+
+
+def test_the_classes_can_be_told_apart():
+    batch = next(random_models.load(TINY).batches(0))
+    assert torch.equal(batch["input_ids"][:, 0] % random_models.CLASSES, batch["labels"])
+
+
+def test_equal_rank_is_equal_columns():
+    for name, columns in (("geolora", 2), ("defaults", 16), ("lora", 2), ("adalora", 3)):
+        training, _ = tiny_training(name)
+        sizes = {p.shape for key, p in training.model.named_parameters() if ".K" in key or "lora_A" in key}
+        assert {min(size) for size in sizes} == {columns}, name
+
+
+def test_in_a_room_for_64_columns_6_stay_live():
+    training, batch = tiny_training("room")
+    for number in range(3):
+        training.model(**batch).loss.backward()
+        training.optimizer.step()
+        training.after_step(number)
+    assert set(training.ranks()) == {6}
+
+
+def test_the_bound_goes_down_to_the_first_layer_and_trains_the_head_alone():
+    training, batch = tiny_training("bound")
+    inputs = []
+    layer = training.model.bert.encoder.layer[0].attention.self.query
+    layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    training.model(**batch).loss.backward()
+    assert inputs[0].grad.norm() > 0
+    trained = {name for name, p in training.model.named_parameters() if p.grad is not None}
+    assert trained == {f"{part}.{kind}" for part in ("bert.pooler.dense", "classifier") for kind in ("weight", "bias")}
+
+
+def test_every_part_of_a_step_is_in_its_time(monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0])
+    monkeypatch.setattr(harness, "now", lambda: next(ticks))
+    training, batch = tiny_training("lora")
+    before = [p.clone() for p in training.model.parameters()]
+    found = timing.step(TINY, training, on("cpu", batch), 0)
+    assert [found[part] for part in timing.PARTS] == [1.0, 2.0, 3.0, 4.0]
+    assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters(), strict=True))
+
+
+def test_methods_take_turns_in_changing_order_on_the_same_batches(monkeypatch):
+    taken = []
+    monkeypatch.setattr(timing, "step", lambda setup, training, batch, number: taken.append((training, number)) or {})
+    task = random_models.load(TINY)
+    methods = ("a", "b", "c")
+    assert len(list(timing.turns(TINY, dict(zip(methods, methods, strict=True)), task.batches(0), range(6)))) == 6
+    rounds = [[name for name, number in taken if number == n] for n in range(6)]
+    assert all(sorted(of_round) == ["a", "b", "c"] for of_round in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+
+
+def steps(seconds, adaptation=()):
+    times = [{"forward": s, "backward": 0.0, "optimizer": 0.0, "adaptation": 0.0} for s in seconds]
+    for number, more in adaptation:
+        times[number]["adaptation"] = more
+    return times
+
+
+def test_ratios_are_pair_by_pair_and_an_adaptation_is_spread_over_its_steps():
+    slow = [1.0, 2.0] * 10  # what else the machine does meets both alike
+    found = timing.summary(
+        {"geolora": steps([1.5 * s for s in slow], [(9, 5.0), (19, 5.0)]), "lora": steps(slow)}, amount=100
+    )
+    assert found["geolora"]["adaptation"] == pytest.approx(500)
+    assert found["geolora"]["over"]["lora"] == pytest.approx([1.75, 1.875, 2.0])
+    assert found["geolora"]["share"] == pytest.approx(0.5 / 2.75, abs=1e-4)
+    assert found["lora"]["a_second"] == pytest.approx(100 / 1.5, abs=0.1)
+
+
+def test_a_command_gives_tables_targets_and_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(BERTS, "bert_tiny", TINY.sizes)
+    threads = torch.get_num_threads()
+    arguments = "step memory loss --model bert_tiny --methods geolora lora bound --batch_size 8 --length 8 --rounds 10"
+    monkeypatch.setattr(memory, "peaks", lambda setup, methods: dict.fromkeys(methods, 1.0))
+    throughput.main([*arguments.split(), "--steps", "20", "--loss", "100", "--threads", str(threads)])
+    written = json.loads((tmp_path / "throughput_bert_tiny.json").read_text())
+    (record,) = written["results"]
+    assert (
+        written["command"] == f"python benchmarks/throughput.py {arguments} --steps 20 --loss 100 --threads {threads}"
+    )
+    assert list(record["step"]) == ["geolora", "lora", "bound"]
+    assert record["loss"]["lora"]["steps"] == random_models.BATCHES  # the mean of a pass
+    assert "bound" not in record["loss"]
+    assert all(len(row) == len(throughput.HEADER) for row in throughput.rows(record))
+    assert [row[0] for row in throughput.judged(record, "geolora")] == [
+        "geolora: step over frozen",
+        "geolora: step over LoRA",
+        "geolora: memory over LoRA",
+        "geolora: part of the adaptation",
+    ]
+    assert "memory over LoRA" in capsys.readouterr().out
+    assert (tmp_path / "throughput_bert_tiny.svg").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--rounds 15", "--rounds 0", "speed"])
+def test_a_wrong_argument_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(arguments.split())
+    assert "must be a multiple of 10" in (said := capsys.readouterr().err) or "choose of step" in said
+
+
+def test_the_loss_that_is_never_reached():
+    task = random_models.load(TINY, steps=10)
+    found = timing.time_to_loss(TINY, task, {"lora": LoRA()}, 1e-9)
+    assert found["lora"]["steps"] is None
+    assert found["lora"]["loss"] > 1
+
+
+def test_memory_is_that_of_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(memory, "REPEATS", 1)
+    ours = torch.ones(75_000_000)  # 300 MB
+    setup = replace(TINY, length=256, batch_size=32)
+    assert 20 < memory.peaks(setup, {"lora": LoRA()})["lora"] < 4e-6 * ours.numel()
+
+
+def test_both_ways_of_an_adaptation_do_the_same():
+    found = adaptation_event.measure("cpu", rounds=2, depth=1, max_rank=4)
+    assert found["adapters"] == 6
+    assert found["rank"] > 1
+    assert found["ratio"][1] > 0
+
+
+def test_what_grows_is_drawn(tmp_path, monkeypatch):
+    for name, sizes in (("SIZES", (64, 1, 1)), ("WIDTHS", (64, 128)), ("DEPTHS", (1, 2)), ("RANKS", (2, 8))):
+        monkeypatch.setattr(growth, name, sizes)
+    monkeypatch.setattr(growth, "BATCHES", (8, 16))
+    records = growth.measure(TINY, rounds=10)
+    assert [(r["grows"], r["size"]) for r in records] == [
+        *(("width", 64), ("width", 128), ("depth", 1), ("depth", 2)),
+        *(("rank", 2), ("rank", 8), ("batch", 8), ("batch", 16)),
+    ]
+    growth.draw(records)
+    assert (tmp_path / "throughput.svg").stat().st_size > 10_000
