@@ -108,19 +108,19 @@ def spread(quartiles: Sequence[float] | None) -> str:
     return f"{middle:.3f}" if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def draw(record: Record) -> None:
-    """Parts of a step as stacked bars."""
+def draw(record: Record, name: str) -> None:
+    """Parts of a step as stacked bars, into the figure of that name."""
     figure, (ax,) = figures.panels(1)
-    found, model = record["step"], record["setup"]["name"]
-    names = list(found)[::-1]
-    left = [0.0] * len(names)
+    found = record["step"]
+    methods = list(found)[::-1]
+    left = [0.0] * len(methods)
     for part in timing.PARTS:
-        width = [found[name][part] for name in names]
-        ax.barh(names, width, left=left, label=part)
+        width = [found[method][part] for method in methods]
+        ax.barh(methods, width, left=left, label=part)
         left = [a + b for a, b in zip(left, width, strict=True)]
-    ax.set(xlabel="milliseconds a step", title=model)
+    ax.set(xlabel="milliseconds a step", title=record["setup"]["name"])
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figures.save(figure, f"throughput_{model}")
+    figures.save(figure, f"throughput_{name}")
 
 
 def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str) -> None:
@@ -144,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["step"], help=f"some of {', '.join(WHAT)}; by default step")
     parser.add_argument("--model", choices=(*BERTS, *VITS), default="minilm")
+    parser.add_argument("--name", help="of the file of results; by default the model's")
     parser.add_argument("--methods", nargs="+", choices=list(timing.compared(8)), default=list(timing.compared(8)))
     parser.add_argument("--rank", type=int, nargs="+", default=[8], help="columns allocated for each adapter")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[32])
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rank, batch_size, length in product(args.rank, args.batch_size, lengths):
             setup = Setup(args.model, rank, batch_size, length, **kept)
             records.append(record := cost(setup, args.what, args))
-            save(args.model, records, given)
+            save(args.name or args.model, records, given)
             title = f"{args.model}, rank {rank}, {batch_size} x {length or 'images'}, {args.device} {args.precision}"
             if "step" in record:
                 show(HEADER, rows(record), title)
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if lines:
                 show(["", "found", "target", "met"], lines, title)
         if "step" in records[0]:
-            draw(records[0])
+            draw(records[0], args.name or args.model)
     if "event" in args.what:
         event = adaptation_event.measure(args.device, args.rounds)
         save("event", event, given)
