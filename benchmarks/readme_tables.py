@@ -69,9 +69,9 @@ def matrix_table() -> str:
     return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results))
 
 
-def throughput_table(model: str) -> str:
+def throughput_table(name: str) -> str:
     """What a step costs: the first of the setups that were measured."""
-    results = json.loads((RESULTS / f"throughput_{model}.json").read_text())["results"]
+    results = json.loads((RESULTS / f"throughput_{name}.json").read_text())["results"]
     return markdown(throughput.HEADER, throughput.rows(results[0]))
 
 
@@ -110,7 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "event": event_table,
     "layouts": lambda: products_table("layouts", products.LAYOUTS),
     "forms": lambda: products_table("forms", products.FORMS),
-    **{f"throughput_{model}": lambda model=model: throughput_table(model) for model in (*BERTS, *VITS)},
+    **{f"throughput_{name}": lambda name=name: throughput_table(name) for name in (*BERTS, *VITS, "minilm_one_thread")},
 }
 
 
