@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,17 +90,29 @@ class FusedLinear(torch.autograd.Function):
         dx = of_bias = of_K = of_L = None
         with exact_products(x.device):  # a backward pass may be run inside autocast
             A, B = (factor.to(x.dtype) for factor in factored(U, S, V, K, L))
-            rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            coordinates = A[:, rank if ctx.merged else 0 :].mT @ dy.mT  # the last of them are U^T dy^T
+            rows, dy = _in_parts(x), _in_parts(dy)
+            coordinates = _thin(A[:, rank if ctx.merged else 0 :], dy)  # the last of them are U^T dy^T
             if needs_x and ctx.merged:
                 dx = dy @ torch.addmm(weight, A, B.mT, alpha=ctx.alpha)
             elif needs_x:
-                dx = torch.addmm(dy @ weight, coordinates.mT, B.mT, alpha=ctx.alpha)
+                dx = torch.baddbmm(dy @ weight, coordinates.mT, B.mT.expand(len(dy), -1, -1), alpha=ctx.alpha)
             if needs_K:
-                of_K = ctx.alpha * ((B[:, :rank].mT @ rows.mT) @ dy).mT.to(K.dtype)
+                of_K = ctx.alpha * (_thin(B[:, :rank], rows) @ dy).sum(0).mT.to(K.dtype)
             if needs_L:
-                of_L = project_out(ctx.alpha * (coordinates[-rank:] @ rows).mT.to(L.dtype), V)
+                of_L = project_out(ctx.alpha * (coordinates[:, -rank:] @ rows).sum(0).mT.to(L.dtype), V)
             if needs_bias:
-                of_bias = dy.sum(0)
+                of_bias = dy.sum((0, 1))
         dx = dx if dx is None else dx.view(x.shape)
         return dx, None, of_bias, None, None, None, of_K, of_L, None, None
+
+
+def _in_parts(x: Tensor) -> Tensor:
+    """Rows (T, n) as (parts, T / parts, n): BLAS shares out a batch to all cores, but not a product that is thin."""
+    count = x.shape[:-1].numel()
+    parts = math.gcd(count, 8)
+    return x.reshape(parts, count // parts, x.shape[-1])
+
+
+def _thin(basis: Tensor, x: Tensor) -> Tensor:
+    """Coordinates (parts, w, rows) of the rows of x (parts, rows, n) in a basis (n, w)."""
+    return torch.bmm(basis.mT.expand(len(x), -1, -1), x.mT)
