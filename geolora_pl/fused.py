@@ -45,8 +45,8 @@ def pays_to_merge(x: Tensor, weight: Tensor, U: Tensor) -> bool:
     r"""Whether one merged weight a step is cheaper than the update beside it, and as exact.
 
     For T rows of ``x``, merged takes ``4 w m n`` operations more than the base in the forward and in the backward,
-    beside ``4 w T (m + n)`` in each; on a CPU both were measured to take equal time where these are equal. In low
-    precision the small update would be rounded away in the sum, and a GPU may form float32 products in TF32.
+    beside ``4 w T (m + n)`` in each (``benchmarks/products.py`` measures both). In low precision the small update would
+    be rounded away in the sum, and a GPU may form float32 products in TF32.
     """
     m, n = weight.shape
     exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and x.device.type == "cpu")
