@@ -12,34 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geolora_pl.config import AdapterConfig
-from geolora_pl.functional import computed_columns, factored, project_out
-from geolora_pl.fused import fused_linear
+from geolora_pl.functional import computed_columns
+from geolora_pl.fused import fused_linear, tangent_factored
 from geolora_pl.precision import autocast_dtype, exact_products, working_dtype
 
+_LINEAR = nn.Linear.forward  # of torch itself, should somebody patch the class
 FACTORS = ("U", "S", "V", "K", "L")
-
-
-class _TangentGradient(torch.autograd.Function):
-    """Identity whose backward removes from the gradient of L its part in the span of V.
-
-    The gradients of K and L both contain ``U U^T G V V^T``. Without this projection a step would take that part
-    twice, and Algorithm 1 would be missed by exactly it. Here it acts before clipping, reduction and moments.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, L: Tensor, V: Tensor) -> Tensor:
-        ctx.save_for_backward(V)
-        return L.view_as(L)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (V,) = ctx.saved_tensors
-        with exact_products(V.device):  # a backward pass may be run inside autocast
-            return project_out(grad_outputs[0], V), None
-
-
-def _with_tangent_gradient(L: Tensor, V: Tensor) -> Tensor:
-    return _TangentGradient.apply(L, V)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # So that an optimizer that is given bare parameters can tell which of them are K and L of one adapter.
@@ -179,8 +157,7 @@ class GeoLoRALayer(nn.Module):
         return U[:, :columns], S[:columns, :columns], V[:, :columns], K[:, :columns], L[:, :columns]
 
     def _factored(self) -> tuple[Tensor, Tensor]:
-        U, S, V, K, L = self._live_factors()
-        return factored(U, S, V, K, _with_tangent_gradient(L, V))
+        return tangent_factored(*self._live_factors())
 
     def delta_weight(self) -> Tensor:
         """The update of the weight as a matrix, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending part included."""
@@ -262,7 +239,7 @@ class GeoLoRALinear(GeoLoRALayer):
         """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
         base = self.base
         return (
-            type(base).forward is nn.Linear.forward
+            type(base).forward is _LINEAR
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not base.weight.requires_grad

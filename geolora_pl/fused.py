@@ -13,17 +13,41 @@ from geolora_pl.functional import factored, project_out
 from geolora_pl.precision import exact_products
 
 
+class _TangentGradient(torch.autograd.Function):
+    """Identity whose backward removes from the gradient of L its part in the span of V.
+
+    The gradients of K and L both contain ``U U^T G V V^T``. Without this projection a step would take that part
+    twice, and Algorithm 1 would be missed by exactly it. Here it acts before clipping, reduction and moments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, L: Tensor, V: Tensor) -> Tensor:
+        ctx.save_for_backward(V)
+        return L.view_as(L)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (V,) = ctx.saved_tensors
+        with exact_products(V.device):  # a backward pass may be run inside autocast
+            return project_out(grad_outputs[0], V), None
+
+
+def tangent_factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of :func:`~geolora_pl.functional.factored`; the gradient of L gets no part in the span of V."""
+    return factored(U, S, V, K, _TangentGradient.apply(L, V))  # type: ignore[no-untyped-call]
+
+
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, ...], alpha: float) -> Tensor:
     r"""A frozen linear layer plus its update in tangent coordinates.
 
     .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
 
     The gradients are those of :class:`~geolora_pl.GeoLoRALinear`, to rounding: of U and S none, of L its part in the
-    span of V removed. Nothing but ``x`` is kept for them. K and L cost four thin products of a rank each, two of which
-    LoRA has as well; the rest of the update costs, by :func:`pays_to_merge`,
+    span of V removed. Of the activations nothing but ``x`` is kept for them. K and L cost four thin products, two of
+    which LoRA has as well; the rest of the update costs, by :func:`pays_to_merge`,
 
     * *merged*: one weight ``W_0 + alpha A B^T`` in the forward and one in the backward, or
-    * *beside*: the thin products ``(x B) A^T`` and ``(dy A) B^T``, added to the base's own results in place.
+    * *beside*: the thin products ``(x B) A^T`` and ``(dy A) B^T``, added to the base's own results.
 
     Thin products are formed as (rank, ...) matrices, in which BLAS is several times faster than in (..., rank) ones.
 
@@ -37,29 +61,33 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
     Returns:
         (..., m).
     """
-    merged = pays_to_merge(x, weight, factors[0])
-    return FusedLinear.apply(x, weight, bias, *factors, alpha, merged)  # type: ignore[no-any-return,no-untyped-call]
+    rows = x.reshape(-1, x.shape[-1])
+    merged = pays_to_merge(rows, weight, factors[0])
+    # Autograd lets nobody change a view that a function of its own made, so that the shape is given here.
+    y = FusedLinear.apply(rows, weight, bias, *factors, alpha, merged)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
 
 
-def pays_to_merge(x: Tensor, weight: Tensor, U: Tensor) -> bool:
-    r"""Whether one merged weight a step is cheaper than the update beside it, and as exact.
+def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
+    r"""Whether one merged weight a pass is cheaper than the update beside it, and as exact.
 
-    For T rows of ``x``, merged takes ``4 w m n`` operations more than the base in the forward and in the backward,
-    beside ``4 w T (m + n)`` in each (``benchmarks/products.py`` measures both). In low precision the small update would
-    be rounded away in the sum, and a GPU may form float32 products in TF32.
+    For T rows, merged takes ``4 w m n`` operations more than the base in the forward and in the backward, beside
+    ``4 w T (m + n)`` in each, of which merged saves all but a quarter in the backward (``benchmarks/products.py``
+    measures both). In low precision the small update would be rounded away in the sum, and a GPU may form float32
+    products in TF32.
     """
     m, n = weight.shape
-    exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and x.device.type == "cpu")
-    return exact and U.dtype == x.dtype and x.numel() // n * (m + n) > m * n
+    exact = rows.dtype == torch.float64 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
+    return exact and U.dtype == rows.dtype and len(rows) * (m + n) > m * n
 
 
 class FusedLinear(torch.autograd.Function):
-    """The forms of :func:`fused_linear`; the last argument chooses."""
+    """The forms of :func:`fused_linear` for rows (T, n); the last argument chooses."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         U: Tensor,
@@ -70,47 +98,45 @@ class FusedLinear(torch.autograd.Function):
         alpha: float,
         merged: bool,
     ) -> Tensor:
-        """y, as :func:`fused_linear` has it."""
-        ctx.save_for_backward(x, weight, U, S, V, K, L)
+        """(T, m)."""
+        ctx.save_for_backward(rows, weight, U, S, V, K, L)
         ctx.alpha, ctx.merged = alpha, merged
-        A, B = (factor.to(x.dtype) for factor in factored(U, S, V, K, L))
+        A, B = (factor.to(rows.dtype) for factor in factored(U, S, V, K, L))
         if merged:
-            return F.linear(x, torch.addmm(weight, A, B.mT, alpha=alpha), bias)
-        rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, weight, bias).addmm_(rows @ B, A.mT, alpha=alpha)
-        return y.view(*x.shape[:-1], len(weight))
+            return F.linear(rows, torch.addmm(weight, A, B.mT, alpha=alpha), bias)
+        return F.linear(rows, weight, bias).addmm_(rows @ B, A.mT, alpha=alpha)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x, bias, K and L."""
+        """The gradients of the rows, of bias, K and L."""
         (dy,) = grad_outputs
-        x, weight, U, S, V, K, L = ctx.saved_tensors
-        rank = U.shape[1]
-        needs_x, _, needs_bias, *_, needs_K, needs_L, _, _ = ctx.needs_input_grad
-        dx = of_bias = of_K = of_L = None
-        with exact_products(x.device):  # a backward pass may be run inside autocast
-            A, B = (factor.to(x.dtype) for factor in factored(U, S, V, K, L))
-            rows, dy = _in_parts(x), _in_parts(dy)
-            coordinates = _thin(A[:, rank if ctx.merged else 0 :], dy)  # the last of them are U^T dy^T
-            if needs_x and ctx.merged:
-                dx = dy @ torch.addmm(weight, A, B.mT, alpha=ctx.alpha)
-            elif needs_x:
-                dx = torch.baddbmm(dy @ weight, coordinates.mT, B.mT.expand(len(dy), -1, -1), alpha=ctx.alpha)
+        rows, weight, U, S, V, K, L = ctx.saved_tensors
+        w = U.shape[1]
+        needs_rows, _, needs_bias, *_, needs_K, needs_L, _, _ = ctx.needs_input_grad
+        of_rows = of_bias = of_K = of_L = None
+        with exact_products(rows.device):  # a backward pass may be run inside autocast
+            # The gradients are differentiable themselves, and again without a part of L in the span of V.
+            A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
+            x, dy = _in_parts(rows), _in_parts(dy)
+            coordinates = _thin(A[:, w if ctx.merged else 0 :], dy)  # the last of them are U^T dy^T
+            if needs_rows and ctx.merged:
+                of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=ctx.alpha)
+            elif needs_rows:
+                of_rows = torch.baddbmm(dy @ weight, coordinates.mT, B.mT.expand(len(dy), -1, -1), alpha=ctx.alpha)
             if needs_K:
-                of_K = ctx.alpha * (_thin(B[:, :rank], rows) @ dy).sum(0).mT.to(K.dtype)
+                of_K = ctx.alpha * (_thin(B[:, :w], x) @ dy).sum(0, dtype=K.dtype).mT
             if needs_L:
-                of_L = project_out(ctx.alpha * (coordinates[:, -rank:] @ rows).sum(0).mT.to(L.dtype), V)
+                of_L = project_out(ctx.alpha * (coordinates[:, -w:] @ x).sum(0, dtype=L.dtype).mT, V)
             if needs_bias:
                 of_bias = dy.sum((0, 1))
-        dx = dx if dx is None else dx.view(x.shape)
-        return dx, None, of_bias, None, None, None, of_K, of_L, None, None
+        of_rows = of_rows if of_rows is None else of_rows.view(rows.shape)
+        return of_rows, None, of_bias, None, None, None, of_K, of_L, None, None
 
 
-def _in_parts(x: Tensor) -> Tensor:
-    """Rows (T, n) as (parts, T / parts, n): BLAS shares out a batch to all cores, but not a product that is thin."""
-    count = x.shape[:-1].numel()
-    parts = math.gcd(count, 8)
-    return x.reshape(parts, count // parts, x.shape[-1])
+def _in_parts(rows: Tensor) -> Tensor:
+    """Rows (T, n) as (parts, T / parts, n): on a CPU, BLAS shares a batch out to the cores, but not a thin product."""
+    parts = math.gcd(len(rows), 8) if rows.device.type == "cpu" else 1
+    return rows.reshape(parts, len(rows) // parts, rows.shape[-1])
 
 
 def _thin(basis: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.moments import transport_moments
 from geolora_pl.plan import plan_retraction, stack
+from geolora_pl.precision import exact_products
 from geolora_pl.watch import OnNonfinite, StepWatch
 
 _REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
@@ -35,8 +36,8 @@ class RankAdaptiveIntegrator:
 
     A step whose gradients are not all finite is skipped whole, head and moments included (or refused, with
     ``on_nonfinite="raise"``): just before the optimizer's step the gradients of all its parameters are set to
-    ``None``. The integrator sees the steps of any torch optimizer that holds its adapters, from the first one on,
-    without being told.
+    ``None``, or on a GPU :class:`~geolora_pl.RiemannianAdam` leaves it out by itself. The integrator sees the steps of
+    any torch optimizer that holds its adapters, from the first one on, without being told.
 
     Where several processes train together (``torch.distributed`` is initialised), rank 0 decides every retraction and
     sends ranks and factors to the others in one message, so that all stay the same to the bit. They must hold the same
@@ -92,6 +93,8 @@ class RankAdaptiveIntegrator:
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
+        for layer in self.adapters.values():
+            layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
         if min_rank > (largest := max(layer.max_rank for layer in self.adapters.values())):
             raise ValueError(f"min_rank={min_rank} is above the largest max_rank, {largest}: lower it")
         self.tau = tau
@@ -143,17 +146,19 @@ class RankAdaptiveIntegrator:
         self.steps += new_steps
         self.total_steps += new_steps
         if self.steps >= self.adapt_every:
-            self._settle()
+            self.settle()
         if self.steps < self.adapt_every:
             return False
         self.retract(optimizer)
         return True
 
-    def _settle(self) -> None:
-        """Take back the count of steps that the device, as is known only now, has skipped."""
+    def settle(self) -> None:
+        """Take back the steps that a device, as is known only now, has skipped; waits for it."""
         skipped = self._watch.settle()
-        self.steps -= skipped
-        self.total_steps -= skipped
+        uncounted = min(skipped, self._watch.new_steps)
+        self._watch.new_steps -= uncounted
+        self.steps -= skipped - uncounted
+        self.total_steps -= skipped - uncounted
 
     def require_gradients(self) -> None:
         """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
@@ -183,12 +188,13 @@ class RankAdaptiveIntegrator:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
-        self._settle()
+        self.settle()
         state = {name: getattr(self, name) for name in _STATE}
         return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
+        self._watch.forget()
         for name in _STATE:
             setattr(self, name, state[name])
         self._watch.skipped_steps = state["skipped_steps"]
@@ -204,8 +210,12 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
-        self._settle()
+        self.settle()
         tau = self.tau if self.rank_changes else None
+        with exact_products(next(iter(self.adapters.values())).U.device):  # may be called inside autocast
+            self._retract(tau, optimizer)
+
+    def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
         for names, step in zip(plan.groups, plan.steps, strict=True):
             moved = [i for i, name in enumerate(names) if name in plan.ranks]

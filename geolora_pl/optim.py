@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
+from geolora_pl.precision import exact_products
 
 _CACHED = 2**18  # entries; measured from 2**15 to all, for 72 adapters of 768 and 3072 rows and 16 or 64 columns
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
@@ -92,8 +93,8 @@ class RiemannianAdam(Optimizer):
             given; ``entrywise``: Adam's division entry by entry, scaled to the same norm.
 
     Attributes:
-        found_inf: Set to a tensor just before a step, as a gradient scaler does for the optimizers it knows: the step
-            is taken where it is 0, and leaves weights and state alone where it is 1, without waiting for the device.
+        found_inf: Set to a tensor just before a step, as torch's gradient scaler does: the step is taken where it is 0,
+            and leaves weights and state alone where it is 1, without waiting for the device.
 
     Raises:
         ValueError: An argument is out of range, or no group holds adapters.
@@ -173,7 +174,8 @@ class RiemannianAdam(Optimizer):
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
                 for factors in _stackable((K, L) for K, L in pairs if K.grad is not None and L.grad is not None):
-                    self._step_adapters(factors, group, found_inf)
+                    with exact_products(factors[0].device):  # a step may be taken inside autocast
+                        self._step_adapters(factors, group, found_inf)
             else:
                 self._step_others([p for p in parameters if p.grad is not None], group, found_inf)
         return loss
@@ -197,7 +199,9 @@ class RiemannianAdam(Optimizer):
             scale = 1 / _pair_norms(direction.split(rows)).clamp_min(eps)
         elif group["geometry"] == "isotropic":
             squares = _pair_norms(G.split(rows)).square()
-            v = self._lerp(factors[::2], "exp_avg_sq", squares, [1] * len(squares), (1 - beta2) * taken)
+            seconds = self._states(factors[::2], "exp_avg_sq", squares.unbind())
+            v = torch.stack(seconds).lerp_(squares, (1 - beta2) * taken)
+            torch._foreach_copy_(seconds, list(v.unbind()))
             direction, scale = M, 1 / (bias1 * ((v / bias2).sqrt() + eps))
         elif group["geometry"] == "rowwise":
             ones = G.new_ones(G.shape[1])  # sums over rows are several times faster as products
@@ -254,7 +258,10 @@ class RiemannianAdam(Optimizer):
 
     def _steps(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Steps taken so far by each parameter, on its device."""
-        return self._states(parameters, "step", [p.new_zeros((), dtype=torch.float32) for p in parameters])
+        for parameter in parameters:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        return [self.state[parameter]["step"] for parameter in parameters]
 
     def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:
         """Steps taken by each parameter, with this one if it is taken, as a vector; at least 1."""
@@ -288,14 +295,7 @@ def _norm_of_ones(v: Tensor, owner: Tensor, adapters: int) -> Tensor:
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    r"""The nearest matrix with orthonormal columns and rows on the range of ``matrix``: ``P Q^T`` of its SVD.
-
-    Args:
-        matrix: (..., d, R); columns may be zero or dependent.
-
-    Returns:
-        (..., d, R), of the same rank, with every singular value one.
-    """
+    """``P Q^T`` of the SVD of a matrix (..., d, R): of the same rank, with every singular value one."""
     P, sigma, Qh = svd(matrix)
     rows, columns = matrix.shape[-2:]
     distinct = sigma > resolution(rows, columns, sigma.dtype) * sigma[..., :1]

@@ -20,7 +20,6 @@ from geolora_pl.optim import RiemannianAdam
 from geolora_pl.precision import working_dtype
 
 OnNonfinite = Literal["skip", "raise"]
-_LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class StepWatch:
@@ -60,7 +59,7 @@ class StepWatch:
         self.forget_decay()
         self._model = model
         self._without_gradient: set[str] = set()  # adapters already named
-        self._skipped_on_device: Tensor | None = None  # since the last settle
+        self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # whether a step was skipped, and its decay
         self._register()
 
     def _register(self) -> None:
@@ -90,18 +89,27 @@ class StepWatch:
         return taken
 
     def settle(self) -> int:
-        """Ask the device how many of the steps taken were skipped there, count them as skipped, and return it."""
-        if self._skipped_on_device is None:
+        """Ask the device which of the steps taken were skipped there, count them as skipped, and return how many."""
+        if not self._unsettled:
             return 0
-        skipped = int(self._skipped_on_device)
-        self._skipped_on_device = None
-        self.skipped_steps += skipped
-        if skipped:
+        flags: list[float] = torch.stack([found_inf for found_inf, _ in self._unsettled]).tolist()
+        for skipped, (_, decay) in zip(flags, self._unsettled, strict=True):
+            if not skipped:
+                self._decay_by(decay)
+        self._unsettled = []
+        count = round(sum(flags))
+        self.skipped_steps += count
+        if count:
             _warn(
-                f"{skipped} optimizer steps were skipped whole, for gradients that are not finite or so large that "
+                f"{count} optimizer steps were skipped whole, for gradients that are not finite or so large that "
                 "their squares are not; nothing has changed in them, and skipped_steps counts them"
             )
-        return skipped
+        return count
+
+    def forget(self) -> None:
+        """Forget the steps that nobody has taken up, as where another state is loaded."""
+        self.new_steps = 0
+        self._unsettled = []
 
     def forget_decay(self) -> None:
         """Start again from a decay of one."""
@@ -135,10 +143,10 @@ class StepWatch:
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        found_inf = None
         if self._can_skip_on_device(optimizer, parameters):
-            optimizer.found_inf = (~_below_limits(parameters).all()).to(torch.float32)  # type: ignore[attr-defined]
-            before = 0 if self._skipped_on_device is None else self._skipped_on_device
-            self._skipped_on_device = before + optimizer.found_inf  # type: ignore[attr-defined]
+            found_inf = (~_below_limits(parameters).all()).to(torch.float32)
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         elif (broken := _first_non_finite(parameters)) is not None:
             names = {id(parameter): name for name, parameter in self._model.named_parameters()}
             finite = bool(_values(broken).isfinite().all())
@@ -164,14 +172,28 @@ class StepWatch:
         if missing == trained:
             return
         self.new_steps += 1
+        decay = self._decay_of(optimizer)
+        if found_inf is None:
+            self._decay_by(decay)
+        else:
+            self._unsettled.append((found_inf, decay))
+
+    def _decay_of(self, optimizer: Optimizer) -> dict[str, float]:
+        """By what the step shrinks the updates, of those adapters that it does shrink."""
         adapter_names = {id(layer.K): name for name, layer in self.adapters.items()}
+        found = {}
         for group in optimizer.param_groups:
             decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
             if decay != 1.0:
                 for parameter in group["params"]:
                     adapter = adapter_names.get(id(parameter))
                     if adapter is not None and parameter.grad is not None:
-                        self.decay[adapter] *= decay
+                        found[adapter] = decay
+        return found
+
+    def _decay_by(self, decay: Mapping[str, float]) -> None:
+        for name, factor in decay.items():
+            self.decay[name] *= factor
 
     def _can_skip_on_device(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
         """Whether a step can be left out without knowing here that it is."""
@@ -237,9 +259,11 @@ def _values(parameter: nn.Parameter) -> Tensor:
 def _below_limits(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Whether the squares of each gradient have a finite sum; beyond it second moments break for good."""
     values = [_values(parameter) for parameter in parameters]
-    norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
+    wide = [working_dtype(v.dtype) for v in values]
+    norms = torch._foreach_norm([v.to(dtype) for v, dtype in zip(values, wide, strict=True)])
     # "below" is not true of an undefined norm either
-    return torch.stack([norm.to(values[0].device, torch.float32) for norm in norms]) < _LARGEST_NORM
+    below = [norm < math.sqrt(torch.finfo(dtype).max) for norm, dtype in zip(norms, wide, strict=True)]
+    return torch.stack([flag.to(values[0].device) for flag in below])
 
 
 def _waits(device: torch.device) -> bool:

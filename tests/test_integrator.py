@@ -402,6 +402,7 @@ def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, 
     """Fake tensors have no values, so that whatever asks for one fails."""
     monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
     monkeypatch.setattr("geolora_pl.optim._owners", _owners.__wrapped__)  # a cache that outlives the fake tensors
+    monkeypatch.setattr("geolora_pl.adapters.GeoLoRALayer.read_rank", lambda layer: None)  # once, before the first step
     with FakeTensorMode():
         model, _, integrator = two_shapes(adapt_every=3, on_nonfinite=on_nonfinite)
         optimizer = RiemannianAdam(model, weight_decay=0.1)
@@ -423,9 +424,11 @@ def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, 
 
 @pytest.mark.parametrize("geometry", ["rowwise", "isotropic", "spectral", "entrywise"])
 @pytest.mark.parametrize("place", ["adapter", "head"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(float("nan"), torch.float32), (float("inf"), torch.float64), (1e25, torch.float32), (1e200, torch.float64)],
+)
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, geometry, place, value, first, dtype):
     monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
     model, adapters, integrator = two_shapes(adapt_every=2)
@@ -443,13 +446,56 @@ def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, ge
         with pytest.warns(GeoLoRAWarning, match="1 optimizer steps were skipped whole"):
             assert not integrator.step(optimizer), "a step that was skipped does not count"
     after = snapshot(model, optimizer)
+    with pytest.warns(GeoLoRAWarning) if first else contextlib.nullcontext():
+        state = integrator.state_dict()
+    assert state["decay"] == dict.fromkeys(adapters, 1.0 if first else pytest.approx(0.99))
     if first:  # there is a state now, of zeros
         assert not any(value.any() for value in after[len(before) :])
     assert_same(after[: len(before)], before)
-    with pytest.warns(GeoLoRAWarning) if first else contextlib.nullcontext():
-        train(model, integrator, optimizer, 2)
+    train(model, integrator, optimizer, 2)
     assert integrator.skipped_steps == 1
     assert integrator.total_steps == (2 if first else 3)
+
+
+def test_steps_skipped_on_the_device_before_a_state_is_loaded_are_not_taken_from_it(monkeypatch):
+    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
+    model, adapters, integrator = two_shapes(adapt_every=5)
+    optimizer = RiemannianAdam(model)
+    state = integrator.state_dict()
+    backward(model)
+    adapters["0"].K.grad[0, 0] = float("nan")
+    optimizer.step()
+    integrator.step(optimizer)
+    integrator.load_state_dict(state)
+    assert integrator.state_dict() == state
+
+
+def test_ranks_are_those_of_the_factors_that_were_written_to():
+    """As by a wrapper that sends parameters from another process."""
+    _, source, _ = one_layer(40, 30, 12, 16)
+    model, target, _ = one_layer(40, 30, 4, 16)
+    with torch.no_grad():
+        source.S[:12, :12] = torch.eye(12)
+        for a, b in zip(target.parameters(recurse=False), source.parameters(recurse=False), strict=True):
+            a.copy_(b)
+    RankAdaptiveIntegrator(model)
+    assert target.rank == 12
+    torch.testing.assert_close(target.delta_weight(), source.delta_weight())
+
+
+def test_a_step_and_a_retraction_inside_autocast_are_those_outside():
+    runs = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model, _, integrator = two_shapes()
+        optimizer = RiemannianAdam(model, lr=0.1)
+        for t in range(3):
+            backward(model, t)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step()
+                integrator.step(optimizer)
+        runs.append(snapshot(model, optimizer))
+    assert_same(*runs)
 
 
 def test_the_room_for_columns_changes_nothing_but_the_room():

@@ -255,3 +255,21 @@ def test_parameters_without_adapters_are_refused_with_the_remedy():
     for params in (model, model.parameters(), [{"params": list(model.parameters())}]):
         with pytest.raises(ValueError, match=r"pass the model itself, after inject_adapters\(model\)"):
             RiemannianAdam(params)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_how_many_adapters_are_stepped_at_once_changes_nothing(monkeypatch, geometry):
+    runs = []
+    for cached in (1, 2**18):
+        monkeypatch.setattr("geolora_pl.optim._CACHED", cached)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(n, m) for m, n in ((6, 6), (9, 6), (6, 9), (3, 6))))
+        adapters = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=5)).values()
+        optimizer = RiemannianAdam(model, geometry=geometry)
+        for _ in range(3):
+            for adapter in adapters:
+                give_gradients(adapter)
+            optimizer.step()
+        runs.append(list(model.parameters()))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
