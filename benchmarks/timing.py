@@ -27,27 +27,29 @@ Times = dict[str, list[dict[str, float]]]  # of each method, a step after the ot
 class Bound(Full):
     """The least that a method can take: frozen layers without adapters, gradients of the activations alone.
 
-    These go down to the input of the first layer that the others adapt. The head is trained, as by all.
+    These go down to the outputs of the first layers that the others adapt. The head is trained, as by all.
     """
 
     def start(self, task: Task, model: nn.Module, lr: float) -> Training:
         model.requires_grad_(False)
 
-        def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            args[0].requires_grad_(True)
+        def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_(True)
 
-        model.get_submodule(task.targets[0]).register_forward_pre_hook(ask_for_gradient)
+        for name in task.targets:
+            model.get_submodule(name).register_forward_hook(ask_for_gradient)
         return super().start(task, model, lr)
 
 
 def compared(rank: int) -> dict[str, Method]:
-    """The methods with so many columns allocated for each adapter; ``defaults`` is this package's own.
+    """The methods with so many columns for each adapter, all of them live; ``defaults`` is this package's own.
 
     ``room`` has 64 of them of which 6 stay live, to see what the others cost. AdaLoRA goes to that rank from one and a
     half times as many, as its authors do.
     """
     return {
-        "geolora": GeoLoRA(adapter={"init_rank": min(4, rank), "max_rank": rank}),
+        "geolora": GeoLoRA(adapter={"init_rank": rank, "max_rank": rank}, callback={"adapt_until": 1e-9}),
         "defaults": METHODS["geolora"],
         "room": GeoLoRA(adapter={"init_rank": 6, "max_rank": 64}, callback={"adapt_until": 1e-9}),
         "lora": LoRA({"r": rank, "lora_alpha": rank}),

@@ -77,11 +77,17 @@ def test_in_a_room_for_64_columns_6_stay_live():
 
 def test_the_bound_goes_down_to_the_first_layer_and_trains_the_head_alone():
     training, batch = tiny_training("bound")
-    inputs = []
-    layer = training.model.bert.encoder.layer[0].attention.self.query
-    layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    attention, seen = training.model.bert.encoder.layer[0].attention.self, {}
+
+    def note(layer, args, output):
+        seen[layer] = args[0], output
+
+    for layer in (attention.query, attention.key, attention.value):
+        layer.register_forward_hook(note)
     training.model(**batch).loss.backward()
-    assert inputs[0].grad.norm() > 0
+    for x, y in seen.values():
+        assert y.requires_grad
+        assert not x.requires_grad
     trained = {name for name, p in training.model.named_parameters() if p.grad is not None}
     assert trained == {f"{part}.{kind}" for part in ("bert.pooler.dense", "classifier") for kind in ("weight", "bias")}
 
