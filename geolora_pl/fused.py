@@ -71,10 +71,9 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
 def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
     r"""Whether one merged weight a pass is cheaper than the update beside it, and as exact.
 
-    For T rows, merged takes ``4 w m n`` operations more than the base in the forward and in the backward, beside
-    ``4 w T (m + n)`` in each, of which merged saves all but a quarter in the backward (``benchmarks/products.py``
-    measures both). In low precision the small update would be rounded away in the sum, and a GPU may form float32
-    products in TF32.
+    For T rows the update takes ``4 w m n`` operations a pass merged and ``4 w T (m + n)`` beside, of which in the
+    backward a quarter, ``dy U``, is needed either way; ``benchmarks/products.py`` measures both. In low precision the
+    small update would be rounded away in the sum, and a GPU may form float32 products in TF32.
     """
     m, n = weight.shape
     exact = rows.dtype == torch.float64 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
