@@ -36,7 +36,8 @@ def show_whole_numbers(bar: ProgressBar | None) -> None:
 
     def with_whole_numbers(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = get_metrics(bar, trainer, pl_module)
-        return {name: f"{value:,.0f}" if name in _WHOLE else value for name, value in metrics.items()}
+        whole = {name: value for name in _WHOLE if isinstance(value := metrics.get(name), (int, float))}  # no strings
+        return {**metrics, **{name: f"{value:,.0f}" for name, value in whole.items()}}
 
     bar.get_metrics = with_whole_numbers  # type: ignore[method-assign]
 

@@ -1,15 +1,16 @@
 import io
+import re
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from test_callback import ADAPTER, Foreign, loader, trainer
 from torch import nn
 
-from geolora_pl import AdapterConfig, GeoLoRACallback, inject_adapters
-from geolora_pl.inject import find_adapters
+from geolora_pl import AdapterConfig, GeoLoRACallback, inject_adapters, merge_adapters
+from geolora_pl.inject import find_adapters, has_adapters
 from geolora_pl.terminal import print_summary, rank_table, show_whole_numbers, start_summary
 
 
@@ -129,3 +130,17 @@ def test_the_progress_bar_shows_mean_rank_and_whole_parameters(tmp_path):
     assert Bar.seen["rank/mean"] == sum(ranks) / 2
     assert Bar.seen["adapter_params"] == str(ranks[0] * 22 + ranks[1] * 20)
     show_whole_numbers(None)  # no bar
+
+
+def test_a_progress_bar_that_formats_its_metrics_is_left_to_it():
+    class Bar(TQDMProgressBar):
+        seen = None
+
+        def get_metrics(self, trainer, pl_module):
+            metrics = super().get_metrics(trainer, pl_module)
+            Bar.seen = {name: f"{value:.2e}" if isinstance(value, float) else value for name, value in metrics.items()}
+            return Bar.seen
+
+    settings = {"enable_progress_bar": True, "log_every_n_steps": 1}
+    trainer(GeoLoRACallback(adapter=ADAPTER), Bar(), **settings).fit(Foreign(), loader())
+    assert re.fullmatch(r"\d\.\d\de\+0[12]", Bar.seen["adapter_params"])
