@@ -32,6 +32,7 @@ class RankMonitor:
     device. Pictures go to loggers that show them; drawing stops while it has taken more than 0.5% of the run.
 
     Attributes:
+        before: The ranks at the start of the run; the first step may change them, and the log counts both as step 0.
         shown: The step whose numbers were asked for last.
         steps: Steps of the ranks that are kept.
         ranks: The ranks then, in the order of the adapters.
@@ -45,6 +46,7 @@ class RankMonitor:
         self.integrator = integrator
         self.map = RankMap.of(integrator.adapters)
         self.clock = DeviceClock(next(iter(integrator.adapters.values())).U.device)
+        self.before = integrator.ranks()
         self.shown = -1
         self.steps: list[int] = []
         self.ranks: list[list[int]] = []
@@ -185,10 +187,16 @@ class RankMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The ranks over time, for a run that is resumed."""
-        return {"steps": list(self.steps), "ranks": [list(r) for r in self.ranks], "spacing": self._spacing}
+        return {
+            "before": dict(self.before),
+            "steps": list(self.steps),
+            "ranks": [list(r) for r in self.ranks],
+            "spacing": self._spacing,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
+        self.before = dict(state["before"])
         self.steps, self.ranks = list(state["steps"]), [list(r) for r in state["ranks"]]
         self._spacing = state["spacing"]
 

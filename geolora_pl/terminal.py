@@ -129,8 +129,7 @@ def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> t
     """Ranks found and how they moved, scores, time, and where the files are."""
     adapters = find_adapters(model)
     ranks = {name: layer.rank for name, layer in adapters.items()}
-    before = dict(zip(monitor.integrator.adapters, monitor.ranks[0], strict=True)) if monitor.ranks else ranks
-    table = rank_table(ranks, before, adapters)
+    table = rank_table(ranks, monitor.before, adapters)
     factors = _factors(adapters)
     total = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     active = adapter_parameters(adapters)

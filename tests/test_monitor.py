@@ -1,3 +1,4 @@
+import csv
 import io
 import sys
 import time
@@ -191,6 +192,19 @@ def test_what_the_last_retraction_found_is_logged_as_well(tmp_path):
     assert log.Scalars("truncation_error")[-1].value == pytest.approx(callback.integrator.truncation_error)
     assert callback.monitor.ranks[-1] == list(ranks.values())
     assert float(runs.callback_metrics["adapter_params"]) == callback.integrator.adapter_parameters()
+
+
+def test_the_ranks_at_the_start_are_kept_where_the_first_batch_is_logged_too(tmp_path, capfd):
+    callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER)  # the first step moves the ranks, and both are step 0
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(callback, logger=logger, log_every_n_steps=1, enable_model_summary=True).fit(Foreign(), loader())
+    assert callback.monitor.before == {"body.0": 2, "body.2": 2}
+    found = list(callback.integrator.ranks().values())
+    assert f" 2.0 -> {sum(found) / 2:.1f} " in capfd.readouterr().out
+    with (tmp_path / "metrics.csv").open() as file:
+        first = [row for row in csv.DictReader(file) if row["step"] == "0" and row["rank/mean"]]
+    assert [float(row["rank/mean"]) for row in first][0] == 2 < float(first[1]["rank/mean"])
+    assert [row["energy_kept"] == "" for row in first] == [True, False]  # nothing was truncated before the first
 
 
 def test_a_resumed_run_knows_the_ranks_before_it(tmp_path):
