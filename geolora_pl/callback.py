@@ -222,10 +222,11 @@ class GeoLoRACallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what is adapted, and go to the batch that comes next, where a run is resumed."""
+        assert self.monitor is not None
         self._position.train_starts(trainer)
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
-            print_summary(*start_summary(pl_module))
+            print_summary(*start_summary(pl_module, self.monitor))
         if not trainer.global_step:
             self._show(trainer, 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -82,7 +82,7 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, GeoLoRALayer) for module in model.modules())
 
 
-def adapter_parameters(adapters: dict[str, GeoLoRALayer]) -> int:
+def adapter_parameters(adapters: Mapping[str, GeoLoRALayer]) -> int:
     """Active adapter parameters: the sum of ``rank * (in + out)``."""
     return sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapters.values())
 

@@ -15,9 +15,8 @@ from rich.table import Table
 from torch import nn
 
 from geolora_pl.adapters import FACTORS, GeoLoRALayer
-from geolora_pl.inject import adapter_parameters, find_adapters
+from geolora_pl.inject import adapter_parameters
 from geolora_pl.monitor import RankMonitor
-from geolora_pl.rank_map import RankMap
 
 _WHOLE = ("adapter_params",)  # what a progress bar shows without decimals
 
@@ -59,9 +58,10 @@ def print_summary(table: Table, lines: Sequence[str], console: Console | None = 
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def start_summary(model: nn.Module) -> tuple[Table, list[str]]:
+def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
     """What is adapted, which parameters are trained, and how much memory weights and gradients take."""
-    adapters = find_adapters(model)
+    adapters = monitor.integrator.adapters
+    active = adapter_parameters(adapters)
     table = Table(title="adapters", title_justify="left", show_footer=True)
     table.add_column("layers", "all", overflow="fold")
     for title, footer in (
@@ -69,12 +69,11 @@ def start_summary(model: nn.Module) -> tuple[Table, list[str]]:
         ("out x in", ""),
         ("rank", _span(layer.rank for layer in adapters.values())),
         ("at most", _span(layer.max_rank for layer in adapters.values())),
-        ("parameters", f"{adapter_parameters(adapters):,}"),
+        ("parameters", f"{active:,}"),
     ):
         table.add_column(title, footer, justify="right")
-    places = RankMap.of(adapters)
-    for kind in places.kinds:
-        layers = {name: adapters[name] for name in places.of_kind(kind)}
+    for kind in monitor.map.kinds:
+        layers = {name: adapters[name] for name in monitor.map.of_kind(kind)}
         shapes = dict.fromkeys(f"{layer.out_features} x {layer.in_features}" for layer in layers.values())
         table.add_row(
             kind,
@@ -84,38 +83,29 @@ def start_summary(model: nn.Module) -> tuple[Table, list[str]]:
             _span(layer.max_rank for layer in layers.values()),
             f"{adapter_parameters(layers):,}",
         )
-    factors = _factors(adapters)
-    others = [p for p in model.parameters() if id(p) not in factors]
+    factors, own = _factors(adapters), _own(model, adapters)
     trained = [p for p in model.parameters() if p.requires_grad]
-    in_full = sum(p.numel() for p in others if p.requires_grad)
-    total = sum(p.numel() for p in others)
-    active = adapter_parameters(adapters)
+    in_full = _count(p for p in own if p.requires_grad)
     largest = sum(layer.max_rank * (layer.in_features + layer.out_features) for layer in adapters.values())
     lines = [
         f"trainable: {active + in_full:,} parameters, {active:,} in adapters (at most {largest:,}) and {in_full:,} of "
-        f"the {total:,} of the model itself",
-        f"memory: {_size(others)} of weights, {_size(factors.values())} of adapters, {_size(trained)} of gradients, "
-        "and the optimizer's state",
+        f"the {_count(own):,} of the model itself",
+        f"memory: {_size(own)} of weights, {_size(factors)} of adapters, {_size(trained)} of gradients, besides the "
+        "optimizer's state",
     ]
     return table, lines
 
 
-def rank_table(ranks: Mapping[str, int], before: Mapping[str, int], adapters: Mapping[str, GeoLoRALayer]) -> Table:
-    """Ranks by kind of layer (rows) and depth, their mean before and after, and the parameters.
-
-    Args:
-        ranks: Rank by the adapter's name; the numbers in a name are its depth.
-        before: Likewise, at the start.
-        adapters: By name.
-    """
+def rank_table(monitor: RankMonitor) -> Table:
+    """Ranks by kind of layer (rows) and depth, their mean before and after, and the parameters."""
+    adapters, before, ranks = monitor.integrator.adapters, monitor.before, monitor.integrator.ranks()
     table = Table(title="ranks found, by depth", title_justify="left", show_footer=True)
     table.add_column("layers", "all", overflow="fold")
     table.add_column("ranks", "")
     table.add_column("mean rank", _moved(before.values(), ranks.values()), justify="right", no_wrap=True)
-    table.add_column("parameters", f"{adapter_parameters(dict(adapters)):,}", justify="right")
-    places = RankMap.of(ranks)
-    for kind in places.kinds:
-        names = places.of_kind(kind)
+    table.add_column("parameters", f"{adapter_parameters(adapters):,}", justify="right")
+    for kind in monitor.map.kinds:
+        names = monitor.map.of_kind(kind)
         table.add_row(
             kind,
             " ".join(str(ranks[name]) for name in names),
@@ -126,13 +116,10 @@ def rank_table(ranks: Mapping[str, int], before: Mapping[str, int], adapters: Ma
 
 
 def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
-    """Ranks found and how they moved, scores, time, and where the files are."""
-    adapters = find_adapters(model)
-    ranks = {name: layer.rank for name, layer in adapters.items()}
-    table = rank_table(ranks, monitor.before, adapters)
-    factors = _factors(adapters)
-    total = sum(p.numel() for p in model.parameters() if id(p) not in factors)
-    active = adapter_parameters(adapters)
+    """Ranks found and how they moved, scores, time, and where the files are; the model may be merged by then."""
+    adapters = monitor.integrator.adapters
+    table = rank_table(monitor)
+    active, total = adapter_parameters(adapters), _count(_own(model, adapters))
     lines = [f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)"]
     capped = sum(layer.rank == layer.max_rank for layer in adapters.values())
     if capped:
@@ -172,9 +159,17 @@ def _relative(path: str) -> str:
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def _factors(adapters: Mapping[str, GeoLoRALayer]) -> dict[int, nn.Parameter]:
-    factors = [getattr(layer, name) for layer in adapters.values() for name in FACTORS]
-    return {id(factor): factor for factor in factors}
+def _factors(adapters: Mapping[str, GeoLoRALayer]) -> list[nn.Parameter]:
+    return [getattr(layer, name) for layer in adapters.values() for name in FACTORS]
+
+
+def _own(model: nn.Module, adapters: Mapping[str, GeoLoRALayer]) -> list[nn.Parameter]:
+    factors = {id(factor) for factor in _factors(adapters)}
+    return [p for p in model.parameters() if id(p) not in factors]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def _span(values: Iterable[int]) -> str:

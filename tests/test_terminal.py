@@ -9,8 +9,9 @@ from rich.console import Console
 from test_callback import ADAPTER, Foreign, loader, trainer
 from torch import nn
 
-from geolora_pl import AdapterConfig, GeoLoRACallback, inject_adapters, merge_adapters
+from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters, merge_adapters
 from geolora_pl.inject import find_adapters, has_adapters
+from geolora_pl.monitor import RankMonitor
 from geolora_pl.terminal import print_summary, rank_table, show_whole_numbers, start_summary
 
 
@@ -20,6 +21,10 @@ def blocks(depth=3):
     model = nn.ModuleDict({"m": nn.ModuleList(layers), "head": nn.Linear(8, 2)})
     inject_adapters(model, AdapterConfig(init_rank=2, max_rank=4, modules_to_save=["head"]))
     return model
+
+
+def watched(model):
+    return RankMonitor(RankAdaptiveIntegrator(model, tau=0.1))
 
 
 def printed(table, lines, width=80):
@@ -37,28 +42,27 @@ def fit(tmp_path, *more, enable_model_summary=True, **settings):
 
 
 def test_the_start_says_what_is_adapted_what_is_trained_and_what_it_takes():
-    out = printed(*start_summary(blocks()))
+    out = printed(*start_summary(model := blocks(), watched(model)))
     assert ["m.*.fc1", "3", "16 x 8", "2", "4", "144"] in [
         [cell.strip() for cell in row.strip("│").split("│")] for row in out.splitlines()
     ]
     # 6 layers of 24 at rank 2; head 18; base 3 * (144 + 136) + 18
     assert "trainable: 306 parameters, 288 in adapters (at most 576) and 18 of the 858 of the model itself" in out
-    assert "memory: 3.43 kB of weights, 4.99 kB of adapters, 2.38 kB of gradients" in out
+    assert "memory: 3.43 kB of weights, 4.99 kB of adapters, 2.38 kB of gradients, besides" in out
 
 
 def test_layers_of_several_shapes_and_ranks_are_told_together():
     model = nn.ModuleDict({"m": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(n, 8)}) for n in (2, 8))})
     inject_adapters(model, AdapterConfig(init_rank=3, max_rank=4))
-    rows = [[c.strip() for c in r.strip("│").split("│")] for r in printed(*start_summary(model)).splitlines()]
+    rows = [[c.strip() for c in r.strip("│").split("│")] for r in printed(*start_summary(model, watched(model))).splitlines()]
     assert ["m.*.fc", "2", "2 shapes", "2 to 3", "2 to 4", "68"] in rows
 
 
 def test_the_table_of_ranks_has_depth_in_order_and_how_the_mean_moved():
-    adapters = find_adapters(blocks())
-    before = dict.fromkeys(adapters, 2)
-    for rank, layer in enumerate(adapters.values(), start=1):
+    monitor = watched(blocks())
+    for rank, layer in enumerate(monitor.integrator.adapters.values(), start=1):
         layer.rank = min(rank, 4)
-    table = rank_table({name: layer.rank for name, layer in adapters.items()}, before, adapters)
+    table = rank_table(monitor)
     cells = [list(column.cells) for column in table.columns]
     assert cells[:3] == [["m.*.fc1", "m.*.fc2"], ["1 3 4", "2 4 4"], ["2.0 -> 2.7", "2.0 -> 3.3"]]
     assert [column.footer for column in table.columns] == ["all", "", "2.0 -> 3.0", "432"]
@@ -89,11 +93,13 @@ def test_it_is_quiet_when_told(tmp_path, capfd):
 
 def test_long_names_are_whole_in_a_file_and_folded_on_a_narrow_terminal():
     name = "a_rather_long_name_of_a_module.in_another_of_a_long_name.query_key_value"
-    rank = {name: 2}
-    layer = next(iter(find_adapters(blocks()).values()))
+    model = nn.Linear(8, 8)
+    for part in reversed(name.split(".")):
+        model = nn.ModuleDict({part: model})
+    inject_adapters(model, AdapterConfig(init_rank=2))
     for terminal in (False, True):
         console = Console(record=True, width=60, file=io.StringIO(), force_terminal=terminal)
-        print_summary(rank_table(rank, rank, {name: layer}), [], console)
+        print_summary(rank_table(watched(model)), [], console)
         out = console.export_text()
         assert (name in out) != terminal
         assert max(map(len, out.splitlines())) <= 60 or not terminal
@@ -102,7 +108,7 @@ def test_long_names_are_whole_in_a_file_and_folded_on_a_narrow_terminal():
 @pytest.mark.parametrize("width", [40, 200])
 def test_it_reads_without_colour_and_no_line_is_cut(width, monkeypatch, capfd):
     monkeypatch.setenv("NO_COLOR", "1")
-    table, lines = start_summary(blocks())
+    table, lines = start_summary(model := blocks(), watched(model))
     out = printed(table, lines, width)
     assert "\x1b" not in out
     assert all(line in out for line in lines)
@@ -144,3 +150,15 @@ def test_a_progress_bar_that_formats_its_metrics_is_left_to_it():
     settings = {"enable_progress_bar": True, "log_every_n_steps": 1}
     trainer(GeoLoRACallback(adapter=ADAPTER), Bar(), **settings).fit(Foreign(), loader())
     assert re.fullmatch(r"\d\.\d\de\+0[12]", Bar.seen["adapter_params"])
+
+
+def test_a_module_may_merge_its_adapters_when_training_ends(capfd):
+    class Merges(Foreign):
+        def on_train_end(self):
+            merge_adapters(self)
+
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback, enable_model_summary=True).fit(module := Merges(), loader())
+    assert not has_adapters(module)
+    active, total = callback.integrator.adapter_parameters(), sum(p.numel() for p in Foreign().parameters())
+    assert f"adapter parameters: {active} ({active / total:.1%} of the {total} " in capfd.readouterr().out
