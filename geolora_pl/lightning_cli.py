@@ -17,7 +17,7 @@ from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.parser import OneSentenceParser
 from geolora_pl.predictions import PredictionWriter
 from geolora_pl.preflight import CheckTestSplit, check_trainer
-from geolora_pl.terminal import end_summary, print_summary, wants_tables
+from geolora_pl.terminal import end_summary, print_lines, print_summary, wants_tables
 
 _LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
 
@@ -98,12 +98,11 @@ class GeoLoRACLI(LightningCLI):
 
     @rank_zero_only
     def _print_results(self, results: dict[str, float], log_dir: str | None) -> None:
-        console = get_console()
-        for name, value in results.items():
-            console.print(f"{name}: {value:.4f}")
+        lines = [f"{name}: {value:.4f}" for name, value in results.items()]
         if log_dir is not None and self.trainer.loggers:
-            console.print(f"look closer: tensorboard --logdir {log_dir}", soft_wrap=True)
-            console.print(f"a page of it: python -m geolora_pl report --run {log_dir}", soft_wrap=True)
+            lines.append(f"look closer: tensorboard --logdir {log_dir}")
+            lines.append(f"a page of it: python -m geolora_pl report --run {log_dir}")
+        print_lines(lines, get_console())
 
 
 def _is_left_to_lightning(path: str, config: Namespace) -> bool:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressB
 from rich import get_console
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from geolora_pl.adapters import FACTORS, GeoLoRALayer
@@ -52,10 +53,15 @@ def print_summary(table: Table, lines: Sequence[str], console: Console | None = 
     console = console or get_console()
     if not console.is_terminal:  # a file is as wide as it must be
         needed = console.measure(table, options=console.options.update_width(1000)).maximum
-        console.width = max(console.width, needed)
+        console = Console(file=console.file, width=max(console.width, needed))
     console.print(table)
+    print_lines(lines, console)
+
+
+def print_lines(lines: Iterable[str], console: Console) -> None:
+    """Print lines whole and as they are: a name in brackets is no markup."""
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(Text(line), soft_wrap=True)
 
 
 def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
@@ -76,7 +82,7 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
         layers = {name: adapters[name] for name in monitor.map.of_kind(kind)}
         shapes = dict.fromkeys(f"{layer.out_features} x {layer.in_features}" for layer in layers.values())
         table.add_row(
-            kind,
+            Text(kind),
             str(len(layers)),
             next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
             _span(layer.rank for layer in layers.values()),
@@ -107,7 +113,7 @@ def rank_table(monitor: RankMonitor) -> Table:
     for kind in monitor.map.kinds:
         names = monitor.map.of_kind(kind)
         table.add_row(
-            kind,
+            Text(kind),
             " ".join(str(ranks[name]) for name in names),
             _moved([before[name] for name in names], [ranks[name] for name in names]),
             f"{adapter_parameters({name: adapters[name] for name in names}):,}",

@@ -2,12 +2,14 @@ import csv
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
 
 from geolora_pl import GeoLoRAWarning
 from geolora_pl.cli import main
+from geolora_pl.lightning_cli import GeoLoRACLI
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +81,15 @@ def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder):
     assert state["integrator"]["total_steps"] == 8
     kept = [path.name for path in Path("lightning_logs/quickstart").glob("metrics*.csv")]
     assert sorted(kept) == ["metrics.1.csv", "metrics.csv"]
+
+
+def test_names_and_folders_in_brackets_are_printed_as_they_are(folder, capfd):
+    cli = object.__new__(GeoLoRACLI)
+    cli.trainer = L.Trainer(logger=CSVLogger("runs", name="x[lr=3]", version=""), accelerator="cpu")
+    cli._print_results({"test_f1[macro]": 0.5, "test_f1[/x]": 0.25}, cli.trainer.log_dir)
+    out = capfd.readouterr().out
+    assert "test_f1[macro]: 0.5000\ntest_f1[/x]: 0.2500\n" in out
+    assert "report --run runs/x[lr=3]" in out
 
 
 def test_the_callbacks_settings_and_any_torch_optimizer_from_the_command_line(folder, capfd):

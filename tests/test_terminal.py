@@ -28,9 +28,8 @@ def watched(model):
 
 
 def printed(table, lines, width=80):
-    console = Console(record=True, width=width, file=io.StringIO())
-    print_summary(table, lines, console)
-    return console.export_text()
+    print_summary(table, lines, Console(width=width, file=(file := io.StringIO())))
+    return file.getvalue()
 
 
 def fit(tmp_path, *more, enable_model_summary=True, **settings):
@@ -63,7 +62,7 @@ def test_the_table_of_ranks_has_depth_in_order_and_how_the_mean_moved():
     for rank, layer in enumerate(monitor.integrator.adapters.values(), start=1):
         layer.rank = min(rank, 4)
     table = rank_table(monitor)
-    cells = [list(column.cells) for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
     assert cells[:3] == [["m.*.fc1", "m.*.fc2"], ["1 3 4", "2 4 4"], ["2.0 -> 2.7", "2.0 -> 3.3"]]
     assert [column.footer for column in table.columns] == ["all", "", "2.0 -> 3.0", "432"]
 
@@ -98,9 +97,10 @@ def test_long_names_are_whole_in_a_file_and_folded_on_a_narrow_terminal():
         model = nn.ModuleDict({part: model})
     inject_adapters(model, AdapterConfig(init_rank=2))
     for terminal in (False, True):
-        console = Console(record=True, width=60, file=io.StringIO(), force_terminal=terminal)
+        console = Console(width=60, file=io.StringIO(), force_terminal=terminal, color_system=None)
         print_summary(rank_table(watched(model)), [], console)
-        out = console.export_text()
+        assert console.width == 60  # it may be the program's own
+        out = console.file.getvalue()
         assert (name in out) != terminal
         assert max(map(len, out.splitlines())) <= 60 or not terminal
 
@@ -162,3 +162,24 @@ def test_a_module_may_merge_its_adapters_when_training_ends(capfd):
     assert not has_adapters(module)
     active, total = callback.integrator.adapter_parameters(), sum(p.numel() for p in Foreign().parameters())
     assert f"adapter parameters: {active} ({active / total:.1%} of the {total} " in capfd.readouterr().out
+
+
+class Bracketed(Foreign):
+    """Names that rich would take for its markup."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"[/x]": nn.Linear(10, 12), "[bold]": nn.Linear(12, 8)})
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.body["[bold]"](self.body["[/x]"](x))), y)
+
+
+def test_names_are_printed_as_they_are(capfd):
+    adapter = AdapterConfig(init_rank=2, max_rank=4, modules_to_save=["head"])
+    trainer(GeoLoRACallback(adapter=adapter), enable_model_summary=True).fit(Bracketed(), loader())
+    start, _, end = capfd.readouterr().out.partition("ranks found, by depth")
+    for table in (start, end):
+        assert "body.[/x]" in table
+        assert "body.[bold]" in table
