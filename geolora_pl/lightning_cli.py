@@ -9,6 +9,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
@@ -85,8 +86,7 @@ class GeoLoRACLI(LightningCLI):
         if self.config["fit"]["test_after_fit"]:
             tested = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             results = {name: value for of_loader in tested for name, value in of_loader.items()}
-        log_dir = self.trainer.log_dir  # every process must ask for it: rank 0 tells the others
-        self._print_results(results, log_dir)
+        self._print_results(results)
 
     @rank_zero_only
     def _print_ranks(self) -> None:
@@ -97,11 +97,14 @@ class GeoLoRACLI(LightningCLI):
             print_summary(*end_summary(self.trainer, self.model, monitor))
 
     @rank_zero_only
-    def _print_results(self, results: dict[str, float], log_dir: str | None) -> None:
+    def _print_results(self, results: dict[str, float]) -> None:
         lines = [f"{name}: {value:.4f}" for name, value in results.items()]
-        if log_dir is not None and self.trainer.loggers:
-            lines.append(f"look closer: tensorboard --logdir {log_dir}")
-            lines.append(f"a page of it: python -m geolora_pl report --run {log_dir}")
+        for loggers, hint in (
+            ((TensorBoardLogger,), "look closer: tensorboard --logdir"),
+            ((TensorBoardLogger, CSVLogger), "a page of it: python -m geolora_pl report --run"),
+        ):
+            folders = [logger.log_dir for logger in self.trainer.loggers if isinstance(logger, loggers)]
+            lines += [f"{hint} {folder}" for folder in folders[:1]]
         print_lines(lines, get_console())
 
 

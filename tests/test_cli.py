@@ -6,6 +6,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from test_monitor import Keeps
 
 from geolora_pl import GeoLoRAWarning
 from geolora_pl.cli import main
@@ -83,13 +85,26 @@ def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder):
     assert sorted(kept) == ["metrics.1.csv", "metrics.csv"]
 
 
-def test_names_and_folders_in_brackets_are_printed_as_they_are(folder, capfd):
+def results_printed(loggers, capfd):
     cli = object.__new__(GeoLoRACLI)
-    cli.trainer = L.Trainer(logger=CSVLogger("runs", name="x[lr=3]", version=""), accelerator="cpu")
-    cli._print_results({"test_f1[macro]": 0.5, "test_f1[/x]": 0.25}, cli.trainer.log_dir)
-    out = capfd.readouterr().out
-    assert "test_f1[macro]: 0.5000\ntest_f1[/x]: 0.2500\n" in out
-    assert "report --run runs/x[lr=3]" in out
+    cli.trainer = L.Trainer(logger=loggers, accelerator="cpu")
+    cli._print_results({"test_f1[macro]": 0.5, "test_f1[/x]": 0.25})
+    return capfd.readouterr().out.splitlines()
+
+
+def test_names_and_folders_in_brackets_are_printed_as_they_are(folder, capfd):
+    out = results_printed(CSVLogger("runs", name="x[lr=3]", version=""), capfd)
+    assert out[:2] == ["test_f1[macro]: 0.5000", "test_f1[/x]: 0.2500"]
+    assert out[2].endswith("report --run runs/x[lr=3]/")
+
+
+def test_a_closer_look_is_offered_where_there_is_one(folder, capfd):
+    table, events = CSVLogger("runs", name="table", version=""), TensorBoardLogger("runs", name="events", version="")
+    assert len(results_printed(Keeps(), capfd)) == 2
+    assert [line.split()[-1] for line in results_printed([table], capfd)[2:]] == ["runs/table/"]
+    tensorboard, page = results_printed([table, events], capfd)[2:]
+    assert "tensorboard --logdir runs/events" in tensorboard
+    assert "report --run runs/table" in page
 
 
 def test_the_callbacks_settings_and_any_torch_optimizer_from_the_command_line(folder, capfd):

@@ -203,7 +203,7 @@ def test_the_ranks_at_the_start_are_kept_where_the_first_batch_is_logged_too(tmp
     assert f" 2.0 -> {sum(found) / 2:.1f} " in capfd.readouterr().out
     with (tmp_path / "metrics.csv").open() as file:
         first = [row for row in csv.DictReader(file) if row["step"] == "0" and row["rank/mean"]]
-    assert [float(row["rank/mean"]) for row in first][0] == 2 < float(first[1]["rank/mean"])
+    assert float(first[0]["rank/mean"]) == 2 < float(first[1]["rank/mean"])
     assert [row["energy_kept"] == "" for row in first] == [True, False]  # nothing was truncated before the first
 
 

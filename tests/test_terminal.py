@@ -53,7 +53,10 @@ def test_the_start_says_what_is_adapted_what_is_trained_and_what_it_takes():
 def test_layers_of_several_shapes_and_ranks_are_told_together():
     model = nn.ModuleDict({"m": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(n, 8)}) for n in (2, 8))})
     inject_adapters(model, AdapterConfig(init_rank=3, max_rank=4))
-    rows = [[c.strip() for c in r.strip("│").split("│")] for r in printed(*start_summary(model, watched(model))).splitlines()]
+    rows = [
+        [c.strip() for c in r.strip("│").split("│")]
+        for r in printed(*start_summary(model, watched(model))).splitlines()
+    ]
     assert ["m.*.fc", "2", "2 shapes", "2 to 3", "2 to 4", "68"] in rows
 
 
