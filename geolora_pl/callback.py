@@ -238,7 +238,8 @@ class GeoLoRACallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
-        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:  # as Lightning's own monitors do
+        stepped = not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate())
+        if stepped and (trainer._logger_connector.should_update_logs or trainer.is_last_batch):  # as Lightning itself
             numbers = self._show(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
             in_bar = {name: numbers[name] for name in ("rank/mean", "adapter_params")}
             pl_module.log_dict(in_bar, prog_bar=True, logger=False, rank_zero_only=True)

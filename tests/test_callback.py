@@ -1,3 +1,5 @@
+import csv
+
 import lightning as L
 import pytest
 import torch
@@ -209,6 +211,19 @@ def test_ranks_are_logged_as_often_as_the_trainer_logs(tmp_path):
     assert [row["step"] for row in logged] == ["0", "1", "3", "5"]  # the start, and batches as Lightning counts
     assert float(logged[-1]["rank/body.0"]) == find_adapters(runs.lightning_module)["body.0"].rank
     assert runs.callback_metrics["adapter_params"] == callback.integrator.adapter_parameters()
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_with_accumulation_ranks_are_logged_once_a_step(tmp_path):
+    settings = {"accumulate_grad_batches": 4, "log_every_n_steps": 2, "logger": CSVLogger(tmp_path, "", "")}
+    trainer(GeoLoRACallback(adapter=ADAPTER), **settings).fit(Foreign(), loader(batches=26))
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows if row["rank/mean"]] == ["0", "1", "3", "5", "6"]  # 6: the rest of the epoch
+    assert [row["step"] for row in rows if row["train_loss"]] == ["1", "3", "5"]
 
 
 def test_adapt_until_holds_the_ranks_for_the_rest_of_the_run():
