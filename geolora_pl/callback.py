@@ -228,7 +228,7 @@ class GeoLoRACallback(L.Callback):
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, self.monitor))
         if not trainer.global_step:
-            self._show(trainer, 0)
+            self.monitor.log(trainer, 0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation leave no trace in the random numbers of the training."""
@@ -238,35 +238,24 @@ class GeoLoRACallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
+        assert self.monitor is not None
         stepped = not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate())
         if stepped and (trainer._logger_connector.should_update_logs or trainer.is_last_batch):  # as Lightning itself
-            numbers = self._show(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
-            in_bar = {name: numbers[name] for name in ("rank/mean", "adapter_params")}
-            pl_module.log_dict(in_bar, prog_bar=True, logger=False, rank_zero_only=True)
+            self.monitor.log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
         self._position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same where an epoch was cut short."""
         assert self.monitor is not None
         if self.monitor.shown != _last_step(trainer):
-            self._show(trainer, _last_step(trainer))
-
-    def _show(self, trainer: L.Trainer, step: int) -> dict[str, float]:
-        """Give numbers, and pictures when they are due, to the loggers themselves: ``log`` takes ten times as long."""
-        assert self.monitor is not None
-        numbers = self.monitor.numbers(step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=step)
-        if trainer.is_global_zero:
-            self.monitor.show(trainer.loggers, step)
-        return numbers
+            self.monitor.log(trainer, _last_step(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
         assert self.integrator is not None
+        assert self.monitor is not None
         if self._retract_pending():
-            self._show(trainer, _last_step(trainer))
+            self.monitor.log(trainer, _last_step(trainer))
         if self.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RuntimeError(
                 "training ended without one adaptation of the ranks: no optimizer step was taken, and "

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from PIL import Image
@@ -18,6 +19,7 @@ from geolora_pl.loggers import show_picture, shows_pictures
 from geolora_pl.picture import heat_map
 from geolora_pl.rank_map import RankMap, depth_label
 
+_IN_BAR = ("rank/mean", "adapter_params")
 _POINTS = 128  # of the ranks over time that are kept: enough for a picture, little in a checkpoint
 _SHARE = 0.005  # of the run that pictures may take
 _SPACING = 1.2  # from one picture to the next, as a factor of the step: many at first, few in a long run
@@ -98,6 +100,26 @@ class RankMonitor:
         if len(self.steps) > _POINTS:
             del self.steps[1::2], self.ranks[1::2]
             self._spacing = max(1, (self.steps[-1] - self.steps[0]) // len(self.steps))
+
+    def log(self, trainer: L.Trainer, step: int) -> None:
+        """Give the numbers, and pictures when they are due, to a trainer and its loggers.
+
+        Not by ``LightningModule.log``, which takes ten times as long and brings every number to the device.
+
+        Args:
+            trainer: In a fit.
+            step: As the loggers count.
+        """
+        numbers = self.numbers(step)
+        for known in (trainer.callback_metrics, trainer.logged_metrics):
+            known.update({name: torch.tensor(value) for name, value in numbers.items()})
+        trainer.progress_bar_metrics.update({name: numbers[name] for name in _IN_BAR})
+        epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # current_epoch is one more at the end
+        for logger in trainer.loggers:
+            logger.log_metrics({**numbers, "epoch": epoch}, step=step)
+            logger.save()
+        if trainer.is_global_zero:
+            self.show(trainer.loggers, step)
 
     def show(self, loggers: Iterable[Logger], step: int, at_last: bool = False) -> None:
         """Give the loggers their pictures, if some are due.

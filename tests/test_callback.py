@@ -226,6 +226,34 @@ def test_with_accumulation_ranks_are_logged_once_a_step(tmp_path):
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "3", "5"]
 
 
+def test_rows_of_ranks_have_the_epoch_and_are_in_the_file_at_once(tmp_path):
+    lengths = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            lengths.append(len(rows_of(tmp_path)))
+
+    class Quiet(Foreign):
+        def log(self, *args, **kwargs):
+            pass
+
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
+    settings = {"max_epochs": 2, "log_every_n_steps": 3, "logger": CSVLogger(tmp_path, "", "")}
+    runs = trainer(callback, Watch(), **settings)
+    runs.fit(Quiet(), loader(batches=5))
+    assert [(r["step"], r["epoch"]) for r in rows_of(tmp_path) if r["rank/mean"]] == [
+        ("0", "0"),
+        ("2", "0"),
+        ("4", "0"),
+        ("5", "1"),
+        ("8", "1"),
+        ("9", "1"),  # the end of the epoch, and
+        ("9", "1"),  # what the retraction after it found
+    ]
+    assert lengths == [1, 1, 2, 2, 3, 4, 4, 4, 5, 6]
+    assert {"rank/mean", "rank/body.0", "energy_kept"} <= set(runs.logged_metrics)
+
+
 def test_adapt_until_holds_the_ranks_for_the_rest_of_the_run():
     seen = []
 
