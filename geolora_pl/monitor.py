@@ -70,8 +70,8 @@ class RankMonitor:
         self._record(step)
         ranks = integrator.ranks()
         numbers = {
-            "rank/mean": sum(ranks.values()) / len(ranks),
             **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
+            "rank/mean": sum(ranks.values()) / len(ranks),  # after the ranks: an adapter may be named mean
             "adapter_params": float(integrator.adapter_parameters()),
             "orthonormality_defect": self._largest_defect(),
             "skipped_steps": float(integrator.skipped_steps),

@@ -114,6 +114,12 @@ def test_without_a_logger_the_numbers_are_there_for_callbacks(tmp_path):
     assert runs.checkpoint_callback.best_model_score == runs.callback_metrics["energy_kept"]
 
 
+def test_the_mean_rank_is_no_rank_of_an_adapter_that_is_named_mean():
+    model = nn.ModuleDict({"mean": nn.Linear(12, 10), "other": nn.Linear(12, 10)})
+    inject_adapters(model, AdapterConfig(init_rank=3, rank_pattern={"mean": 1}, target_modules=["mean", "other"]))
+    assert RankMonitor(RankAdaptiveIntegrator(model, tau=0.1)).numbers(0)["rank/mean"] == 2
+
+
 def test_tensors_are_read_when_numbers_are_logged_and_once_a_retraction(monkeypatch):
     read = []
     monkeypatch.setattr("geolora_pl.monitor.largest_defect", lambda layers: read.append(1) or 0.0)
