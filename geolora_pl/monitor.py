@@ -229,12 +229,16 @@ class DeviceClock:
     On a GPU the host runs ahead, and what it waits for in between is earlier work: there events in the device's own
     queue are compared, and read later.
 
+    Attributes:
+        count: How often something was counted.
+
     Args:
         device: Of the work.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.count = 0
         self._total = 0.0
         self._last: float | None = None
         self._pending: list[tuple[Any, Any]] = []
@@ -250,6 +254,7 @@ class DeviceClock:
 
     def add(self, start: Any) -> None:
         """Count what was done since ``start``."""
+        self.count += 1
         if self.device.type == "cuda":
             self._pending.append((start, self.now()))
         else:

@@ -135,7 +135,7 @@ def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> t
     adapting = monitor.clock.total()
     lines.append(
         f"time: {_duration(monitor.seconds)}, {_duration(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
-        f"{monitor.integrator.adaptations} adaptations of the ranks"
+        f"{monitor.clock.count} adaptations of the ranks"
     )
     device = monitor.clock.device
     if device.type == "cuda":

@@ -88,6 +88,27 @@ def test_a_fit_ends_with_ranks_scores_time_and_the_files(tmp_path, capfd):
     assert "rank/body.0" not in end
 
 
+def test_a_resumed_run_counts_the_adaptations_that_its_time_is_of(tmp_path, capfd):
+    def fit(epochs, ckpt_path=None):
+        callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
+        checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+        settings = {"max_epochs": epochs, "enable_model_summary": True}
+        trainer(callback, checkpoint, **settings).fit(Foreign(), loader(batches=8), ckpt_path=ckpt_path)
+        return callback.integrator.adaptations, capfd.readouterr().out
+
+    assert fit(3)[0] == 6
+    adaptations, out = fit(4, tmp_path / "last.ckpt")
+    assert adaptations == 8
+    assert "for 2 adaptations of the ranks" in out
+
+
+def test_the_last_retraction_is_timed_as_well(capfd):
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
+    trainer(callback, enable_model_summary=True).fit(Foreign(), loader())
+    assert callback.integrator.adaptations == 2  # of four steps and of the two that were left
+    assert "for 2 adaptations of the ranks" in capfd.readouterr().out
+
+
 def test_it_is_quiet_when_told(tmp_path, capfd):
     fit(tmp_path, enable_model_summary=False)
     assert capfd.readouterr().out == ""
