@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_callback import ADAPTER, Foreign, loader, trainer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters
 from geolora_pl.functional import orthonormality_defect
@@ -120,16 +121,35 @@ def test_the_mean_rank_is_no_rank_of_an_adapter_that_is_named_mean():
     assert RankMonitor(RankAdaptiveIntegrator(model, tau=0.1)).numbers(0)["rank/mean"] == 2
 
 
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors, each of which waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 def test_tensors_are_read_when_numbers_are_logged_and_once_a_retraction(monkeypatch):
     read = []
     monkeypatch.setattr("geolora_pl.monitor.largest_defect", lambda layers: read.append(1) or 0.0)
     trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=3), log_every_n_steps=6, max_epochs=2).fit(Foreign(), loader())
     assert len(read) == 3  # at the start and at the end of each epoch, of 12 steps and 4 retractions
+
+
+def test_nothing_is_read_again_until_there_is_a_retraction():
     monitor = make()
-    read.clear()
-    monitor.numbers(0)
-    monitor.numbers(1)
-    assert len(read) == 1
+    move(monitor)
+    with Reads() as reads:
+        monitor.numbers(0)
+        assert (first := reads.count) > 0
+        monitor.numbers(1)
+        assert reads.count == first
+        move(monitor)
+        reads.count = 0
+        monitor.numbers(2)
+        assert reads.count == first
 
 
 def test_the_defect_is_the_largest_of_all_bases():
@@ -176,6 +196,8 @@ def test_the_ranks_over_time_stay_few_and_evenly_spread():
 
 def test_a_rank_of_zero_and_many_layers_are_drawn():
     monitor = make(layers=150, max_rank=8)
+    monitor.numbers(0)
+    before = monitor.pictures()
     for layer in monitor.integrator.adapters.values():
         for factor in (layer.U, layer.S, layer.V):
             factor.data.zero_()
@@ -184,6 +206,10 @@ def test_a_rank_of_zero_and_many_layers_are_drawn():
     pictures = monitor.pictures()
     assert pictures["ranks_over_time"].height < 1400
     assert set(pictures) == {"rank_map", "ranks_over_time", "spectra"}
+    for name, picture in pictures.items():  # below the title they tell ranks of zero from those before
+        below = (0, 40, *picture.size)
+        assert picture.size == before[name].size
+        assert picture.crop(below).tobytes() != before[name].crop(below).tobytes()
 
 
 def test_what_the_last_retraction_found_is_logged_as_well(tmp_path):
