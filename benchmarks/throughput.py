@@ -55,11 +55,11 @@ def cost(setup: Setup, what: Sequence[str], args: argparse.Namespace) -> Record:
     """What was asked for of one setup."""
     methods = {name: timing.compared(setup.rank)[name] for name in args.methods}
     record: Record = {"setup": asdict(setup), "unit": setup.unit, "rounds": args.rounds}
+    if "memory" in what:
+        record["memory"] = memory.peaks(setup, methods)
     if "step" in what:
         times = timing.measure(setup, random_models.load(setup), methods, args.rounds)
         record["step"] = timing.summary(times, setup.amount)
-    if "memory" in what:
-        record["memory"] = memory.peaks(setup, methods)
     if "loss" in what:
         learners = {name: method for name, method in methods.items() if name != "bound"}
         record["loss"] = timing.time_to_loss(setup, random_models.load(setup, args.steps), learners, args.loss)
