@@ -272,7 +272,10 @@ class GeoLoRACallback(L.Callback):
             print_summary(*end_summary(trainer, pl_module, self.monitor))
 
     def _retract_pending(self) -> bool:
-        if self.integrator is None or self.monitor is None or not self.integrator.steps:
+        if self.integrator is None or self.monitor is None:
+            return False
+        self.integrator.settle()
+        if not self.integrator.steps:
             return False
         began = self.monitor.clock.now()
         self.integrator.retract(self._optimizer)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from geolora_pl.adapters import FACTORS
@@ -119,7 +120,7 @@ def ranks_table(ckpt_path: str | Path) -> Table:
     for name, (size, rank, sigma) in adapters.items():
         enough = int(ranks_by_tau(sigma, 0.1, 0.0, 0, len(sigma))) if len(sigma) else 0
         largest = float(sigma[0]) if len(sigma) else 0.0
-        table.add_row(name, str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma))
+        table.add_row(Text(name), str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma))
     return table
 
 

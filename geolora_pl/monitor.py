@@ -64,8 +64,9 @@ class RankMonitor:
         return time.monotonic() - self._began
 
     def numbers(self, step: int) -> dict[str, float]:
-        """What is logged at a step, of a retraction once there was one; a wait for the device after each."""
+        """What is logged at a step, of a retraction once there was one; waits for the device."""
         integrator = self.integrator
+        integrator.settle()
         self.shown = step
         self._record(step)
         ranks = integrator.ranks()
