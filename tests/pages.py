@@ -34,13 +34,14 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
 
 
 def understood(arguments: list[str], capfd) -> None:
-    """The command line takes the arguments, but for a checkpoint that is not there."""
-    exports = arguments[0] in {"export", "ranks"}
+    """The command line takes the arguments, but for a checkpoint or a run that is not there."""
+    missing = {"export": "last.ckpt' is no file", "ranks": "last.ckpt' is no file", "report": "' is no folder"}
+    about = missing.get(arguments[0])
     with pytest.raises(SystemExit) as stop:
-        main(arguments if exports else [*arguments, "--print_config"])
+        main(arguments if about else [*arguments, "--print_config"])
     said = capfd.readouterr().err
-    if exports:
-        assert "last.ckpt' is no file" in said, said
+    if about:
+        assert about in said, said
     else:
         assert stop.value.code == 0, f"{arguments}: {said}"
 
