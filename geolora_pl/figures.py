@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -81,13 +82,14 @@ def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = 
     """
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, size)
+        lines: dict[str, Line2D] = {}
         for i, (label, curve) in enumerate(series.items()):
             steps, values = zip(*thin(curve), strict=True)
             marker = "o" if len(steps) == 1 else ""
             if max(values) >= 1000:
                 ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], label=label, linestyle=("-", "--")[i // 8 % 2])
-        _finish(figure, ax, len(series))
+            (lines[label],) = ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], linestyle=_dashes(i))
+        _finish(figure, ax, lines)
     return figure
 
 
@@ -102,12 +104,12 @@ def ranks_over_steps(ranks: Mapping[str, Curve], title: str, size: tuple[float, 
     places = RankMap.of(ranks)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, size)
+        lines: dict[str, Line2D] = {}
         for i, (kind, label) in enumerate(places.short_kinds().items()):
             steps, mean = zip(*_mean([ranks[name] for name in places.of_kind(kind)]), strict=True)
-            line = ("-", "--")[i // 8 % 2]
-            ax.step(steps, mean, where="post", color=_SERIES[i % 8], label=label, linestyle=line)
+            (lines[label],) = ax.step(steps, mean, where="post", color=_SERIES[i % 8], linestyle=_dashes(i))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        _finish(figure, ax, len(places.kinds))
+        _finish(figure, ax, lines)
     return figure
 
 
@@ -186,14 +188,15 @@ def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
     places = RankMap.of(sigmas)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (4.4, 2.9))
+        lines: dict[str, Line2D] = {}
         for i, (kind, label) in enumerate(places.short_kinds().items()):
-            for j, name in enumerate(places.of_kind(kind)):
+            for name in places.of_kind(kind):
                 sigma = [value for value in sigmas[name] if value > 0]
-                (line,) = ax.plot(range(1, len(sigma) + 1), sigma, label=label if j == 0 else None)
-                line.set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
+                (lines[label],) = ax.plot(range(1, len(sigma) + 1), sigma)
+                lines[label].set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
         ax.set_yscale("log")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _finish(figure, ax, len(places.kinds), "index of the singular value")
+        _finish(figure, ax, lines, "index of the singular value")
     return figure
 
 
@@ -240,14 +243,18 @@ def _axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _finish(figure: Figure, ax: Axes, series: int, xlabel: str = "step") -> None:
+def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step") -> None:
     ax.set_xlabel(xlabel)
     ax.tick_params(length=0)
-    if series > 1:
-        longest = max(len(str(text)) for text in ax.get_legend_handles_labels()[1])
-        columns = max(1, min(series, 56 // (longest + 5)))
-        figure.set_figheight(figure.get_figheight() + 0.17 * (-(-series // columns) - 1))  # a line of it is no loss
-        figure.legend(loc="outside lower left", ncols=columns, columnspacing=1.2)
+    if len(lines) > 1:
+        columns = max(1, min(len(lines), 56 // (max(map(len, lines)) + 5)))
+        figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(lines) // columns) - 1))  # a line of it is no loss
+        # By name: matplotlib leaves out labels that begin with an underscore, unless it is given them.
+        figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=columns, columnspacing=1.2)
+
+
+def _dashes(i: int) -> str:
+    return ("-", "--")[i // 8 % 2]  # there are eight colours
 
 
 def _bare(ax: Axes) -> None:

@@ -7,8 +7,8 @@ from geolora_pl import figures
 RANKS = {f"m.{i}.{kind}": [(0, 2.0), (10, 2.0 + i), (20, 3.0 + i)] for i in range(3) for kind in ("q", "v")}
 
 
-def labels(ax):
-    return ax.get_legend_handles_labels()[1]
+def legend(figure):
+    return [text.get_text() for box in figure.legends for text in box.get_texts()]
 
 
 def test_curves_have_a_line_each_and_its_points():
@@ -16,7 +16,7 @@ def test_curves_have_a_line_each_and_its_points():
     (ax,) = figure.axes
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [5, 3]], [[2, 4]]]
     assert ax.lines[1].get_marker() == "o"  # one point is no line
-    assert (labels(ax), ax.get_title(loc="left")) == (["a", "b"], "loss")
+    assert (legend(figure), ax.get_title(loc="left")) == (["a", "b"], "loss")
 
 
 def test_long_curves_are_thinned_to_means_and_end_where_they_end():
@@ -27,8 +27,9 @@ def test_long_curves_are_thinned_to_means_and_end_where_they_end():
 
 
 def test_the_mean_rank_of_a_kind_is_that_of_its_layers():
-    (ax,) = figures.ranks_over_steps(RANKS, "ranks").axes
-    assert labels(ax) == ["q", "v"]
+    figure = figures.ranks_over_steps(RANKS, "ranks")
+    (ax,) = figure.axes
+    assert legend(figure) == ["q", "v"]
     assert [line.get_ydata().tolist() for line in ax.lines] == [[2, 3, 4]] * 2
 
 
@@ -73,3 +74,14 @@ def test_an_svg_stands_in_a_page_takes_its_colours_from_there_and_names_nothing_
     others = set(re.findall(r' id="([^"]*)"', figures.svg(figure, "", "two")))
     assert ids
     assert not ids & others
+
+
+def test_a_legend_has_names_that_begin_with_an_underscore():
+    series = {"_loss": [(0, 1.0), (1, 2.0)], "_score": [(0, 2.0), (1, 1.0)]}
+    kinds = {"_a.0.q": [(0, 2.0), (1, 3.0)], "_b.0.q": [(0, 2.0), (1, 3.0)]}
+    for figure, names in (
+        (figures.curves(series, "both"), ["_loss", "_score"]),
+        (figures.ranks_over_steps(kinds, "ranks"), ["_a.*.q", "_b.*.q"]),
+        (figures.spectra({"_a.0.q": [1.0], "_b.0.q": [1.0]}, "spectra"), ["_a.*.q", "_b.*.q"]),
+    ):
+        assert legend(figure) == names
