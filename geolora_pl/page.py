@@ -218,7 +218,10 @@ def _last(curve: Curve | None) -> float | None:
 
 
 def _steps(run: Run) -> float:
-    return max((curve[-1][0] for curve in run.curves.values()), default=-1) + 1  # they are counted from 0
+    """Optimizer steps of the fit, which are counted from 0; what is logged after it has the step that never came."""
+    of_fit = [curve for name, curve in run.curves.items() if _split(name) != "test"]
+    mean_rank = run.curves.get("rank/mean")
+    return max((curve[-1][0] for curve in ([mean_rank] if mean_rank else of_fit)), default=-1) + 1
 
 
 def _number(value: float | None) -> str:

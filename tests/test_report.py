@@ -135,6 +135,18 @@ def test_a_run_of_metrics_alone_has_a_page(tmp_path):
     assert len(page.all("svg")) == 1
 
 
+def tile(run, title):
+    """What a page about one run says under a title."""
+    text = write_report([run], run / "tile.html").read_text()
+    return re.search(rf"<dt>{re.escape(title)}</dt><dd>(.*?)</dd>", text)[1]
+
+
+@pytest.mark.parametrize("ranks", ["", "2"])
+def test_a_test_after_the_fit_is_no_step(tmp_path, ranks):
+    (tmp_path / "metrics.csv").write_text(f"step,loss,test_loss,rank/mean\n0,1,,{ranks}\n9,1,,{ranks}\n10,,1,\n")
+    assert tile(tmp_path, "steps") == "10"
+
+
 def refusal(arguments, capfd):
     with pytest.raises(SystemExit) as stop:
         main(["report", *arguments])
