@@ -281,6 +281,6 @@ def _changes(curve: Curve) -> Curve:
 
 def _mean(of_kind: Sequence[Curve]) -> Curve:
     """The mean of curves at the steps that they have in common."""
-    tables = [dict(curve) for curve in of_kind]
+    tables = [dict(reversed(curve)) for curve in of_kind]  # of two points at step 0 the start
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]

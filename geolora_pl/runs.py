@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 Curve = Sequence[tuple[int, float]]
+_Curves = dict[str, list[tuple[int, float]]]
+_MARK = "rank/mean"  # of a fit: it is logged from the start on, and no evaluation logs it
 _OURS = (
     "adapter_params",
     "truncation_error",
@@ -70,7 +72,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 def read_run(folder: Path, name: str | None = None) -> Run:
     """Read the folder of one run.
 
-    Of what was written twice, as after a resumption or a second run in the same folder, the later counts.
+    Of several runs in the same folder it is the last, with what it did before it was resumed, and the metrics of
+    evaluations afterwards.
 
     Raises:
         ValueError: It is no folder, holds no metrics, or a file in it cannot be read.
@@ -83,13 +86,16 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         inside = sorted(path.parent.name for path in folder.glob("*/*") if _is_log(path))
         hint = f"its folder {inside[-1]!r} does" if inside else "train with the logger of CSV or TensorBoard"
         raise ValueError(f"run='{folder}' holds neither metrics.csv nor TensorBoard's events: {hint}")
-    points = _of_tables(tables) if tables else _of_events(events)
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for metric, step, value in points:
-        curve = curves.setdefault(metric, [])
-        while curve and curve[-1][0] >= step:
-            curve.pop()
-        curve.append((step, value))
+    curves: _Curves = {}
+    for points in map(_of_table, tables) if tables else map(_of_events, events):
+        part: _Curves = {}
+        _add(part, points)
+        if _MARK not in part and _MARK in curves:  # an evaluation, whose steps say nothing of the run
+            curves |= {metric: curve for metric, curve in part.items() if metric not in curves}
+        elif _MARK in part and part[_MARK][0][0] == 0:  # another run
+            curves = part
+        else:
+            _add(curves, ((metric, step, value) for metric, curve in part.items() for step, value in curve))
     checkpoints = [path for path in folder.glob("checkpoints/*.ckpt") if path.is_file()]  # sharded ones are folders
     checkpoints.sort(key=lambda path: (path.name.startswith("last"), path.stat().st_mtime))
     return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
@@ -104,28 +110,40 @@ def _number(path: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _of_tables(tables: Iterable[Path]) -> Iterable[tuple[str, int, float]]:
-    for path in tables:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    step = int(row.pop("step"))
-                    values = {name: float(text) for name, text in row.items() if text}
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{path} is no table of metrics of Lightning ({error})") from error
-                yield from ((name, step, value) for name, value in values.items() if math.isfinite(value))
+def _add(curves: _Curves, points: Iterable[tuple[str, int, float]]) -> None:
+    """Add points to curves; of two at the same step the later counts."""
+    for metric, step, value in points:
+        curve = curves.setdefault(metric, [])
+        while curve and curve[-1][0] >= step and not (len(curve) == 1 and step == 0 and _has_start(metric)):
+            curve.pop()
+        curve.append((step, value))
 
 
-def _of_events(events: Iterable[Path]) -> Iterable[tuple[str, int, float]]:
+def _has_start(metric: str) -> bool:
+    """Whether it is logged before the first batch as well, which has the step 0 too."""
+    return metric == "adapter_params" or metric.startswith("rank/")
+
+
+def _of_table(path: Path) -> Iterable[tuple[str, int, float]]:
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                step = int(row.pop("step"))
+                values = {name: float(text) for name, text in row.items() if text}
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} is no table of metrics of Lightning ({error})") from error
+            yield from ((name, step, value) for name, value in values.items() if math.isfinite(value))
+
+
+def _of_events(path: Path) -> Iterable[tuple[str, int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a second of imports
 
-    for path in events:
-        log = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
-        log.Reload()
-        for name in log.Tags()["scalars"]:
-            for event in log.Scalars(name):
-                if math.isfinite(event.value):
-                    yield name, event.step, event.value
+    log = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
+    log.Reload()
+    for name in log.Tags()["scalars"]:
+        for event in log.Scalars(name):
+            if math.isfinite(event.value):
+                yield name, event.step, event.value
 
 
 def _settings(path: Path) -> dict[str, object]:

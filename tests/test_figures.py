@@ -33,6 +33,11 @@ def test_the_mean_rank_of_a_kind_is_that_of_its_layers():
     assert [line.get_ydata().tolist() for line in ax.lines] == [[2, 3, 4]] * 2
 
 
+def test_the_mean_rank_begins_at_the_start_where_the_first_step_is_known_too():
+    (ax,) = figures.ranks_over_steps({"m.0.q": [(0, 2.0), (0, 4.0), (1, 5.0)]}, "ranks").axes
+    assert ax.lines[0].get_xydata().tolist() == [[0, 2], [1, 5]]
+
+
 def test_the_rank_map_has_kinds_in_rows_and_depth_in_columns():
     ranks = {"m.0.q": 1, "m.1.q": 5, "m.0.v": 9}
     (ax,) = figures.rank_map(ranks, "map").axes

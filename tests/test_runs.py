@@ -4,6 +4,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_callback import ADAPTER, Foreign, loader, trainer
 
 from geolora_pl import GeoLoRACallback
+from geolora_pl.loggers import CSVLogger as GrowingCSVLogger
 from geolora_pl.runs import read_run, read_runs
 
 
@@ -44,6 +45,49 @@ def test_of_what_was_written_twice_the_later_counts(tmp_path):
     assert curves["train_loss"] == [(0, 9), (10, 8), (20, 5), (40, 4)]
     assert curves["val_loss"] == [(40, 3)]
     assert curves["test_loss"] == [(0, 1)]
+
+
+def test_another_run_in_the_same_folder_is_read_alone(tmp_path):
+    write(tmp_path, "step,train_loss,rank/mean,rank/a,rank/dead\n0,,2,2,2\n1,9,,,\n40,8,3,3,3\n", "metrics.1.csv")
+    write(tmp_path, "step,train_loss,rank/mean,rank/a\n0,,4,4\n5,7,,\n10,6,5,5\n")
+    run = read_run(tmp_path)
+    assert run.curves["train_loss"] == [(5, 7), (10, 6)]
+    assert run.ranks == {"a": [(0, 4), (10, 5)]}
+
+
+def test_a_validation_or_a_test_after_the_fit_leaves_its_curves(tmp_path):
+    write(tmp_path, "step,val_loss,rank/mean\n0,,2\n10,5,3\n20,4,3\n", "metrics.1.csv")
+    write(tmp_path, "step,val_loss,val_score\n0,1,2\n", "metrics.2.csv")  # of ``validate``, which counts from 0
+    write(tmp_path, "step,test_loss\n0,3\n")
+    curves = read_run(tmp_path).curves
+    assert curves["val_loss"] == [(10, 5), (20, 4)]
+    assert curves["val_score"] == [(0, 2)]
+    assert curves["test_loss"] == [(0, 3)]
+
+
+@pytest.mark.parametrize("logger", [GrowingCSVLogger, TensorBoardLogger])
+def test_a_run_and_what_follows_in_its_folder(tmp_path, logger):
+    fit(tmp_path, logger)
+    first = read_run(tmp_path).curves
+    again = trainer(GeoLoRACallback(adapter=ADAPTER), logger=logger(tmp_path, name="", version=""))
+    again.validate(Foreign(), loader(), verbose=False)
+    assert read_run(tmp_path).curves == first
+    callback = GeoLoRACallback(tau=0.05, adapter=ADAPTER)
+    other = trainer(callback, logger=logger(tmp_path, name="", version=""), log_every_n_steps=3, max_epochs=1)
+    other.fit(Foreign(), loader())
+    assert [step for step, _ in read_run(tmp_path).ranks["body.0"]] == [0, 2, 5]
+    assert "val_loss" not in read_run(tmp_path).curves
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_ranks_at_the_start_stay_where_the_first_step_is_logged_too(tmp_path, logger):
+    callback = GeoLoRACallback(tau=0.05, adapter=ADAPTER, adapt_every=1)
+    runs = trainer(callback, logger=logger(tmp_path, name="", version=""), log_every_n_steps=1, max_steps=3)
+    runs.fit(Foreign(), loader())
+    curves = read_run(tmp_path).curves
+    assert curves["rank/body.0"][0] == (0, 2)
+    assert [step for step, _ in curves["rank/body.0"]] == [0, 0, 1, 2]
+    assert [step for step, _ in curves["train_loss"]] == [0, 1, 2]
 
 
 def test_parts_are_taken_up_in_the_order_of_their_numbers(tmp_path):
