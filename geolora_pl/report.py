@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -13,31 +14,41 @@ from geolora_pl.lazy import import_extra
 from geolora_pl.runs import read_runs
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write one page of HTML about runs: learning curves, ranks over depth and time, parameters, and how they compare.
 
     It needs no network and no other file, and is light or dark as its reader likes. An earlier report is replaced;
     any other file is not.
 
     Args:
-        runs: Folders of runs, as a CSV or TensorBoard logger of Lightning left them.
+        runs: Folders of runs, one or several, as a CSV or TensorBoard logger of Lightning left them.
         output: The file to write; by default ``report.html`` in the first folder.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: A folder holds no run, something else is at ``output``, or matplotlib is missing.
+        ValueError: A folder holds no run, something else is at ``output`` or nothing can be, or matplotlib is missing.
     """
     page = import_extra("geolora_pl.page", "a report")
     found = read_runs(runs)
     target = Path(output or found[0].folder / "report.html")
-    if target.exists() and not (target.is_file() and page.GENERATOR.encode() in target.read_bytes()[:2000]):
+    with _refused_by_the_system(target):
+        foreign = target.exists() and not (target.is_file() and page.GENERATOR.encode() in target.read_bytes()[:2000])
+    if foreign:
         raise ValueError(f"output='{target}' is there already and is no report: name another file")
     text = page.page(found)
-    with atomic(target) as unfinished:
+    with _refused_by_the_system(target), atomic(target) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return target
+
+
+@contextmanager
+def _refused_by_the_system(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"output='{target}' cannot be written ({error.strerror}): name another file") from error
 
 
 def main(args: Sequence[str]) -> None:

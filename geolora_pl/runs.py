@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,16 +56,18 @@ class Run:
         return {n: c for n, c in self.curves.items() if n not in ours and not n.startswith(("rank/", "lr-"))}
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+def read_runs(folders: str | Path | Sequence[str | Path]) -> list[Run]:
     """Read the folders of runs.
 
     Args:
-        folders: Where loggers wrote, such as ``lightning_logs/version_0``.
+        folders: Where loggers wrote, such as ``lightning_logs/version_0``; one or several.
 
     Raises:
-        ValueError: One is no such folder, or named twice.
+        ValueError: There is none, one is no such folder, or named twice.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [Path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
+    if not paths:
+        raise ValueError("runs=[] names no run: name the folder of one at least")
     names = _distinct_names(paths)
     return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
@@ -78,6 +81,15 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         ValueError: It is no folder, holds no metrics, or a file in it cannot be read.
     """
+    try:
+        return _read_run(folder, name)
+    except OSError as error:
+        raise ValueError(
+            f"run='{folder}' cannot be read ({error.filename}: {error.strerror}): mend it, or name another folder"
+        ) from error
+
+
+def _read_run(folder: Path, name: str | None) -> Run:
     if not folder.is_dir():
         raise ValueError(f"run='{folder}' is no folder (from {Path.cwd()}): name the one that the logger wrote to")
     tables = sorted(folder.glob("metrics.*.csv"), key=_number) + list(folder.glob("metrics.csv"))
@@ -125,14 +137,15 @@ def _has_start(metric: str) -> bool:
 
 
 def _of_table(path: Path) -> Iterable[tuple[str, int, float]]:
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                step = int(row.pop("step"))
-                values = {name: float(text) for name, text in row.items() if text}
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path} is no table of metrics of Lightning ({error})") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a process that was killed leaves half a line
+        for row in csv.DictReader(io.StringIO(whole)):
+            step = int(row.pop("step"))
+            values = {name: float(cell) for name, cell in row.items() if cell}
             yield from ((name, step, value) for name, value in values.items() if math.isfinite(value))
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of metrics of Lightning ({error})") from error
 
 
 def _of_events(path: Path) -> Iterable[tuple[str, int, float]]:
@@ -150,8 +163,8 @@ def _settings(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        return dict(_flat(yaml.safe_load(path.read_text())))
-    except yaml.YAMLError as error:
+        return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
 
 

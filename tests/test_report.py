@@ -169,6 +169,23 @@ def test_the_users_mistakes_are_one_sentence(runs, tmp_path, capfd):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_the_system_refuses_is_one_sentence(runs, tmp_path, capfd, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(closed))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkdtemp", refuse)
+        said = refusal(["--run", str(runs[0]), "--output", str(closed / "page.html")], capfd)
+    assert said == f"error: output='{closed / 'page.html'}' cannot be written (Permission denied): name another file\n"
+    (tmp_path / "metrics.csv").mkdir()
+    said = refusal(["--run", str(tmp_path)], capfd)
+    what = f"({tmp_path / 'metrics.csv'}: Is a directory)"
+    assert said == f"error: run='{tmp_path}' cannot be read {what}: mend it, or name another folder\n"
+
+
 def test_without_matplotlib_the_remedy_is_said(runs, tmp_path, capfd, monkeypatch):
     for module in [m for m in sys.modules if m.partition(".")[0] == "matplotlib" or m in PICTURES]:
         monkeypatch.delitem(sys.modules, module)

@@ -114,6 +114,20 @@ def test_names_tell_runs_apart(tmp_path):
     assert [run.name for run in read_runs(folders[:1])] == ["version_0"]
 
 
+@pytest.mark.parametrize("last", ["1", "1,", "10,0.", ",", "1e", "1,0"])
+def test_a_last_line_cut_short_is_left_out(tmp_path, last):
+    write(tmp_path, f"step,a,b\n0,1,2\n5,3,4\n{last}")
+    assert read_run(tmp_path).curves == {"a": [(0, 1), (5, 3)], "b": [(0, 2), (5, 4)]}
+
+
+def test_one_path_is_one_run(tmp_path):
+    write(tmp_path, "step,a\n0,1\n")
+    for path in (tmp_path, str(tmp_path)):
+        assert [run.folder for run in read_runs(path)] == [tmp_path]
+    with pytest.raises(ValueError, match=r"runs=\[\] names no run"):
+        read_runs([])
+
+
 def test_bad_folders_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="gone' is no folder"):
         read_run(tmp_path / "gone")
@@ -127,7 +141,17 @@ def test_bad_folders_are_refused_with_the_remedy(tmp_path):
     for text in ("a,b\n1,2\n", "step,a\n0,much\n", "step,a\nx,1\n"):
         with pytest.raises(ValueError, match=r"metrics.csv is no table of metrics of Lightning"):
             read_run(write(inside, text))
+    for content in (
+        b"step,a\n0,\xff\n",
+        b"step,a\n0," + b"1" * 200_000 + b"\n",
+    ):  # no UTF-8; a field beyond what csv takes
+        (inside / "metrics.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=r"metrics.csv is no table of metrics of Lightning"):
+            read_run(inside)
     write(inside, "step,a\n0,1\n")
     write(inside, "a: [", "config.yaml")
+    with pytest.raises(ValueError, match=r"config.yaml is no YAML"):
+        read_run(inside)
+    (inside / "config.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ValueError, match=r"config.yaml is no YAML"):
         read_run(inside)
