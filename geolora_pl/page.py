@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -141,13 +142,25 @@ def _ranks(run: Run, salt: str) -> str:
     (wide if deep else drawn).insert(0, _figure(chart, f"Rank map at the end: {extremes}", f"{salt}-map", deep))
     if params := run.curves.get("adapter_params"):
         drawn.append(_curves({"adapter_params": params}, "adapter parameters", f"{salt}-params"))
-    if run.checkpoints and (found := checkpoint_spectra(run.checkpoints[-1])):
-        sigmas = {name: found[name] for name in [*filter(found.__contains__, last), *found]}  # kinds keep their colours
-        largest = max((sigma[0] for sigma in sigmas.values() if sigma), default=0.0)
-        chart = figures.spectra(sigmas, f"singular values in {run.checkpoints[-1].name}")
-        drawn.append(_figure(chart, f"Singular values of every update, the largest {largest:.3g}", f"{salt}-spectra"))
+    note = ""
+    if run.checkpoints:
+        try:
+            drawn += _spectra(run.checkpoints[-1], last, salt)
+        except ValueError:
+            reason = "cannot be read, or holds more than plain values: its singular values are left out"
+            note = f"<p>{escape(run.checkpoints[-1].name)} {reason}</p>"
     details = f"<details><summary>The rank map as a table</summary>{table}</details>"
-    return f'<div class="figures">{"".join(drawn)}</div><div class="figures wide">{"".join(wide)}</div>{details}'
+    return f'<div class="figures">{"".join(drawn)}</div><div class="figures wide">{"".join(wide)}</div>{note}{details}'
+
+
+def _spectra(checkpoint: Path, order: Iterable[str], salt: str) -> list[str]:
+    found = checkpoint_spectra(checkpoint)
+    if not found:
+        return []
+    sigmas = {name: found[name] for name in [*filter(found.__contains__, order), *found]}  # kinds keep their colours
+    largest = max((sigma[0] for sigma in sigmas.values() if sigma), default=0.0)
+    chart = figures.spectra(sigmas, f"singular values in {checkpoint.name}")
+    return [_figure(chart, f"Singular values of every update, the largest {largest:.3g}", f"{salt}-spectra")]
 
 
 def _files(run: Run, h: str) -> str:
