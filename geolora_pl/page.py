@@ -15,7 +15,6 @@ from geolora_pl.rank_map import RankMap, depth_label
 from geolora_pl.runs import Curve, Run
 
 GENERATOR = "geolora_pl report"  # by which a report knows another
-_LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse")
 _COLUMN = 4.6  # inches: what is wider gets a line of its own
 _OURS = (("adapter_params", "adapter parameters"), ("rank/mean", "mean rank"))
 _OF_RETRACTIONS = (
@@ -109,9 +108,9 @@ def _facts(run: Run) -> str:
     facts = {name: _number(_last(curve)) for name, curve in run.scores.items() if _split(name) == "test"}
     for name, curve in run.scores.items():
         if _split(name) in ("val", "valid", "validation"):
-            lower = any(word in name for word in _LOWER_IS_BETTER)
-            step, best = (min if lower else max)(curve, key=lambda point: point[1])
-            facts[f"{name}, best"] = f"{_number(best)} <small>at step {step:,}</small>"
+            (low_at, low), (high_at, high) = (end(curve, key=lambda point: point[1]) for end in (min, max))
+            ends = f"lowest {_number(low)} at step {low_at:,}, highest {_number(high)} at step {high_at:,}"
+            facts[name] = f"{_number(_last(curve))} <small>{ends}</small>"
     for name, title in _OURS:
         if course := run.curves.get(name):
             facts[title] = f"{_number(course[-1][1])} <small>from {_number(course[0][1])}</small>"

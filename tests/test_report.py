@@ -149,6 +149,11 @@ def test_a_test_after_the_fit_is_no_step(tmp_path, ranks):
     assert tile(tmp_path, "steps") == "10"
 
 
+def test_of_a_validation_both_ends_are_said_for_nobody_knows_which_is_better(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val_calibration\n1,0.5\n2,0.1\n3,0.9\n4,0.4\n")
+    assert tile(tmp_path, "val_calibration") == "0.4 <small>lowest 0.1 at step 2, highest 0.9 at step 3</small>"
+
+
 def test_a_checkpoint_that_cannot_be_read_costs_its_picture_alone(runs, tmp_path):
     whole = torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)
     (tmp_path / "metrics.csv").write_text((runs[0] / "metrics.csv").read_text())
