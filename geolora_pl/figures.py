@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch, PathPatch, Rectangle
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from geolora_pl.rank_map import RankMap, depth_label
@@ -46,6 +48,7 @@ COLOURS = {
 _SERIES = [colour for name, colour in COLOURS.items() if name.startswith("s")]
 _RAMP = [colour for name, colour in COLOURS.items() if re.fullmatch(r"r\d", name)]
 _POINTS = 400
+_BARS = 20_000  # of ranks by adapter: more is a page that takes long to make and to show
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",  # text stays text
@@ -156,12 +159,19 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
     height = 0.19 if len(ranks) <= 64 else 9 / len(ranks)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (6.6, 0.95 + height * len(ranks)))
+        bars: list[list[Any]] = [[] for _ in _RAMP]
+        every = -(-sum(map(len, ranks.values())) // _BARS)
         for i, name in enumerate(places.places):
-            curve = _changes(ranks[name])
+            first, *others = ranks[name]
+            curve = _changes([first, *others[::-every][::-1]])
             ends = [step for step, _ in curve[1:]] + [last]
             for (step, rank), end in zip(curve, ends, strict=True):
-                colour = _RAMP[_level(rank, low, high)]
-                ax.barh(i, max(end - step, last / 500), left=step, height=0.86, color=colour, linewidth=0)
+                right, top, bottom = max(end, step + last / 500), i - 0.43, i + 0.43
+                bars[_level(rank, low, high)].append([(step, bottom), (right, bottom), (right, top), (step, top)])
+        for colour, of_level in zip(_RAMP, bars, strict=True):
+            if of_level:  # one shape: thousands of patches take minutes
+                shape = Path.make_compound_path_from_polys(np.array(of_level, float))
+                ax.add_patch(PathPatch(shape, color=colour, linewidth=0))
         levels = range(round(low), round(high) + 1, max(1, round((high - low) / 6)))
         legend = [Patch(color=_RAMP[_level(rank, low, high)], label=str(rank), linewidth=0) for rank in levels]
         shown = (

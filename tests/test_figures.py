@@ -49,8 +49,21 @@ def test_the_rank_map_has_kinds_in_rows_and_depth_in_columns():
 
 def test_bars_of_an_adapter_change_where_its_rank_does():
     (ax,) = figures.ranks_by_adapter({"m.0.q": [(0, 2.0), (10, 2.0), (20, 5.0), (40, 5.0)]}, "ranks").axes
-    bars = sorted((patch.get_x(), patch.get_width()) for patch in ax.patches)
-    assert bars == [(0, 20), (20, 20)]
+    bars = [patch.get_path().get_extents().intervalx.tolist() for patch in ax.patches]
+    assert bars == [[0, 20], [20, 40]]
+    assert sum(ax.patches[0].get_facecolor()[:3]) > sum(ax.patches[1].get_facecolor()[:3])
+
+
+def test_many_adapters_over_many_steps_are_few_shapes_of_bounded_size():
+    ranks = {f"m.{i}.q": [(step, float((step + i) % 16)) for step in range(200)] for i in range(400)}
+    (ax,) = figures.ranks_by_adapter(ranks, "ranks").axes
+    assert len(ax.patches) <= 9
+    assert sum(len(patch.get_path().vertices) for patch in ax.patches) <= 5 * 25_000
+    ends = [patch.get_path().get_extents().intervalx for patch in ax.patches]
+    assert min(start for start, _ in ends) == 0
+    assert 199 <= max(end for _, end in ends) < 200
+    lightest = max(ax.patches, key=lambda patch: sum(patch.get_facecolor()[:3])).get_path()
+    assert lightest.contains_point((0.2, 0))  # rank 0 at the start
 
 
 @pytest.mark.parametrize("layers", [1, 70])
