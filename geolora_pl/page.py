@@ -15,6 +15,7 @@ from geolora_pl.rank_map import RankMap, depth_label
 from geolora_pl.runs import Curve, Run
 
 GENERATOR = "geolora_pl report"  # by which a report knows another
+_FIGURES = 24  # of learning curves, a quarter of a second each; the rest are in a table
 _COLUMN = 4.6  # inches: what is wider gets a line of its own
 _OURS = (("adapter_params", "adapter parameters"), ("rank/mean", "mean rank"))
 _OF_RETRACTIONS = (
@@ -76,13 +77,16 @@ def _comparison(runs: Sequence[Run]) -> str:
         ]
         for run in runs
     ]
+    first = sorted(scores, key=lambda name: not _is_evaluated([name]))
     drawn = [
         _curves(found, title, f"compare-{name}")
-        for name, title in [*zip(scores, scores, strict=True), *_OURS]
+        for name, title in [*zip(first[:_FIGURES], first, strict=False), *_OURS]
         if (found := {run.name: run.curves[name] for run in runs if len(run.curves.get(name, ())) > 1})
     ]
     table = _table(head, rows, "Runs, at their ends")
     pictures = f'<div class="figures">{"".join(drawn)}</div>'
+    if len(first) > _FIGURES:
+        pictures += f"<p>{len(first) - _FIGURES} further metrics are in the sections of the runs</p>"
     return f'<section aria-labelledby="compared"><h2 id="compared">Comparison</h2>{table}{pictures}</section>'
 
 
@@ -90,8 +94,12 @@ def _run(run: Run, number: int, alone: bool) -> str:
     h, salt = ("h2", "h3")[not alone], f"run-{number}"
     parts = [f"<h2>{escape(run.name)}</h2>"] if not alone else []
     parts.append(_facts(run))
-    if drawn := [_curves(series, name, f"{salt}-{name}") for name, series in _by_kind(run.scores).items()]:
+    kinds = _by_kind(run.scores)
+    first = sorted(kinds, key=lambda kind: not _is_evaluated(kinds[kind]))
+    if drawn := [_curves(kinds[kind], kind, f"{salt}-{kind}") for kind in first[:_FIGURES]]:
         parts.append(f'<{h}>Learning curves</{h}><div class="figures">{"".join(drawn)}</div>')
+    if rest := [(name, curve) for kind in first[_FIGURES:] for name, curve in kinds[kind].items()]:
+        parts.append(_courses(rest))
     if run.ranks:
         parts += [f"<{h}>Ranks</{h}>", _ranks(run, salt)]
     if numbers := [
@@ -209,6 +217,18 @@ def _by_kind(scores: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
         if len(curve) > 1:
             found.setdefault(kind.removesuffix("_step").removesuffix("_epoch"), {})[name] = curve
     return found
+
+
+def _is_evaluated(names: Iterable[str]) -> bool:
+    return any(_split(name) not in ("", "train") for name in names)
+
+
+def _courses(curves: Sequence[tuple[str, Curve]]) -> str:
+    rows = []
+    for name, curve in curves:
+        values = [value for _, value in curve]
+        rows.append([name, *map(_number, (values[0], values[-1], min(values), max(values)))])
+    return _table(["metric", "first", "last", "lowest", "highest"], rows, f"{len(rows)} further metrics")
 
 
 def _kinds_in_words(ranks: Mapping[str, Curve]) -> str:

@@ -154,6 +154,25 @@ def test_of_a_validation_both_ends_are_said_for_nobody_knows_which_is_better(tmp
     assert tile(tmp_path, "val_calibration") == "0.4 <small>lowest 0.1 at step 2, highest 0.9 at step 3</small>"
 
 
+def test_many_metrics_are_some_figures_and_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("geolora_pl.page._FIGURES", 3)
+    names = [f"train_{i}" for i in range(5)] + ["val_score"]
+    for run in (tmp_path / "one", tmp_path / "two"):
+        run.mkdir()
+        rows = [",".join([str(step), *(str(step + i) for i in range(len(names)))]) for step in range(3)]
+        (run / "metrics.csv").write_text("\n".join([",".join(["step", *names]), *rows, ""]))
+    text = write_report(tmp_path / "one").read_text()
+    page = Page(text)
+    said = [picture["aria-label"] for picture in page.all("svg")]
+    assert len(said) == 3
+    assert any(label.startswith("score over steps") for label in said)  # before the rest
+    assert '<th scope="row">train_4</th><td>4</td><td>6</td><td>4</td><td>6</td>' in text
+    assert "3 further metrics" in page.words
+    several = Page(write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html").read_text())
+    assert len(several.all("svg")) == 3 * 3
+    assert "3 further metrics are in the sections of the runs" in several.words
+
+
 def test_a_checkpoint_that_cannot_be_read_costs_its_picture_alone(runs, tmp_path):
     whole = torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)
     (tmp_path / "metrics.csv").write_text((runs[0] / "metrics.csv").read_text())
