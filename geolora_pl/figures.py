@@ -174,10 +174,9 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
                 ax.add_patch(PathPatch(shape, color=colour, linewidth=0))
         levels = range(round(low), round(high) + 1, max(1, round((high - low) / 6)))
         legend = [Patch(color=_RAMP[_level(rank, low, high)], label=str(rank), linewidth=0) for rank in levels]
-        shown = (
-            range(len(ranks)) if len(ranks) <= 64 else [i for i, name in enumerate(labels) if _is_first(places, name)]
-        )
-        ax.set_yticks(shown, [list(labels.values())[i] for i in shown])
+        labelled = labels.keys() if len(ranks) <= 64 else places.firsts()
+        shown = {i: label for i, (name, label) in enumerate(labels.items()) if name in labelled}
+        ax.set_yticks(list(shown), list(shown.values()))
         ax.set_ylim(len(ranks) - 0.5, -0.5)
         ax.set_xlim(0, max(last, 1))
         ax.set_xlabel("step")
@@ -279,10 +278,6 @@ def _cell(x: int, y: int, level: int) -> Rectangle:
 
 def _level(value: float, low: float, high: float) -> int:
     return round((value - low) / (high - low) * (len(_RAMP) - 1)) if high > low else len(_RAMP) // 2
-
-
-def _is_first(places: RankMap, name: str) -> bool:
-    return places.of_kind(places.places[name][0])[0] == name
 
 
 def _changes(curve: Curve) -> Curve:

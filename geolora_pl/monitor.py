@@ -205,8 +205,8 @@ class RankMonitor:
 
     def _row_labels(self) -> list[str]:
         """A label for each adapter, or for the first of each kind where they are many."""
-        labels, first = self.map.short_names(), {self.map.of_kind(kind)[0] for kind in self.map.kinds}
-        return [label if self._row_height >= 12 or name in first else "" for name, label in labels.items()]
+        labels, firsts = self.map.short_names(), self.map.firsts()
+        return [label if self._row_height >= 12 or name in firsts else "" for name, label in labels.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """The ranks over time, for a run that is resumed."""

@@ -59,6 +59,10 @@ class RankMap:
         """The adapters of one kind, from the first layer to the last."""
         return [name for name, (its_kind, _) in self.places.items() if its_kind == kind]
 
+    def firsts(self) -> set[str]:
+        """The first adapter of every kind."""
+        return {self.of_kind(kind)[0] for kind in self.kinds}
+
     def short_kinds(self) -> dict[str, str]:
         """Labels of the kinds: without the beginning that all have in common."""
         parts = [kind.split(".")[:-1] for kind in self.kinds]
