@@ -61,6 +61,9 @@ class RankAdaptiveIntegrator:
             ``max_rank``.
         min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and
+            drop nothing, so that a rank may double each time. Later it hardly can, for beside a large S a new
+            direction is as small as the square of a step.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
 
     Raises:
@@ -87,6 +90,7 @@ class RankAdaptiveIntegrator:
         budget: int | None = None,
         min_rank: int = 1,
         adapt_every: int = 1,
+        grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         check_settings(tau, budget, min_rank, adapt_every, on_nonfinite)
@@ -101,6 +105,7 @@ class RankAdaptiveIntegrator:
         self.budget = budget
         self.min_rank = min_rank
         self.adapt_every = adapt_every
+        self.grow = grow
         self.rank_changes = True
         self.steps = 0
         self.total_steps = 0
@@ -128,7 +133,7 @@ class RankAdaptiveIntegrator:
         return adapter_parameters(self.adapters)
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Call after ``optimizer.step()``: retract when ``adapt_every`` steps have been taken.
+        """Call after ``optimizer.step()``: retract when it is time.
 
         Args:
             optimizer: The optimizer that just stepped; its moments are carried along.
@@ -145,12 +150,17 @@ class RankAdaptiveIntegrator:
             new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
         self.steps += new_steps
         self.total_steps += new_steps
-        if self.steps >= self.adapt_every:
+        if self.steps >= self._interval():
             self.settle()
-        if self.steps < self.adapt_every:
+        if self.steps < self._interval():
             return False
-        self.retract(optimizer)
+        growing = self.grow and self.total_steps < self.adapt_every
+        self._fold(0.0 if growing else self.tau, optimizer)
         return True
+
+    def _interval(self) -> int:
+        """Steps from the last retraction to the next; while the ranks grow, as many as were taken before the last."""
+        return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.grow else self.adapt_every
 
     def settle(self) -> None:
         """Take back the steps that a device, as is known only now, has skipped; waits for it."""
@@ -200,7 +210,6 @@ class RankAdaptiveIntegrator:
         self._watch.skipped_steps = state["skipped_steps"]
         self._watch.decay = dict(state["decay"])
 
-    @torch.no_grad()
     def retract(self, optimizer: Optimizer | None = None) -> None:
         """Fold every pending increment into its factors now, whatever the cadence.
 
@@ -210,10 +219,13 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
+        self._fold(self.tau, optimizer)
+
+    @torch.no_grad()
+    def _fold(self, tau: float, optimizer: Optimizer | None) -> None:
         self.settle()
-        tau = self.tau if self.rank_changes else None
         with exact_products(next(iter(self.adapters.values())).U.device):  # may be called inside autocast
-            self._retract(tau, optimizer)
+            self._retract(tau if self.rank_changes else None, optimizer)
 
     def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)

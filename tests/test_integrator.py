@@ -73,6 +73,64 @@ def test_adapts_every_n_optimizer_steps():
     assert (integrator.adaptations, integrator.steps, integrator.total_steps) == (2, 1, 7)
 
 
+def test_ranks_that_grow_double_at_intervals_that_double_and_drop_nothing():
+    model, adapters, integrator = two_shapes(adapt_every=10, grow=True, tau=0.9)
+    optimizer = optimizer_of(model)
+    adapted, start = {}, integrator.ranks()
+    for t in range(1, 27):
+        backward(model, t)
+        optimizer.step()
+        if integrator.step(optimizer):
+            adapted[t] = integrator.ranks()
+            assert torch.count_nonzero(adapters["0"].K) == 0
+    assert list(adapted) == [1, 2, 4, 8, 16, 26]
+    for name, layer in adapters.items():
+        room = min(layer.max_rank, layer.in_features, layer.out_features)
+        assert [adapted[t][name] for t in (1, 2, 4, 8)] == [min(start[name] * 2**k, room) for k in (1, 2, 3, 4)]
+        assert adapted[16][name] < adapted[8][name]  # by tau
+
+
+def test_growing_changes_nothing_where_every_step_is_retracted():
+    ranks = []
+    for grow in (False, True):
+        model, _, integrator = two_shapes(adapt_every=1, grow=grow)
+        train(model, integrator, optimizer_of(model), 5)
+        ranks.append((integrator.ranks(), integrator.adaptations))
+    assert ranks[0] == ranks[1]
+
+
+def test_ranks_that_grow_stay_within_the_budget():
+    model, adapters, integrator = two_shapes(adapt_every=10, grow=True, budget=80)
+    optimizer = optimizer_of(model)
+    for t in range(8):
+        train(model, integrator, optimizer, 1, start=t)
+        assert integrator.adapter_parameters() <= 80
+
+
+def test_where_ranks_end_hardly_depends_on_where_they_start_once_they_grow():
+    n = 32
+    torch.manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(n, n))[0] for _ in range(2))
+    target, x = P @ torch.diag(0.9 ** torch.arange(float(n))) @ Q, torch.randn(256, n)
+
+    def end(start, grow):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(n, n, bias=False))
+        adapters = inject_adapters(model, AdapterConfig(init_rank=start, max_rank=16))
+        integrator = RankAdaptiveIntegrator(model, tau=0.2, adapt_every=10, grow=grow)
+        optimizer = optimizer_of(model)
+        wanted = x @ (model[0].weight + target).detach().T
+        for _ in range(60):
+            optimizer.zero_grad()
+            (model(x) - wanted).square().mean().backward()
+            optimizer.step()
+            integrator.step(optimizer)
+        return adapters["0"].rank
+
+    assert abs(end(2, grow=True) - end(16, grow=True)) <= 1
+    assert end(2, grow=False) < end(16, grow=False) / 2 + 1
+
+
 def test_step_without_an_optimizer_step_does_nothing():
     model, _, integrator = two_shapes()
     optimizer = optimizer_of(model)
