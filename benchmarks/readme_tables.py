@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import ablations
 import matrix_approximation
@@ -57,9 +58,9 @@ def overview() -> str:
     return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], report.overview(records, LEARNT))
 
 
-def rank_adaptation_table() -> str:
-    """Parameters and scores by start rank."""
-    records = read(RESULTS / "rank_adaptation.jsonl")
+def rank_adaptation_table(grow: bool) -> str:
+    """Parameters and scores by start rank, with ranks that grow first or not."""
+    records = rank_adaptation.grown(read(RESULTS / "rank_adaptation.jsonl"), grow)
     return markdown(rank_adaptation.header(records), rank_adaptation.rows(records))
 
 
@@ -104,7 +105,8 @@ def products_table(name: str, columns: Sequence[str]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
-    "rank_adaptation": rank_adaptation_table,
+    "rank_adaptation": partial(rank_adaptation_table, True),
+    "rank_adaptation_not_grown": partial(rank_adaptation_table, False),
     "matrix_approximation": matrix_table,
     "speed": speed,
     "event": event_table,

@@ -61,8 +61,8 @@ class RankAdaptiveIntegrator:
             ``max_rank``.
         min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
-        grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and
-            drop nothing, so that a rank may double each time. Later it hardly can, for beside a large S a new
+        grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them
+            and drop nothing, so that a rank may double each time. Later it hardly can, for beside a large S a new
             direction is as small as the square of a step.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
 

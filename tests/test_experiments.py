@@ -60,17 +60,23 @@ def test_a_rate_is_alive_only_without_a_gap():
 
 def test_start_ranks_are_compared_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
-    records = [record("2", parameters=100, score=0.9), record("4", parameters=120, score=0.88)]
-    assert rank_adaptation.rows(records)[-1] == ["apart", "20%", "0.020"]
+    settings = {grow: rank_adaptation.method(2, grow).settings() for grow in (True, False)}
+    records = [
+        record("2", parameters=100, score=0.9, settings=settings[True]),
+        record("4", parameters=120, score=0.88, settings=settings[True]),
+        record("2", parameters=100, score=0.9, settings=settings[False]),
+    ]
+    assert rank_adaptation.rows(rank_adaptation.grown(records, True))[-1] == ["apart", "20%", "0.020"]
+    assert rank_adaptation.rows(rank_adaptation.grown(records, False))[-1] == ["apart", "0%", "0.000"]
     rank_adaptation.draw(records)
     assert (tmp_path / "rank_adaptation.svg").stat().st_size > 1000
 
 
 def test_the_page_of_the_ablations():
-    records = [record("the defaults", parameters=100), record("tau 0.03", parameters=200, score=0.91)]
+    records = [record("the defaults", parameters=100), record("tau 0.3", parameters=200, score=0.91)]
     page = ablations.document(records)
     assert "## How much may a truncation drop?" in page
-    assert "| tau 0.03 | 0.910<br>200 |" in page
+    assert "| tau 0.3 | 0.910<br>200 |" in page
     assert "start from" not in page  # nothing was tried
 
 

@@ -100,7 +100,7 @@ def test_growing_changes_nothing_where_every_step_is_retracted():
 
 
 def test_ranks_that_grow_stay_within_the_budget():
-    model, adapters, integrator = two_shapes(adapt_every=10, grow=True, budget=80)
+    model, _, integrator = two_shapes(adapt_every=10, grow=True, budget=80)
     optimizer = optimizer_of(model)
     for t in range(8):
         train(model, integrator, optimizer, 1, start=t)
