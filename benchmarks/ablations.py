@@ -25,10 +25,14 @@ FACTORS = (1 / 3, 1.0, 3.0)  # times the default learning rate: a variant may wa
 
 # What is asked, and what is tried; what is the default already is left out.
 TRIED: Mapping[str, Mapping[str, GeoLoRA]] = {
-    "Should the ranks grow first, and how often should it retract?": {
-        f"every {steps} steps from the first on": GeoLoRA(callback={"adapt_every": steps}) for steps in (1, 5, 10, 50)
+    "How often should it retract?": {
+        f"every {steps} steps": GeoLoRA(callback={"adapt_every": steps}) for steps in (1, 5, 50)
     },
-    "How much may a truncation drop?": {f"tau {tau}": GeoLoRA(callback={"tau": tau}) for tau in (0.1, 0.2, 0.3, 0.4)},
+    "Should the ranks grow before anything is dropped?": {
+        "they grow": GeoLoRA(callback={"grow": True}),
+        "they grow, tau 0.3": GeoLoRA(callback={"grow": True, "tau": 0.3}),
+    },
+    "How much may a truncation drop?": {f"tau {tau}": GeoLoRA(callback={"tau": tau}) for tau in (0.03, 0.1, 0.2, 0.3)},
     "Do the moments have to move with the bases?": {"moments left as they are": GeoLoRA(carry_moments=False)},
     "What should one second moment stand for?": {
         geometry: GeoLoRA(optimizer={"geometry": geometry}) for geometry in get_args(Geometry)

@@ -90,19 +90,15 @@ class GeoLoRA:
     def settings(self) -> dict[str, Any]:
         return {
             "adapter": asdict(AdapterConfig(**self.adapter)),
-            "callback": self._callback(),
+            "callback": defaults(GeoLoRACallback) | dict(self.callback),
             "optimizer": {k: v for k, v in (defaults(RiemannianAdam) | dict(self.optimizer)).items() if k != "lr"},
             "carry_moments": self.carry_moments,
         }
 
-    def _callback(self) -> dict[str, Any]:
-        callback = defaults(GeoLoRACallback) | dict(self.callback)
-        return {**callback, "grow": callback["adapt_every"] is None}  # as the callback has it
-
     def start(self, task: Task, model: nn.Module, lr: float) -> Training:
         config = AdapterConfig(**{**self.adapter, "target_modules": task.targets, "modules_to_save": task.heads})
         inject_adapters(model, config)
-        schedule = self._callback()
+        schedule = defaults(GeoLoRACallback) | dict(self.callback)
         schedule["adapt_every"] = schedule["adapt_every"] or usual_cadence(task.steps)
         names = defaults(RankAdaptiveIntegrator)
         integrator = RankAdaptiveIntegrator(model, **{name: schedule[name] for name in names})

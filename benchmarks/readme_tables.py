@@ -105,8 +105,8 @@ def products_table(name: str, columns: Sequence[str]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
-    "rank_adaptation": partial(rank_adaptation_table, True),
-    "rank_adaptation_not_grown": partial(rank_adaptation_table, False),
+    "rank_adaptation": partial(rank_adaptation_table, False),
+    "rank_adaptation_grown": partial(rank_adaptation_table, True),
     "matrix_approximation": matrix_table,
     "speed": speed,
     "event": event_table,

@@ -56,12 +56,13 @@ class GeoLoRACallback(L.Callback):
         tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
         budget: Adapter parameters allowed in all, or ``None``.
         min_rank: Least rank of an adapter, at least 0.
-        adapt_every: Optimizer steps from one retraction to the next, at least 1, from the first step on. By default the
-            ranks grow first, so that where they end hardly depends on where they start: retractions after 1, 2, 4 and 8
-            steps drop nothing; from then on it is every 10 steps, fewer in a run of less than 100
-            (:func:`usual_cadence`). A run that is resumed keeps its own.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1; by default 10, fewer in
+            a run of less than 100 (:func:`usual_cadence`); a run that is resumed keeps its own.
         adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on at the
             ranks found.
+        grow: Whether the ranks grow first, so that where they end hardly depends on where they start: before
+            ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and drop nothing. Ends at larger ranks,
+            and bears less of a learning rate that is too large.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
         small_checkpoints: Whether checkpoints leave out the frozen weights. The module must bring the same base when
@@ -86,6 +87,7 @@ class GeoLoRACallback(L.Callback):
         min_rank: int = 1,
         adapt_every: int | None = None,
         adapt_until: float = 1.0,
+        grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
         small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
@@ -98,6 +100,7 @@ class GeoLoRACallback(L.Callback):
         self.min_rank = min_rank
         self.adapt_every = adapt_every
         self.adapt_until = adapt_until
+        self.grow = grow
         self.on_nonfinite = on_nonfinite
         self.small_checkpoints = small_checkpoints
         self.adapter = adapter
@@ -142,9 +145,8 @@ class GeoLoRACallback(L.Callback):
         """Check the run before its first step and start to follow the optimizer."""
         steps = run_length(trainer)
         adapt_every = self.adapt_every or self._cadence_so_far(trainer) or usual_cadence(steps)
-        grow = self.adapt_every is None
         integrator = RankAdaptiveIntegrator(
-            pl_module, self.tau, self.budget, self.min_rank, adapt_every, grow, self.on_nonfinite
+            pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.grow, self.on_nonfinite
         )
         wrapped = trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel) and not (

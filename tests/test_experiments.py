@@ -73,10 +73,10 @@ def test_start_ranks_are_compared_and_drawn(tmp_path, monkeypatch):
 
 
 def test_the_page_of_the_ablations():
-    records = [record("the defaults", parameters=100), record("tau 0.3", parameters=200, score=0.91)]
+    records = [record("the defaults", parameters=100), record("tau 0.03", parameters=200, score=0.91)]
     page = ablations.document(records)
     assert "## How much may a truncation drop?" in page
-    assert "| tau 0.3 | 0.910<br>200 |" in page
+    assert "| tau 0.03 | 0.910<br>200 |" in page
     assert "start from" not in page  # nothing was tried
 
 
