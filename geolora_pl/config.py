@@ -14,7 +14,7 @@ class AdapterConfig:
     """What is adapted, and how large the adapters may become.
 
     Args:
-        init_rank: Rank at the start, in [1, max_rank].
+        init_rank: Rank at the start, in [1, max_rank]; a larger one ends at a somewhat larger rank, with equal scores.
         max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the smaller
             side of the layer's matrix.
         target_modules: ``"all-linear"`` (every linear layer, GPT-2's Conv1D among them, but the task head and
