@@ -49,6 +49,26 @@ def check_company(trainer: L.Trainer, small_checkpoints: bool) -> None:
             )
 
 
+class CheckLast(L.Callback):
+    """Refuse to test or predict with the last checkpoint where there is none: Lightning would take untrained adapters.
+
+    A fit that asks for it starts anew, as Lightning means it: a job that is put back into the queue is always the same.
+    """
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look whether a checkpoint was loaded.
+
+        Raises:
+            ValueError: None was.
+        """
+        if trainer.ckpt_path is None:
+            folders = [str(getattr(callback, "dirpath", None)) for callback in trainer.checkpoint_callbacks]
+            where = f"in {' or '.join(folders)}" if folders else "and no ModelCheckpoint to look for it"
+            raise ValueError(f"ckpt_path='last': there is no last.ckpt {where}: give the path of a checkpoint")
+
+    on_validation_start = on_predict_start = on_test_start
+
+
 class CheckTestSplit(L.Callback):
     """Refuse, before the first step, a fit that is to end with a test that there is nothing for."""
 

@@ -371,6 +371,13 @@ def test_a_good_checkpoint_is_read(run_folder):
     assert read_checkpoint(good)["global_step"] == 2
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_last_where_there_is_no_checkpoint_is_not_untrained_adapters(folder, command):
+    message = r"ckpt_path='last': there is no last\.ckpt in lightning_logs/quickstart/checkpoints: give the path"
+    with pytest.raises(ValueError, match=message):
+        main([command, *quickstart("--ckpt_path=last")[1:]])
+
+
 def test_a_checkpoint_without_permission(folder, run_folder, monkeypatch):
     (good,) = (run_folder / "good").rglob("last.ckpt")
 
