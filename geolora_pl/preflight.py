@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning as L
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,8 +15,14 @@ def check_trainer(trainer: L.Trainer) -> None:
     """Refuse what Lightning takes and cannot mean.
 
     Raises:
-        ValueError: A number of steps or epochs of the trainer leaves nothing to train, or a bound is negative.
+        ValueError: A number of steps or epochs of the trainer leaves nothing to train, a bound is negative, or torchrun
+            started another number of processes than the trainer has.
     """
+    if TorchElasticEnvironment.detect() and (started := TorchElasticEnvironment().world_size()) != trainer.world_size:
+        raise ValueError(
+            f"torchrun started {started} processes and the trainer has {trainer.world_size}: each would train by "
+            "itself into the same folder: set trainer.strategy=ddp, and trainer.devices to the processes on a machine"
+        )
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
     if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
