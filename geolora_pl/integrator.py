@@ -212,7 +212,7 @@ class RankAdaptiveIntegrator:
         """
         self.settle()
         tau = self.tau if self.rank_changes else None
-        with exact_products(next(iter(self.adapters.values())).U.device):  # may be called inside autocast
+        with exact_products(next(iter(self.adapters.values())).U.device):
             self._retract(tau, optimizer)
 
     def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:
