@@ -11,7 +11,7 @@ from test_callback import ADAPTER, Foreign, trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from geolora_pl import GeoLoRACallback
+from geolora_pl import GeoLoRACallback, GeoLoRAWarning
 from geolora_pl.resume import TrainingPosition, random_state, set_random_state
 
 BATCHES = 6
@@ -153,6 +153,29 @@ class Streaming(Recorded):
 def test_a_stream_loses_no_batch(tmp_path):
     module, _, _ = run(tmp_path, module=Streaming(validated=False), max_epochs=1)
     assert len(module.losses) == BATCHES
+
+
+class Iterating(Recorded):
+    """Takes its batches from the loader itself, an experimental feature of Lightning."""
+
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        loss = nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+        self.losses[self.trainer.current_epoch, batch_idx] = loss.item()
+        return loss
+
+
+def test_a_module_that_takes_its_batches_itself_goes_on_exactly_at_the_end_of_an_epoch_alone(tmp_path):
+    settings = {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "max_epochs": 2}
+    whole = run(tmp_path / "whole", module=Iterating(), **settings)
+    last = tmp_path / "whole" / f"epoch=0-step={BATCHES}.ckpt"
+    assert_same(run(tmp_path / "again", last, Iterating(), 1, **settings), whole)
+    settings = {"checkpoint": {"every_n_train_steps": 4}, "max_epochs": 1}
+    run(tmp_path, module=Iterating(), **settings)
+    with pytest.warns(GeoLoRAWarning, match="takes dataloader_iter: .* begins again at the first batch"):
+        resumed, _, runs = run(tmp_path / "mid", tmp_path / "epoch=0-step=4.ckpt", Iterating(), 1, **settings)
+    assert len(resumed.losses) == 2
+    assert runs.global_step == BATCHES
 
 
 def test_validation_leaves_no_trace_in_the_random_numbers(tmp_path):
