@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from geolora_pl.config import AdapterConfig
 from geolora_pl.functional import computed_columns
 from geolora_pl.fused import fused_linear, tangent_factored
-from geolora_pl.precision import autocast_dtype, exact_products, working_dtype
+from geolora_pl.precision import autocast_dtype, exact_products, without_autocast, working_dtype
 
 _LINEAR = nn.Linear.forward  # of torch itself, should somebody patch the class
 FACTORS = ("U", "S", "V", "K", "L")
@@ -232,7 +232,7 @@ class GeoLoRALinear(GeoLoRALayer):
         weight, bias, dtype = self.base.weight, self.base.bias, autocast_dtype(x)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with exact_products(x.device):
+        with without_autocast(x.device):
             return fused_linear(x, weight, bias, self._live_factors(), self.scaling)
 
     def _is_fusible(self) -> bool:

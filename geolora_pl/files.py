@@ -51,7 +51,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load a file of :func:`save_adapter` into its base, plain or with fresh adapters; training can go on from it.
 
     The file is checked as a whole before the model is touched. A plain model gets the adapters of the file, and what
-    was trained with them is trainable again. Load before the optimizer is made: it knows nothing of the new values.
+    was trained with them is trainable again; adapters that are there keep their own dropout and ``max_rank``. Load
+    before the optimizer is made: it knows nothing of the new values.
 
     Args:
         model: The base that the adapter was trained on, in any precision.

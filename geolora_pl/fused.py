@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geolora_pl.functional import factored, project_out
-from geolora_pl.precision import exact_products
+from geolora_pl.precision import without_autocast
 
 
 class _TangentGradient(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _TangentGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (V,) = ctx.saved_tensors
-        with exact_products(V.device):  # a backward pass may be run inside autocast
+        with without_autocast(V.device):  # a backward pass may be run inside autocast
             return project_out(grad_outputs[0], V), None
 
 
@@ -113,7 +113,7 @@ class FusedLinear(torch.autograd.Function):
         w = U.shape[1]
         needs_rows, _, needs_bias, *_, needs_K, needs_L, _, _ = ctx.needs_input_grad
         of_rows = of_bias = of_K = of_L = None
-        with exact_products(rows.device):  # a backward pass may be run inside autocast
+        with without_autocast(rows.device):  # a backward pass may be run inside autocast
             # The gradients are differentiable themselves, and again without a part of L in the span of V.
             A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
             x, dy = _in_parts(rows), _in_parts(dy)

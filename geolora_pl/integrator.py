@@ -224,7 +224,7 @@ class RankAdaptiveIntegrator:
     @torch.no_grad()
     def _fold(self, tau: float, optimizer: Optimizer | None) -> None:
         self.settle()
-        with exact_products(next(iter(self.adapters.values())).U.device):  # may be called inside autocast
+        with exact_products(next(iter(self.adapters.values())).U.device):
             self._retract(tau if self.rank_changes else None, optimizer)
 
     def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:

@@ -22,7 +22,6 @@ from geolora_pl.state import (
     check,
     config_of,
     leading,
-    misfit,
     write,
 )
 
@@ -107,7 +106,8 @@ class AdapterLibrary:
             parameters = base_parameters(self.model)
             for trained in self._states[self.in_use].trained:
                 parameters[trained].requires_grad_(False)
-        if has_adapters(self.model) and (state is None or misfit(self.model, state)):
+        here = None if self.in_use is None else _made_with(self._states[self.in_use])
+        if has_adapters(self.model) and (state is None or _made_with(state) != here):
             remove_adapters(self.model)
         self.in_use = None
         if state is not None:
@@ -123,7 +123,7 @@ class AdapterLibrary:
 
         by QR of the joint bases and the SVD of the small core: exact while the sum of the ranks is at most
         ``max_rank`` (the largest there is among them for that layer), and beyond it the best approximation of that
-        rank. What else was trained is combined likewise, as its difference to the base.
+        rank. What else was trained is combined likewise, as its difference to the base; the dropout is the first one's.
 
         Args:
             name: Name of the sum.
@@ -203,6 +203,11 @@ class AdapterLibrary:
             base = self._of_base.get(name, of_model[name]).detach().to(there[0][0])
             summed[name] = base + sum(weight * (tensor - base) for tensor, weight in there)
         return summed
+
+
+def _made_with(state: AdapterState) -> tuple[Mapping[str, int], float, float]:
+    """Where this is the same, adapters are written over; else they are made anew, as in the plain base."""
+    return state.max_ranks, state.config.alpha, state.config.dropout
 
 
 def _sum(parts: list[tuple[Factors, float]], max_rank: int) -> tuple[Factors, Tensor]:

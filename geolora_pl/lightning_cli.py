@@ -17,7 +17,7 @@ from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.parser import OneSentenceParser
 from geolora_pl.predictions import PredictionWriter
-from geolora_pl.preflight import CheckTestSplit, check_trainer
+from geolora_pl.preflight import CheckLast, CheckTestSplit, check_trainer
 from geolora_pl.terminal import end_summary, print_lines, print_summary, wants_tables
 
 _LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
@@ -72,6 +72,9 @@ class GeoLoRACLI(LightningCLI):
             raise ValueError(str(error)) from error
         except ValueError as error:
             raise _without_types(error) from error.__cause__
+        subcommand = self.config["subcommand"]
+        if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":
+            self.trainer.callbacks.append(CheckLast())  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
         """Refuse what would show only in training, or after it."""

@@ -17,13 +17,14 @@ from geolora_pl.functional import orthonormality_defect
 from geolora_pl.integrator import RankAdaptiveIntegrator
 from geolora_pl.loggers import show_picture, shows_pictures
 from geolora_pl.picture import heat_map
-from geolora_pl.rank_map import RankMap, depth_label
+from geolora_pl.rank_map import RankMap, depth_label, spread
 
 _IN_BAR = ("rank/mean", "adapter_params")
 _POINTS = 128  # of the ranks over time that are kept: enough for a picture, little in a checkpoint
 _SHARE = 0.005  # of the run that pictures may take
 _SPACING = 1.2  # from one picture to the next, as a factor of the step: many at first, few in a long run
-_COLUMNS = 96
+_COLUMNS = 96  # of the ranks over time
+_DEPTHS, _ROWS = 128, 300  # at most, so that a picture of thousands of layers can be looked at
 _DECADES = 2  # of singular values: tau drops most of what is smaller
 
 
@@ -47,6 +48,8 @@ class RankMonitor:
     def __init__(self, integrator: RankAdaptiveIntegrator) -> None:
         self.integrator = integrator
         self.map = RankMap.of(integrator.adapters)
+        self._drawn = self.map.thinned(_ROWS)  # where adapters are rows
+        self._highest = max(layer.max_rank for layer in integrator.adapters.values())
         self.clock = DeviceClock(next(iter(integrator.adapters.values())).U.device)
         self.before = integrator.ranks()
         self.shown = -1
@@ -148,9 +151,9 @@ class RankMonitor:
     def _rank_map(self) -> Image.Image:
         ranks = self.integrator.ranks()
         return heat_map(
-            self.map.rows(ranks),
-            list(self.map.short_kinds().values()),
-            [depth_label(depth) for depth in self.map.depths],
+            [spread(row, _DEPTHS) for row in spread(self.map.rows(ranks), _ROWS)],
+            spread(list(self.map.short_kinds().values()), _ROWS),
+            [depth_label(depth) for depth in spread(self.map.depths, _DEPTHS)],
             f"rank by kind of layer and depth, {sum(ranks.values()) / len(ranks):.2f} on average",
             low=0,
             high=self._highest,
@@ -166,46 +169,47 @@ class RankMonitor:
         labels = [""] * columns
         labels[0], labels[-1] = str(self.steps[0]) if self.steps else "", str(last)
         return heat_map(
-            [[self.ranks[i][order[name]] if i >= 0 else None for i in at] for name in self.map.places],
+            [[self.ranks[i][order[name]] if i >= 0 else None for i in at] for name in self._drawn.places],
             self._row_labels(),
             labels,
-            f"rank by adapter over steps, of at most {self._highest}",
+            f"rank by adapter over steps, of at most {self._highest}{self._how_many}",
             low=0,
             high=self._highest,
             cell=(5, self._row_height),
         )
 
     def _spectra(self) -> Image.Image:
+        layers = {name: self.integrator.adapters[name] for name in self._drawn.places}
         sigmas = {
-            name: torch.linalg.svdvals(layer.S.detach().cpu())[: layer.rank].double()
-            for name, layer in self.integrator.adapters.items()
+            name: torch.linalg.svdvals(layer.S.detach().cpu())[: layer.rank].double() for name, layer in layers.items()
         }
         largest = max((float(sigma[0]) for sigma in sigmas.values() if len(sigma)), default=0.0)
         values: list[list[float | None]] = []
-        for name in self.map.places:
-            relative = (sigmas[name] / largest).clamp_min(10.0**-_DECADES).log10() if largest else sigmas[name]
+        for sigma in sigmas.values():
+            relative = (sigma / largest).clamp_min(10.0**-_DECADES).log10() if largest else sigma
             values.append([*relative.tolist(), *[None] * (self._highest - len(relative))])
         return heat_map(
             values,
             self._row_labels(),
             [str(j + 1) for j in range(self._highest)] if self._highest <= 32 else [""] * self._highest,
-            f"singular values of S, largest {largest:.3g}, by their logarithm over {_DECADES} decades",
+            f"singular values of S, largest {largest:.3g}, by their logarithm over {_DECADES} decades{self._how_many}",
             low=-_DECADES,
             high=0,
             cell=(22, self._row_height) if self._highest <= 32 else (5, self._row_height),
         )
 
     @property
-    def _highest(self) -> int:
-        return max(layer.max_rank for layer in self.integrator.adapters.values())
+    def _how_many(self) -> str:
+        drawn, there = len(self._drawn.places), len(self.map.places)
+        return "" if drawn == there else f" ({drawn} of {there} adapters)"
 
     @property
     def _row_height(self) -> int:
-        return max(4, min(16, 1200 // len(self.map.places)))
+        return min(16, 1200 // len(self._drawn.places))
 
     def _row_labels(self) -> list[str]:
         """A label for each adapter, or for the first of each kind where they are many."""
-        labels, firsts = self.map.short_names(), self.map.firsts()
+        labels, firsts = self._drawn.short_names(), self._drawn.firsts()
         return [label if self._row_height >= 12 or name in firsts else "" for name, label in labels.items()]
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
-from geolora_pl.precision import exact_products
+from geolora_pl.precision import without_autocast
 
 _CACHED = 2**18  # entries; measured from 2**15 to all, for 72 adapters of 768 and 3072 rows and 16 or 64 columns
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
@@ -174,7 +174,7 @@ class RiemannianAdam(Optimizer):
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
                 for factors in _stackable((K, L) for K, L in pairs if K.grad is not None and L.grad is not None):
-                    with exact_products(factors[0].device):  # a step may be taken inside autocast
+                    with without_autocast(factors[0].device):  # a step may be taken inside autocast
                         self._step_adapters(factors, group, found_inf)
             else:
                 self._step_others([p for p in parameters if p.grad is not None], group, found_inf)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,8 +28,35 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def exact_products(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which products are formed in the precision of their factors, whatever autocast is around it."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products are formed in the type of their factors, whatever autocast is around it."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """A context in which float32 products are formed in float32: neither in autocast's type nor in TF32.
+
+    For bases, which one product in TF32 leaves orthonormal to three digits only. Not for a forward or backward pass,
+    where the user may have chosen that speed.
+    """
+    tell, told, exact = _precision_setting(device)
+    with without_autocast(device):
+        if told != exact:
+            tell(exact)
+        try:
+            yield
+        finally:
+            if told != exact:
+                tell(told)
+
+
+def _precision_setting(device: torch.device) -> tuple[Callable[[str], None], str, str]:
+    """What tells torch how to form float32 products, what it was told, and the word for float32."""
+    try:
+        return torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"
+    except RuntimeError:  # told by fp32_precision, of torch 2.9, which must not be mixed with that
+        matmul = (torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda).matmul
+        return partial(setattr, matmul, "fp32_precision"), matmul.fp32_precision, "ieee"

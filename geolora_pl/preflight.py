@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning as L
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,8 +15,14 @@ def check_trainer(trainer: L.Trainer) -> None:
     """Refuse what Lightning takes and cannot mean.
 
     Raises:
-        ValueError: A number of steps or epochs of the trainer leaves nothing to train, or a bound is negative.
+        ValueError: A number of steps or epochs of the trainer leaves nothing to train, a bound is negative, or torchrun
+            started another number of processes than the trainer has.
     """
+    if TorchElasticEnvironment.detect() and (started := TorchElasticEnvironment().world_size()) != trainer.world_size:
+        raise ValueError(
+            f"torchrun started {started} processes and the trainer has {trainer.world_size}: each would train by "
+            "itself into the same folder: set trainer.strategy=ddp, and trainer.devices to the processes on a machine"
+        )
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
     if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
@@ -47,6 +54,26 @@ def check_company(trainer: L.Trainer, small_checkpoints: bool) -> None:
                 f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
                 "them: remove it, or merge the adapters before weights are averaged"
             )
+
+
+class CheckLast(L.Callback):
+    """Refuse to test or predict with the last checkpoint where there is none: Lightning would take untrained adapters.
+
+    A fit that asks for it starts anew, as Lightning means it: a job that is put back into the queue is always the same.
+    """
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look whether a checkpoint was loaded.
+
+        Raises:
+            ValueError: None was.
+        """
+        if trainer.ckpt_path is None:
+            folders = [str(getattr(callback, "dirpath", None)) for callback in trainer.checkpoint_callbacks]
+            where = f"in {' or '.join(folders)}" if folders else "and no ModelCheckpoint to look for it"
+            raise ValueError(f"ckpt_path='last': there is no last.ckpt {where}: give the path of a checkpoint")
+
+    on_validation_start = on_predict_start = on_test_start
 
 
 class CheckTestSplit(L.Callback):

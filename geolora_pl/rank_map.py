@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+T = TypeVar("T")
 Depth = tuple[int, ...]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -55,6 +57,12 @@ class RankMap:
         found = {self.places[name]: value for name, value in values.items()}
         return [[found.get((kind, depth)) for depth in self.depths] for kind in self.kinds]
 
+    def thinned(self, most: int) -> RankMap:
+        """The map of at most so many of the adapters, spread evenly over all of them."""
+        placed = {name: self.places[name] for name in spread(list(self.places), most)}
+        kinds = dict.fromkeys(kind for kind, _ in placed.values())
+        return RankMap(tuple(kinds), tuple(sorted({depth for _, depth in placed.values()})), placed)
+
     def of_kind(self, kind: str) -> list[str]:
         """The adapters of one kind, from the first layer to the last."""
         return [name for name, (its_kind, _) in self.places.items() if its_kind == kind]
@@ -75,6 +83,22 @@ class RankMap:
         """Labels of the adapters: kind and depth."""
         kinds = self.short_kinds()
         return {name: f"{kinds[kind]} {depth_label(depth)}".strip() for name, (kind, depth) in self.places.items()}
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of a row of things, from the first to the last at even distances.
+
+    Args:
+        items: The things.
+        most: Their number at most, at least 2.
+
+    Example:
+        >>> spread(range(10), 4), spread(range(3), 4)
+        ([0, 3, 6, 9], [0, 1, 2])
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
 def depth_label(depth: Depth) -> str:

@@ -12,9 +12,11 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch import distributed as dist
 
 from geolora_pl.agreement import processes
+from geolora_pl.errors import GeoLoRAWarning
 
 RandomState = dict[str, Any]
 
@@ -50,7 +52,8 @@ class TrainingPosition:
     Lightning restarts the data of an epoch in whose middle a run is resumed, and knows nothing of random numbers. Here
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
     for every data loader whose order follows from the random state and the epoch, workers and augmentation included,
-    and costs the time to read them. A loader with a ``state_dict`` of its own is left to itself.
+    and costs the time to read them. A loader with a ``state_dict`` of its own is left to itself, and so is a module
+    that takes its batches itself (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
     """
 
     def __init__(self) -> None:
@@ -87,7 +90,14 @@ class TrainingPosition:
             for loader in loaders.flattened:
                 _set_sampler_epoch(loader, epoch.processed)
             iter(fetcher)
-        if seen and not keeps_its_own_state:
+        if seen and isinstance(fetcher, _DataLoaderIterDataFetcher):
+            warnings.warn(
+                "training_step takes dataloader_iter: only it knows which batches it has used, so the rest of this "
+                "epoch begins again at the first batch; save at the end of an epoch, or let training_step take a batch",
+                GeoLoRAWarning,
+                stacklevel=2,
+            )
+        elif seen and not keeps_its_own_state:
             for _ in range(seen):
                 next(fetcher)
             fetcher.fetched -= seen  # Lightning adds them

@@ -15,6 +15,7 @@ from geolora_pl.config import AdapterConfig
 from geolora_pl.fingerprint import base_hash, base_parameters, trained_names
 from geolora_pl.functional import decompose, ranks_by_tau, resolution
 from geolora_pl.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.precision import exact_products
 
 
 class Factors(NamedTuple):
@@ -83,7 +84,8 @@ def retracted(layer: GeoLoRALayer) -> Factors:
     if not (layer.K.any() or layer.L.any()):
         r = layer.rank
         return Factors(layer.U[:, :r].clone(), layer.S[:r, :r].clone(), layer.V[:, :r].clone())
-    step = decompose(layer.U, layer.S, layer.V, layer.K, layer.L)
+    with exact_products(layer.U.device):
+        step = decompose(layer.U, layer.S, layer.V, layer.K, layer.L)
     return leading(step.U, step.sigma, step.V)
 
 

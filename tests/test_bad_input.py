@@ -371,6 +371,19 @@ def test_a_good_checkpoint_is_read(run_folder):
     assert read_checkpoint(good)["global_step"] == 2
 
 
+def test_processes_of_torchrun_that_would_each_train_by_themselves(folder, capfd, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse(capfd, r"torchrun started 2 processes and the trainer has 1: .* set trainer\.strategy=ddp", quickstart())
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_last_where_there_is_no_checkpoint_is_not_untrained_adapters(folder, command):
+    message = r"ckpt_path='last': there is no last\.ckpt in lightning_logs/quickstart/checkpoints: give the path"
+    with pytest.raises(ValueError, match=message):
+        main([command, *quickstart("--ckpt_path=last")[1:]])
+
+
 def test_a_checkpoint_without_permission(folder, run_folder, monkeypatch):
     (good,) = (run_folder / "good").rglob("last.ckpt")
 

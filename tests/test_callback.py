@@ -428,7 +428,7 @@ def test_ranks_grow_first_where_they_are_asked_to():
             ranks.append(callback.integrator.ranks()["body.0"])
 
     ranks, callback = [], GeoLoRACallback(tau=0.9, adapt_every=8, grow=True, adapter=ADAPTER)
-    trainer(callback, Ranks()).fit(Foreign(), loader(batch_size=1, batches=8))
+    trainer(callback, Ranks()).fit(Foreign(), loader(batches=8))
     start, room = ADAPTER.init_rank, callback.integrator.adapters["body.0"].max_rank
     assert ranks[:7] == [min(room, start * 2**k) for k in (1, 2, 2, 3, 3, 3, 3)]
     assert ranks[7] < ranks[6]

@@ -213,9 +213,10 @@ def test_an_adapter_without_a_gradient_in_one_process_is_refused_by_name():
 
 
 @pytest.mark.slow
-def test_the_command_line_with_two_processes(tmp_path):
+@pytest.mark.parametrize("launcher", [[], ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]])
+def test_the_command_line_with_two_processes(tmp_path, launcher):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    command = [sys.executable, "-m", "geolora_pl", "fit", "--config", "configs/quickstart.yaml"]
+    command = [sys.executable, "-m", *launcher, "geolora_pl", "fit", "--config", "configs/quickstart.yaml"]
     settings = ["strategy=ddp", "devices=2", "accelerator=cpu", "max_epochs=2", "enable_progress_bar=false"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -50,6 +50,27 @@ def test_switching_gives_each_model_and_none_the_base_whatever_was_in_use_before
         assert has_adapters(library.model) == (name is not None)
 
 
+def test_training_goes_on_with_the_dropout_and_the_room_of_the_file_whatever_was_in_use_before(three, tmp_path):
+    _, library = three
+    layers, settings = ["0", "2"], {"dropout": 0.5, "modules_to_save": ["4"]}
+    model = base()
+    inject_adapters(model, AdapterConfig(init_rank=2, max_rank=4, target_modules=layers, **settings))
+    save_adapter(model, tmp_path / "d")
+    library.load("d", tmp_path / "d")
+    for name, expected in (("a", (0.0, 5)), ("d", (0.5, 4)), ("a", (0.0, 5)), (None, None), ("d", (0.5, 4))):
+        library.use(name)
+        found = {(getattr(layer.dropout, "p", 0.0), layer.max_rank) for layer in find_adapters(library.model).values()}
+        assert found == ({expected} if expected else set())
+
+
+def test_adapters_that_are_made_alike_are_written_over(three):
+    _, library = three
+    library.use("a")
+    before = [id(parameter) for parameter in library.model.parameters()]
+    library.use("c")
+    assert [id(parameter) for parameter in library.model.parameters()] == before
+
+
 def test_loading_while_another_is_in_use_leaves_it_in_use(three, tmp_path):
     models, library = three
     library.use("a")

@@ -212,6 +212,15 @@ def test_a_rank_of_zero_and_many_layers_are_drawn():
         assert picture.crop(below).tobytes() != before[name].crop(below).tobytes()
 
 
+def test_thousands_of_layers_are_thinned_out_and_the_pictures_stay_of_a_size():
+    monitor = make(layers=1000, max_rank=3)
+    monitor.numbers(0)
+    pictures = monitor.pictures()
+    assert all(picture.width < 4500 and picture.height < 1400 for picture in pictures.values())
+    assert max(picture.height for picture in pictures.values()) > 1100
+    assert pictures["rank_map"].width > 3500
+
+
 def test_what_the_last_retraction_found_is_logged_as_well(tmp_path):
     callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER, adapt_every=4)  # of 6 steps: the last retraction is of two
     runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""))

@@ -1,5 +1,6 @@
 """Low precision and broken batches leave the adapters whole."""
 
+from contextlib import suppress
 from functools import partial
 
 import lightning as L
@@ -8,10 +9,12 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from test_callback import ADAPTER, Foreign, loader, trainer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from geolora_pl import GeoLoRACallback, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
+from geolora_pl import GeoLoRACallback, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, state
 from geolora_pl.functional import orthonormality_defect
 from geolora_pl.inject import find_adapters
+from geolora_pl.precision import exact_products
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -25,6 +28,80 @@ def test_a_thousand_steps_leave_the_factors_in_float32_and_the_bases_orthonormal
         assert max(orthonormality_defect(layer.U), orthonormality_defect(layer.V)) < 1e-5
     if precision == "bf16-true":
         assert module.head.weight.dtype == torch.bfloat16
+
+
+SETTINGS = {
+    "high": (torch, "set_float32_matmul_precision", "high"),
+    "medium": (torch, "set_float32_matmul_precision", "medium"),
+    "allow_tf32": (torch.backends.cuda.matmul, "allow_tf32", True),
+    "fp32_precision": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def tf32(request):
+    place, name, value = SETTINGS[request.param]
+    if not hasattr(place, name):
+        pytest.skip(f"{name} came with torch 2.9")
+    if place is torch:
+        getattr(place, name)(value)
+    else:
+        setattr(place, name, value)
+    yield place, name
+    torch.set_float32_matmul_precision("highest")
+
+
+def told(place, name):
+    return torch.get_float32_matmul_precision() if place is torch else getattr(place, name)
+
+
+def test_products_are_exact_inside_and_the_users_setting_is_back_afterwards(tf32):
+    before = told(*tf32)
+    with suppress(ZeroDivisionError), exact_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        raise ZeroDivisionError
+    assert told(*tf32) == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="came with torch 2.9")
+def test_what_the_user_has_not_set_still_follows_the_setting_above_it():
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    with exact_products(torch.device("cuda")):
+        pass
+    assert torch.backends.cuda.matmul.fp32_precision == "none"
+
+
+class Products(TorchDispatchMode):
+    """The precision that every product is formed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            self.seen.add(torch.get_float32_matmul_precision())
+        return function(*args, **(kwargs or {}))
+
+
+def test_bases_are_made_by_exact_products_and_the_passes_as_fast_as_the_user_wants():
+    torch.set_float32_matmul_precision("high")
+    try:
+        model = nn.Sequential(nn.Linear(12, 10))
+        layer = inject_adapters(model)["0"]
+        integrator = RankAdaptiveIntegrator(model)
+        optimizer = RiemannianAdam(model)
+        with Products() as passes:
+            model(torch.ones(3, 12)).square().mean().backward()
+        optimizer.step()
+        with Products() as exact:
+            state.retracted(layer)
+            layer.delta_weight()
+            integrator.retract(optimizer)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (passes.seen, exact.seen) == ({"high"}, {"highest"})
 
 
 class Broken(Foreign):

@@ -127,6 +127,17 @@ def test_texts_from_the_command_line_in_a_configuration_made_for_training(tmp_pa
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_texts_beside_the_predictions_are_those_that_were_predicted(tmp_path):
+    class Other(UnlabelledTexts):
+        def load_splits(self):
+            texts = super().load_splits()["predict"]
+            return {"test": texts.select([0, 1]), "predict_other": texts.select([2, 3, 4])}
+
+    (tmp_path / "t.txt").write_text("\n".join(TEXTS))
+    data = Other(str(tmp_path / "t.txt"), num_workers=0, cache_dir=str(tmp_path / "cache"))
+    assert [row["text"] for row in predict(text_task(tmp_path, num_classes=2), data, **QUIET)] == TEXTS[2:]
+
+
 def test_a_regression_gives_numbers(tmp_path):
     (tmp_path / "t.txt").write_text("good\nbad")
     data = UnlabelledTexts(str(tmp_path / "t.txt"), num_workers=0, cache_dir=str(tmp_path / "cache"))

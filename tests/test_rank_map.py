@@ -34,3 +34,14 @@ def test_labels_leave_out_what_all_have_in_common_and_stay_distinct():
     assert list(places.short_names().values()) == ["attn.q 0", "attn.q 1", "mlp.q 0", "mlp.q 1"]
     assert RankMap.of(["m.fc"]).short_names() == {"m.fc": "fc"}
     assert depth_label(()) == ""
+
+
+def test_some_of_the_adapters_are_spread_evenly_over_all_kinds():
+    places = RankMap.of([f"blocks.{i}.{name}" for i in range(500) for name in ("fc", "proj")])
+    some = places.thinned(101)
+    assert len(some.places) == 101
+    assert (min(some.depths), max(some.depths)) == ((0,), (499,))
+    assert [len(some.of_kind(kind)) for kind in places.kinds] in ([50, 51], [51, 50])
+    assert all(places.places[name] == place for name, place in some.places.items())
+    assert some.firsts() <= set(some.places)
+    assert places.thinned(1000) == places

@@ -11,7 +11,7 @@ from test_callback import ADAPTER, Foreign, trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from geolora_pl import GeoLoRACallback
+from geolora_pl import GeoLoRACallback, GeoLoRAWarning
 from geolora_pl.resume import TrainingPosition, random_state, set_random_state
 
 BATCHES = 6
@@ -56,7 +56,7 @@ def run(folder, ckpt_path=None, module=None, seed=0, **settings):
     """Fit from scratch or go on, from another random state than the first time."""
     L.seed_everything(seed, verbose=False)
     module = module or Recorded()
-    checkpoint = {"every_n_train_steps": 0, **settings.pop("checkpoint", {})}
+    checkpoint = {"every_n_epochs": 0, **settings.pop("checkpoint", {})}
     callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=settings.pop("adapt_every", 2))
     saved = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **checkpoint)
     runs = trainer(callback, saved, **{"max_epochs": 3, **settings})
@@ -82,9 +82,12 @@ def assert_same(resumed, whole):
 
 EVERY = {f"after step {n}": {"checkpoint": {"every_n_train_steps": n}} for n in (1, 4, 5, 6, 8)}
 AT_THE_END = {
-    "after the epoch": {"checkpoint": {"save_on_train_epoch_end": True}},
-    "after the validation": {"checkpoint": {"save_on_train_epoch_end": False}},
-    "after a validation in mid-epoch": {"checkpoint": {"save_on_train_epoch_end": False}, "val_check_interval": 2},
+    "after the epoch": {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
+    "after the validation": {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": False}},
+    "after a validation in mid-epoch": {
+        "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+        "val_check_interval": 2,
+    },
 }
 
 
@@ -93,7 +96,9 @@ AT_THE_END = {
 def test_a_resumed_run_equals_one_run(tmp_path, settings, adapt_every):
     whole = run(tmp_path, adapt_every=adapt_every, **settings)
     assert max(whole[1].integrator.ranks().values()) > ADAPTER.init_rank
-    for checkpoint in sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[:4]:
+    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert len(checkpoints) > 1
+    for checkpoint in checkpoints[:4]:
         resumed = run(tmp_path / "again", checkpoint, seed=1, adapt_every=adapt_every, **settings)
         assert resumed[0].losses or checkpoint.name.startswith("epoch=2"), checkpoint
         assert_same(resumed, whole)
@@ -148,6 +153,29 @@ class Streaming(Recorded):
 def test_a_stream_loses_no_batch(tmp_path):
     module, _, _ = run(tmp_path, module=Streaming(validated=False), max_epochs=1)
     assert len(module.losses) == BATCHES
+
+
+class Iterating(Recorded):
+    """Takes its batches from the loader itself, an experimental feature of Lightning."""
+
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        loss = nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+        self.losses[self.trainer.current_epoch, batch_idx] = loss.item()
+        return loss
+
+
+def test_a_module_that_takes_its_batches_itself_goes_on_exactly_at_the_end_of_an_epoch_alone(tmp_path):
+    settings = {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "max_epochs": 2}
+    whole = run(tmp_path / "whole", module=Iterating(), **settings)
+    last = tmp_path / "whole" / f"epoch=0-step={BATCHES}.ckpt"
+    assert_same(run(tmp_path / "again", last, Iterating(), 1, **settings), whole)
+    settings = {"checkpoint": {"every_n_train_steps": 4}, "max_epochs": 1}
+    run(tmp_path, module=Iterating(), **settings)
+    with pytest.warns(GeoLoRAWarning, match="takes dataloader_iter: .* begins again at the first batch"):
+        resumed, _, runs = run(tmp_path / "mid", tmp_path / "epoch=0-step=4.ckpt", Iterating(), 1, **settings)
+    assert len(resumed.losses) == 2
+    assert runs.global_step == BATCHES
 
 
 def test_validation_leaves_no_trace_in_the_random_numbers(tmp_path):

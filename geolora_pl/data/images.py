@@ -97,9 +97,9 @@ class ImageDataModule(L.LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must name its classes")
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+    def num_classes(self) -> int | None:
+        """Number of classes; ``None`` without names of classes: the model knows it then."""
+        return len(self.class_names) or None
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
         """Read the samples: ``train``, ``test``, ``val`` and ``predict``, those that the source has."""
@@ -127,7 +127,7 @@ class ImageDataModule(L.LightningDataModule):
         """Refuse an empty split, and labels that are known without reading the images and belong to no class."""
         if not len(samples):  # type: ignore[arg-type]  # every source here is a sized data set
             raise ValueError(f"{type(self).__name__} has no {split} images: the split is empty, so fill or remove it")
-        labels, classes = getattr(samples, "labels", ()), self.num_classes
+        labels, classes = getattr(samples, "labels", ()), len(self.class_names)
         for index, label in enumerate(labels):
             if not 0 <= label < classes:
                 raise ValueError(

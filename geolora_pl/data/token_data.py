@@ -88,10 +88,10 @@ class TokenDataModule(L.LightningDataModule):
         self.check_limit(splits, tokenizer, limit)
         if "train" in splits and not _of_kind("val", splits):
             splits |= self.hold_out(splits["train"])
-        to_predict = splits.get("predict", splits.get("test"))
-        if to_predict is not None and self.a_sample_is_a_text:
-            columns = [name for name in to_predict.column_names if name != "label"]
-            self.predict_inputs = {name: to_predict[name][:] for name in columns}
+        predicted = _predicted(splits)
+        if len(predicted) == 1 and self.a_sample_is_a_text:
+            texts = splits[predicted[0]]
+            self.predict_inputs = {name: texts[name][:] for name in texts.column_names if name != "label"}
         self.splits = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
         self._made_with = made_with
 
@@ -186,8 +186,7 @@ class TokenDataModule(L.LightningDataModule):
             pin_memory=on_gpu,
         )
 
-    def _loaders(self, kind: str) -> Any:
-        names = self.splits_of(kind) or [kind]
+    def _loaders(self, names: Sequence[str]) -> Any:
         loaders = [self._loader(name) for name in names]
         return loaders if len(loaders) > 1 else loaders[0]
 
@@ -197,16 +196,20 @@ class TokenDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Validation texts in their order; a list where there are several sets."""
-        return self._loaders("val")
+        return self._loaders(self.splits_of("val") or ["val"])
 
     def test_dataloader(self) -> Any:
         """Test texts in their order."""
-        return self._loaders("test")
+        return self._loaders(self.splits_of("test") or ["test"])
 
     def predict_dataloader(self) -> Any:
         """Texts to predict in their order, or those of the test where there are none."""
-        return self._loaders("predict" if self.splits_of("predict") else "test")
+        return self._loaders(_predicted(self.splits) or ["test"])
 
 
 def _of_kind(kind: str, names: Sequence[str] | dict[str, Any]) -> list[str]:
     return [name for name in names if name == kind or name.startswith(f"{kind}_")]
+
+
+def _predicted(names: Sequence[str] | dict[str, Any]) -> list[str]:
+    return _of_kind("predict", names) or _of_kind("test", names)

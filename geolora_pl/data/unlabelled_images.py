@@ -38,11 +38,6 @@ class UnlabelledImages(ImageDataModule):
         return []
 
     @property
-    def num_classes(self) -> None:  # type: ignore[override]  # nobody knows it here
-        """Unknown: the model knows it."""
-        return None
-
-    @property
     def predict_inputs(self) -> dict[str, list[str]]:
         """The names of the files, to write beside the predictions."""
         return {"file": [path.name for path in self.files]}
