@@ -30,6 +30,9 @@ from geolora_pl.schedule import usual_cadence
 Settings = Mapping[str, Any]
 
 
+_CHANGES_NO_RESULT = ("on_nonfinite", "small_checkpoints", "adapter")  # of the callback's arguments
+
+
 @dataclass
 class Training:
     """A model made ready by a method.
@@ -88,9 +91,10 @@ class GeoLoRA:
     carry_moments: bool = True
 
     def settings(self) -> dict[str, Any]:
+        callback = defaults(GeoLoRACallback) | dict(self.callback)
         return {
             "adapter": asdict(AdapterConfig(**self.adapter)),
-            "callback": defaults(GeoLoRACallback) | dict(self.callback),
+            "callback": {name: value for name, value in callback.items() if name not in _CHANGES_NO_RESULT},
             "optimizer": {k: v for k, v in (defaults(RiemannianAdam) | dict(self.optimizer)).items() if k != "lr"},
             "carry_moments": self.carry_moments,
         }
