@@ -19,7 +19,7 @@ from geolora_pl import (
     parameter_groups,
 )
 from geolora_pl.functional import orthonormality_defect
-from geolora_pl.optim import _owners
+from geolora_pl.stacks import owners
 
 
 def two_shapes(**settings):
@@ -401,7 +401,7 @@ def test_a_model_without_adapters_is_refused():
 def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, on_nonfinite, waits):
     """Fake tensors have no values, so that whatever asks for one fails."""
     monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
-    monkeypatch.setattr("geolora_pl.optim._owners", _owners.__wrapped__)  # a cache that outlives the fake tensors
+    monkeypatch.setattr("geolora_pl.optim.owners", owners.__wrapped__)  # a cache that outlives the fake tensors
     monkeypatch.setattr("geolora_pl.adapters.GeoLoRALayer.read_rank", lambda layer: None)  # once, before the first step
     with FakeTensorMode():
         model, _, integrator = two_shapes(adapt_every=3, on_nonfinite=on_nonfinite)
