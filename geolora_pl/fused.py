@@ -117,11 +117,13 @@ class FusedLinear(torch.autograd.Function):
             # The gradients are differentiable themselves, and again without a part of L in the span of V.
             A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
             x, dy = _in_parts(rows), _in_parts(dy)
-            coordinates = _thin(A[:, w if ctx.merged else 0 :], dy)  # the last of them are U^T dy^T
-            if needs_rows and ctx.merged:
-                of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=ctx.alpha)
-            elif needs_rows:
+            beside = needs_rows and not ctx.merged
+            if beside or needs_L:
+                coordinates = _thin(A if beside else A[:, w:], dy)  # the last of them are U^T dy^T
+            if beside:
                 of_rows = torch.baddbmm(dy @ weight, coordinates.mT, B.mT.expand(len(dy), -1, -1), alpha=ctx.alpha)
+            elif needs_rows:
+                of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=ctx.alpha)
             if needs_K:
                 of_K = ctx.alpha * (_thin(B[:, :w], x) @ dy).sum(0, dtype=K.dtype).mT
             if needs_L:

@@ -2,9 +2,7 @@ r"""RiemannianAdam: moments that do not depend on the basis for the adapters, Ad
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,8 +13,8 @@ from torch.optim.adamw import adamw
 from geolora_pl.adapters import adapter_of_factor
 from geolora_pl.functional import resolution, svd
 from geolora_pl.precision import without_autocast
+from geolora_pl.stacks import Stack, leading, owners, stacks
 
-_CACHED = 2**18  # entries; measured from 2**15 to all, for 72 adapters of 768 and 3072 rows and 16 or 64 columns
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
 
 
@@ -169,23 +167,25 @@ class RiemannianAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = self.__dict__.pop("found_inf", None)
+        adapters = adapter_of_factor()
         for group in self.param_groups:
             parameters = group["params"]
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
-                for factors in _stackable((K, L) for K, L in pairs if K.grad is not None and L.grad is not None):
-                    with without_autocast(factors[0].device):  # a step may be taken inside autocast
-                        self._step_adapters(factors, group, found_inf)
+                having = ((K, L) for K, L in pairs if K.grad is not None and L.grad is not None)
+                for stack in stacks(having, adapters):
+                    with without_autocast(stack.factors[0].device):  # a step may be taken inside autocast
+                        self._step_adapters(stack, group, found_inf)
             else:
                 self._step_others([p for p in parameters if p.grad is not None], group, found_inf)
         return loss
 
-    def _step_adapters(self, factors: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _step_adapters(self, stack: Stack, group: dict[str, Any], found_inf: Tensor | None) -> None:
         """K and L of one adapter are neighbours; all of them are one matrix here, one under the other."""
-        (beta1, beta2), eps = group["betas"], group["eps"]
+        (factors, columns), (beta1, beta2), eps = stack, group["betas"], group["eps"]
         rows = [len(factor) for factor in factors]
-        owner = _owners(tuple(a + b for a, b in zip(rows[::2], rows[1::2], strict=True)), factors[0].device)
-        G = torch.cat(_gradients(factors))
+        owner = owners(tuple(a + b for a, b in zip(rows[::2], rows[1::2], strict=True)), factors[0].device)
+        G = torch.cat(leading(_gradients(factors), columns))
         taken: float | Tensor = 1.0
         if found_inf is not None:
             G, taken = torch.where(found_inf > 0, 0, G), 1.0 - found_inf.to(G.dtype)
@@ -213,11 +213,12 @@ class RiemannianAdam(Optimizer):
             v = self._lerp(factors, "exp_avg_sq", G.square(), rows, (1 - beta2) * taken)
             direction = M / ((v / bias2[owner, None]).sqrt() + eps)
             scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
+        live = leading(factors, columns)
         if group["weight_decay"]:
             kept = 1 - group["lr"] * group["weight_decay"] * taken
-            torch._foreach_mul_(factors, [kept] * len(factors) if isinstance(kept, Tensor) else kept)
+            torch._foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
         step = direction * (-group["lr"] * taken * scale)[owner, None]
-        torch._foreach_add_(factors, list(step.split(rows)))
+        torch._foreach_add_(live, list(step.split(rows)))
 
     def _step_others(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         if not parameters:
@@ -244,8 +245,10 @@ class RiemannianAdam(Optimizer):
     def _lerp(
         self, factors: Sequence[Tensor], key: str, new: Tensor, lengths: list[int], weight: float | Tensor
     ) -> Tensor:
-        """Move a moment of all factors towards ``new``, of which each has so many entries, and return it whole."""
-        moments = self._states(factors, key, new.split(lengths))
+        """Move a moment of all factors towards ``new``, of which each has so many rows, and return it whole."""
+        of_rows = new.dim() == 1
+        moments = self._states(factors, key, new.split(lengths) if of_rows else factors)
+        moments = moments if of_rows else leading(moments, new.shape[1])
         moved = torch.cat(moments).lerp_(new, weight)
         torch._foreach_copy_(moments, list(moved.split(lengths)))
         return moved
@@ -268,23 +271,6 @@ class RiemannianAdam(Optimizer):
         steps = self._steps(parameters)
         torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
         return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
-
-
-def _stackable(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
-    """K and L of those adapters together that have as many columns; on a CPU no more than its cache holds."""
-    groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for K, L in pairs:
-        key = (K.shape[1], K.dtype, K.device)
-        groups[key] += K, L
-        if K.device.type == "cpu" and sum(factor.numel() for factor in groups[key]) > _CACHED:
-            yield groups.pop(key)
-    yield from groups.values()
-
-
-@lru_cache(maxsize=16)
-def _owners(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Of every row of all adapters the number of its adapter."""
-    return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)
 
 
 def _norm_of_ones(v: Tensor, owner: Tensor, adapters: int) -> Tensor:

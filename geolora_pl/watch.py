@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -126,8 +125,8 @@ class StepWatch:
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
         """
-        factors = {id(factor) for layer in self.adapters.values() for factor in (layer.K, layer.L)}
-        if not any(id(p) in factors for group in optimizer.param_groups for p in group["params"]):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(factor) in held for layer in self.adapters.values() for factor in (layer.K, layer.L)):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -145,7 +144,7 @@ class StepWatch:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         found_inf = None
         if self._can_skip_on_device(optimizer, parameters):
-            found_inf = (~_below_limits(parameters).all()).to(torch.float32)
+            found_inf = (~_squares_are_finite(parameters).all()).to(torch.float32)
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         elif (broken := _first_non_finite(parameters)) is not None:
             names = {id(parameter): name for name, parameter in self._model.named_parameters()}
@@ -165,11 +164,11 @@ class StepWatch:
                 f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps"
             )
             return
-        trained = {name for name, layer in self.adapters.items() if layer.K.requires_grad}
-        missing = {name for name in trained if self.adapters[name].K.grad is None}
+        trained = {name: K for name, layer in self.adapters.items() if (K := layer.K).requires_grad}
+        missing = {name for name, K in trained.items() if K.grad is None}
         if parameters:
-            self._name_missing(missing, trained)
-        if missing == trained:
+            self._name_missing(missing, trained.keys())
+        if missing == trained.keys():
             return
         self.new_steps += 1
         decay = self._decay_of(optimizer)
@@ -180,16 +179,14 @@ class StepWatch:
 
     def _decay_of(self, optimizer: Optimizer) -> dict[str, float]:
         """By what the step shrinks the updates, of those adapters that it does shrink."""
-        adapter_names = {id(layer.K): name for name, layer in self.adapters.items()}
-        found = {}
+        decaying: dict[int, float] = {}
         for group in optimizer.param_groups:
             decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
             if decay != 1.0:
-                for parameter in group["params"]:
-                    adapter = adapter_names.get(id(parameter))
-                    if adapter is not None and parameter.grad is not None:
-                        found[adapter] = decay
-        return found
+                decaying |= {id(p): decay for p in group["params"] if p.grad is not None}
+        if not decaying:
+            return {}
+        return {name: decaying[id(K)] for name, layer in self.adapters.items() if id(K := layer.K) in decaying}
 
     def _decay_by(self, decay: Mapping[str, float]) -> None:
         for name, factor in decay.items():
@@ -205,7 +202,7 @@ class StepWatch:
             and not any(is_sharded(p) or p.grad.is_sparse for p in parameters if p.grad is not None)
         )
 
-    def _name_missing(self, missing: set[str], trained: set[str]) -> None:
+    def _name_missing(self, missing: Set[str], trained: Set[str]) -> None:
         if missing and self.every_adapter_needs_a_gradient:
             raise ValueError(
                 f"no gradient reaches the adapters {', '.join(sorted(missing))} in this process, and the others would "
@@ -238,7 +235,7 @@ def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     A process holds a part only of a sharded parameter: what one finds there counts for all.
     """
     checked = [parameter for parameter in parameters if _values(parameter).numel()]
-    below = _below_limits(checked).tolist() if checked else []
+    below = _squares_are_finite(checked).tolist() if checked else []
     broken = next((parameter for parameter, fine in zip(checked, below, strict=True) if not fine), None)
     if any(is_sharded(parameter) for parameter in parameters):
         device = _values(parameters[0]).device
@@ -256,14 +253,12 @@ def _values(parameter: nn.Parameter) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _below_limits(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _squares_are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Whether the squares of each gradient have a finite sum; beyond it second moments break for good."""
     values = [_values(parameter) for parameter in parameters]
-    wide = [working_dtype(v.dtype) for v in values]
-    norms = torch._foreach_norm([v.to(dtype) for v, dtype in zip(values, wide, strict=True)])
-    # "below" is not true of an undefined norm either
-    below = [norm < math.sqrt(torch.finfo(dtype).max) for norm, dtype in zip(norms, wide, strict=True)]
-    return torch.stack([flag.to(values[0].device) for flag in below])
+    norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
+    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are one vector
+    return torch.stack([square.to(values[0].device) for square in squares]).isfinite()
 
 
 def _waits(device: torch.device) -> bool:

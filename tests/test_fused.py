@@ -164,3 +164,26 @@ def test_columns_beyond_the_live_rank_cost_nothing(rows):
         flops.append(counter.get_total_flops())
     assert flops[0] == flops[1]
     assert wide.K.grad.shape == wide.K.shape
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_what_needs_no_gradient_costs_no_product_in_the_backward(rows, needs_x):
+    """Of K, L and the input; what is left are the products of the others."""
+    flops = {}
+    for trained in ("KL", "K", "L", ""):
+        layer = layer_in_training()
+        for name in "KL":
+            getattr(layer, name).requires_grad_(name in trained)
+        y = layer(torch.randn(*rows, 16, requires_grad=needs_x))
+        if y.requires_grad:
+            with FlopCounterMode(display=False) as counter:
+                y.sum().backward()
+            flops[trained] = counter.get_total_flops()
+    T, w = torch.Size(rows).numel(), 8
+    of_K, of_L = 2 * T * w * (24 + 16), 2 * T * w * (24 + 16) + 4 * w * w * 16  # of L its part in the span of V out
+    shared = 2 * T * w * 24 if needs_x and rows == FEW else 0  # dy U, which the gradient of the input takes as well
+    assert flops["KL"] - flops["L"] == of_K
+    assert flops["KL"] - flops["K"] == of_L - shared
+    if needs_x:
+        assert flops["K"] - flops[""] == of_K

@@ -31,7 +31,7 @@ LAYERS = [
     ["functional"],
     ["fused"],
     ["adapters"],
-    ["layers"],
+    ["layers", "stacks"],
     ["inject", "moments", "optim", "plan"],
     ["watch"],
     ["fingerprint", "integrator", "sharding"],

@@ -19,7 +19,7 @@ from geolora_pl import (
     parameter_groups,
 )
 from geolora_pl.functional import orthonormality_defect
-from geolora_pl.optim import _owners
+from geolora_pl.stacks import owners
 
 
 def two_shapes(**settings):
@@ -459,7 +459,7 @@ def test_a_model_without_adapters_is_refused():
 def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, on_nonfinite, waits):
     """Fake tensors have no values, so that whatever asks for one fails."""
     monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
-    monkeypatch.setattr("geolora_pl.optim._owners", _owners.__wrapped__)  # a cache that outlives the fake tensors
+    monkeypatch.setattr("geolora_pl.optim.owners", owners.__wrapped__)  # a cache that outlives the fake tensors
     monkeypatch.setattr("geolora_pl.adapters.GeoLoRALayer.read_rank", lambda layer: None)  # once, before the first step
     with FakeTensorMode():
         model, _, integrator = two_shapes(adapt_every=3, on_nonfinite=on_nonfinite)
@@ -513,6 +513,20 @@ def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, ge
     train(model, integrator, optimizer, 2)
     assert integrator.skipped_steps == 1
     assert integrator.total_steps == (2 if first else 3)
+
+
+@pytest.mark.parametrize(("dtype", "skipped"), [(torch.float32, 1), (torch.float64, 0)])
+@pytest.mark.parametrize("others", [torch.float32, torch.float64])
+def test_the_limit_of_a_gradient_is_that_of_its_own_precision(dtype, skipped, others):
+    """The square of 1e25 is finite in float64 and not in float32, whatever the other parameters are of."""
+    model, _, integrator = two_shapes()
+    backward(model.to(others))
+    number = nn.Parameter(torch.zeros(1, dtype=dtype))  # the norm of one number is found without its square
+    number.grad = torch.full_like(number, 1e25)
+    optimizer = torch.optim.SGD([*(p for p in model.parameters() if p.requires_grad), number], lr=1e-30)
+    with pytest.warns(GeoLoRAWarning, match="is so large") if skipped else contextlib.nullcontext():
+        optimizer.step()
+    assert integrator.skipped_steps == skipped
 
 
 def test_steps_skipped_on_the_device_before_a_state_is_loaded_are_not_taken_from_it(monkeypatch):

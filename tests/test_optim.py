@@ -1,12 +1,16 @@
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
 from reference import one_layer, orthonormal, set_point
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, parameter_groups
+from geolora_pl.functional import computed_columns
 from geolora_pl.optim import polar_factor
 
 GEOMETRIES = ["rowwise", "isotropic", "spectral", "entrywise"]
@@ -261,7 +265,7 @@ def test_parameters_without_adapters_are_refused_with_the_remedy():
 def test_how_many_adapters_are_stepped_at_once_changes_nothing(monkeypatch, geometry):
     runs = []
     for cached in (1, 2**18):
-        monkeypatch.setattr("geolora_pl.optim._CACHED", cached)
+        monkeypatch.setattr("geolora_pl.stacks._CACHED", cached)
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(n, m) for m, n in ((6, 6), (9, 6), (6, 9), (3, 6))))
         adapters = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=5)).values()
@@ -273,3 +277,68 @@ def test_how_many_adapters_are_stepped_at_once_changes_nothing(monkeypatch, geom
         runs.append(list(model.parameters()))
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+class Entries(TorchDispatchMode):
+    """Counts the entries of all tensors that are computed with."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.count += sum(t.numel() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_columns_far_beyond_the_live_rank_cost_nothing(geometry):
+    counts = []
+    for max_rank in (8, 40):
+        _, adapter, integrator = one_layer(50, 40, 6, max_rank)
+        integrator.close()  # which looks at all columns
+        optimizer = pair(adapter, geometry=geometry, weight_decay=0.1)
+        give_gradients(adapter)
+        optimizer.step()
+        with Entries() as entries:
+            optimizer.step()
+        counts.append(entries.count)
+        assert optimizer.state[adapter.K]["exp_avg"].shape == adapter.K.shape
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("skipped", [None, 3])
+def test_live_columns_alone_and_all_columns_take_the_same_step(monkeypatch, geometry, skipped):
+    """While ranks grow and shrink across multiples of 8, and two adapters of one shape have different ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Linear(48, 30)).double()
+    config = AdapterConfig(init_rank=4, max_rank=48, modules_to_save=["3"], rank_pattern={"2": 12})
+    adapters = inject_adapters(model, config).values()
+    optimizer = RiemannianAdam(model, lr=0.5, geometry=geometry, weight_decay=0.01)
+    integrator = RankAdaptiveIntegrator(model, tau=0.0, adapt_every=2)
+    live = []
+    for t in range(16):
+        integrator.tau = 0.5 if 8 <= t < 12 else 0.0
+        optimizer.zero_grad()
+        x = torch.randn(64, 48).double()
+        (model(x) - x[:, :30]).square().mean().backward()
+        of_all, takes_all = copy.deepcopy((model, optimizer))
+        for ours, theirs in zip(model.parameters(), of_all.parameters(), strict=True):
+            theirs.grad = None if ours.grad is None else ours.grad.clone()
+        if skipped is not None:  # as torch's gradient scaler tells it
+            optimizer.found_inf = takes_all.found_inf = torch.tensor(float(t == skipped))
+        optimizer.step()
+        with monkeypatch.context() as patch:  # of adapters that it does not know, an optimizer takes all columns
+            patch.setattr("geolora_pl.optim.adapter_of_factor", dict)
+            takes_all.step()
+        for ours, theirs in zip(model.parameters(), of_all.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(optimizer.state[ours], takes_all.state[theirs], rtol=1e-9, atol=1e-12)
+        live.append([computed_columns(adapter.rank, 48) for adapter in adapters])
+        integrator.step(optimizer)
+    changes = {b - a for before, after in pairwise(live) for a, b in zip(before, after, strict=True)}
+    assert min(changes) < 0 < max(changes)
+    assert any(first != second for first, second in live)
+    assert {8, 16, 48} <= {columns for of_step in live for columns in of_step}
