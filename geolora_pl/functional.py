@@ -154,15 +154,9 @@ def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor
         U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
     """
     c = step.U.shape[-1]
-    keep = torch.arange(c, device=ranks.device) < ranks[..., None]
+    keep = (torch.arange(c, device=ranks.device) < ranks[..., None]).to(step.U.dtype)
     columns = keep[..., None, :]
-    sigma = step.sigma[..., :c]
-    zero = sigma.new_zeros(())
-    return (
-        torch.where(columns, step.U, zero),
-        torch.diag_embed(torch.where(keep, sigma, zero)),
-        torch.where(columns, step.V, zero),
-    )
+    return step.U * columns, torch.diag_embed(step.sigma[..., :c] * keep), step.V * columns
 
 
 def resolution(m: int, n: int, dtype: torch.dtype) -> float:

@@ -250,10 +250,9 @@ class RankAdaptiveIntegrator:
         columns = group.step.U.shape[-1]
         U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
         moves = group.moves[:, None, None]
-        U_new, S_new, V_new = (
-            torch.where(moves, new, old)
-            for new, old in zip(functional.truncate(group.step, group.ranks), (U, S, V), strict=True)
-        )
+        U_new, S_new, V_new = functional.truncate(group.step, group.ranks)
+        for new, old in ((U_new, U), (S_new, S), (V_new, V)):
+            torch.where(moves, new, old, out=new)
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
         # The columns beyond were zero and stay so.

@@ -61,8 +61,9 @@ def transport_moments(
         else:
             new_K = transport_second_moment(m_K, *moving[1::2])
             new_L = transport_second_moment(m_L, *moving[::2])
-        moved = [*torch.where(here, new_K, m_K).unbind(), *torch.where(here, new_L, m_L).unbind()]
-        torch._foreach_copy_(of_K + of_L, moved)
+        for after, before in ((new_K, m_K), (new_L, m_L)):
+            torch.where(here, after, before, out=after)
+        torch._foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
     return reset
 
 

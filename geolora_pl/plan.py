@@ -111,7 +111,7 @@ def _decide_group(
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factor = torch.tensor([decay[name] for name in names], dtype=S.dtype, device=S.device)
     step = functional.decompose(U, S * factor[:, None, None], V, K, L, columns_after)
-    pending = (K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1)
+    pending = K.flatten(1).any(1) | L.flatten(1).any(1)
     ranks = torch.tensor([adapters[name].rank for name in names], device=S.device)
     if tau is not None:
         resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)

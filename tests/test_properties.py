@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import chain
 
 import pytest
 import torch
@@ -147,12 +148,13 @@ def test_the_budget_buys_what_one_purchase_after_the_other_would(made, left):
         [torch.tensor(f) for f in floors],
     )
     of_each = [cost for cost, rank in zip(costs, ranks, strict=True) for _ in rank]
-    one_by_one = bought_one_by_one(sum(sigmas, []), sum(ranks, []), of_each, floors_cost + left, sum(floors, []))
+    sigmas, ranks, floors = (list(chain(*of_groups)) for of_groups in (sigmas, ranks, floors))
+    one_by_one = bought_one_by_one(sigmas, ranks, of_each, floors_cost + left, floors)
     chosen = torch.cat(chosen).tolist()
     assert chosen == one_by_one
     spare = floors_cost + left - sum(rank * cost for rank, cost in zip(chosen, of_each, strict=True))
     assert spare >= 0
-    for rank, floor, most, cost in zip(chosen, sum(floors, []), sum(ranks, []), of_each, strict=True):
+    for rank, floor, most, cost in zip(chosen, floors, ranks, of_each, strict=True):
         assert floor <= rank <= most
         assert rank == most or cost > spare
 
