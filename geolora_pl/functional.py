@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geolora_pl.precision import working_dtype
+from geolora_pl.precision import summing_dtype, working_dtype
 
 
 class Decomposition(NamedTuple):
@@ -154,15 +154,9 @@ def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor
         U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
     """
     c = step.U.shape[-1]
-    keep = torch.arange(c, device=ranks.device) < ranks[..., None]
+    keep = (torch.arange(c, device=ranks.device) < ranks[..., None]).to(step.U.dtype)
     columns = keep[..., None, :]
-    sigma = step.sigma[..., :c]
-    zero = sigma.new_zeros(())
-    return (
-        torch.where(columns, step.U, zero),
-        torch.diag_embed(torch.where(keep, sigma, zero)),
-        torch.where(columns, step.V, zero),
-    )
+    return step.U * columns, torch.diag_embed(step.sigma[..., :c] * keep), step.V * columns
 
 
 def resolution(m: int, n: int, dtype: torch.dtype) -> float:
@@ -175,7 +169,7 @@ def resolution(m: int, n: int, dtype: torch.dtype) -> float:
     return 4 * math.sqrt(max(m, n)) * torch.finfo(dtype).eps
 
 
-def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int | Tensor, max_rank: int) -> Tensor:
+def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int, max_rank: int) -> Tensor:
     r"""Smallest rank whose dropped tail obeys the relative tolerance.
 
     .. math:: r = \min \{ r : \lVert \sigma_{r+1:} \rVert_2 \le \tau \lVert \sigma \rVert_2 \}
@@ -187,7 +181,7 @@ def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int | T
         sigma: (..., k), descending, at least 0.
         tau: In [0, 1).
         resolution: At least 0, from :func:`resolution`.
-        min_rank: At least 0, a number or (...).
+        min_rank: At least 0.
         max_rank: At most k.
 
     Returns:
@@ -197,58 +191,63 @@ def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int | T
         >>> ranks_by_tau(torch.tensor([1.0, 0.5, 0.05]), tau=0.1, resolution=1e-6, min_rank=1, max_rank=3)
         tensor(2)
     """
-    relative = sigma.double() / sigma[..., :1].double().clamp_min(torch.finfo(torch.float64).tiny)
-    tail = relative.square().flip(-1).cumsum(-1).flip(-1)  # tail[i]: energy of sigma[i:]
+    wide = sigma.to(summing_dtype(sigma.device))
+    relative = wide / wide[..., :1].clamp_min(torch.finfo(wide.dtype).tiny)
+    tails = wide.new_ones(sigma.shape[-1], sigma.shape[-1]).tril()  # torch's cumsum has no deterministic mode on CUDA
+    tail = relative.square() @ tails  # tail[i]: energy of sigma[i:]
     within_tau = (tail > tau**2 * tail[..., :1]).sum(-1)
     distinct = (relative > resolution).sum(-1)
-    ranks = torch.minimum(within_tau, distinct)
-    return torch.maximum(ranks, torch.as_tensor(min_rank, device=ranks.device)).clamp_max(max_rank)
+    return torch.minimum(within_tau, distinct).clamp(min_rank, max_rank)
 
 
 def ranks_by_budget(
-    sigmas: Sequence[Sequence[float]],
-    ranks: Sequence[int],
-    costs: Sequence[int],
-    budget: int,
-    min_ranks: Sequence[int],
-) -> list[int]:
+    sigmas: Sequence[Tensor], ranks: Sequence[Tensor], costs: Sequence[int], budget: int, min_ranks: Sequence[Tensor]
+) -> list[Tensor]:
     """Share a budget of parameters among adapters so that the energy kept a parameter is largest.
 
     The floors are paid first, inside the budget. Then singular triplets are bought in descending order of
     ``sigma^2 / cost``, each while it fits; of one adapter only in order.
 
+    Up to the first that does not fit this is a cumulative sum. From there on all of the cost of that one, and dearer
+    ones, are out of reach, for what is left only shrinks. So every round of sums settles one cost at least, and as
+    many rounds as there are costs buy what one purchase after the other would, without a look at any number.
+
     Args:
-        sigmas: Singular values of each adapter, descending.
-        ranks: Most that each adapter may have, as after :func:`ranks_by_tau`.
-        costs: Parameters that one rank of each adapter takes, ``m + n``.
-        budget: Parameters in all.
-        min_ranks: Least that each adapter must have, at most its entry of ``ranks``.
+        sigmas: For each group, adapters for which a rank costs the same: their singular values (B, k), descending.
+            Groups may be on different devices.
+        ranks: (B,), int64, most that each adapter may have, at most k, as after :func:`ranks_by_tau`.
+        costs: Parameters that one rank of each adapter of the group takes, ``m + n``.
+        budget: Parameters in all, at least what the floors cost.
+        min_ranks: (B,), int64, least that each adapter must have, at most its entry of ``ranks``.
 
     Returns:
-        The ranks.
-
-    Raises:
-        ValueError: The floors alone exceed the budget.
+        For each group the ranks (B,), int64, on its device.
 
     Example:
-        >>> ranks_by_budget([[3.0, 2.0], [2.5, 0.1]], ranks=[2, 2], costs=[10, 10], budget=30, min_ranks=[1, 1])
-        [2, 1]
+        >>> sigma, most, least = torch.tensor([[3.0, 2.0], [2.5, 0.1]]), torch.tensor([2, 2]), torch.tensor([1, 1])
+        >>> ranks_by_budget([sigma], [most], costs=[10], budget=30, min_ranks=[least])
+        [tensor([2, 1])]
     """
-    chosen = list(min_ranks)
-    left = budget - sum(rank * cost for rank, cost in zip(chosen, costs, strict=True))
-    if left < 0:
-        raise ValueError(
-            f"budget={budget} is below the floor of {budget - left} parameters that min_rank asks for: "
-            "raise budget or lower min_rank"
-        )
-    offers = [
-        (sigmas[i][rank] ** 2 / costs[i], i, rank) for i in range(len(ranks)) for rank in range(chosen[i], ranks[i])
+    device = sigmas[0].device
+    energies, offers = [], []
+    for sigma, most, least, cost in zip(sigmas, ranks, min_ranks, costs, strict=True):
+        rank = torch.arange(sigma.shape[-1], device=sigma.device)
+        energies.append((sigma.to(summing_dtype(sigma.device)).square() / cost).flatten().to(device))
+        offers.append(((rank >= least[:, None]) & (rank < most[:, None])).flatten().to(device))
+    order = torch.cat(energies).argsort(descending=True, stable=True)  # stable: one adapter's stay in order
+    price = torch.cat([torch.full_like(o, cost, dtype=torch.int64) for o, cost in zip(offers, costs, strict=True)])
+    price, kept = price[order], torch.cat(offers)[order]
+    budget = min(budget, sum(cost * sigma.numel() for sigma, cost in zip(sigmas, costs, strict=True)))  # fits int64
+    left = budget - sum(cost * least.sum().to(device) for least, cost in zip(min_ranks, costs, strict=True))
+    for _ in set(costs):
+        spent = price * kept
+        bought = kept & (spent.cumsum(0) <= left)
+        kept = bought | (kept & (price <= left - (spent * bought).sum()))
+    of_groups = kept[order.argsort()].split([sigma.numel() for sigma in sigmas])
+    return [
+        least + chosen.view(sigma.shape).sum(-1).to(sigma.device)
+        for sigma, least, chosen in zip(sigmas, min_ranks, of_groups, strict=True)
     ]
-    for _, i, rank in sorted(offers, key=lambda offer: -offer[0]):  # stable: one adapter's stay in order
-        if rank == chosen[i] and costs[i] <= left:
-            chosen[i] += 1
-            left -= costs[i]
-    return chosen
 
 
 def transport_first_moment(

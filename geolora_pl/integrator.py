@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -14,7 +14,7 @@ from geolora_pl import functional
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.inject import adapter_parameters, find_adapters
 from geolora_pl.moments import transport_moments
-from geolora_pl.plan import plan_retraction, stack
+from geolora_pl.plan import GroupPlan, plan_retraction, stack
 from geolora_pl.precision import exact_products
 from geolora_pl.watch import OnNonfinite, StepWatch
 
@@ -112,11 +112,14 @@ class RankAdaptiveIntegrator:
         self.adaptations = 0
         self.truncation_error = 0.0
         self._reset_keys: set[str] = set()  # optimizer state already named
-        if budget is not None:
-            layers = self.adapters.values()
-            costs = [layer.in_features + layer.out_features for layer in layers]
-            floors = [min(min_rank, layer.max_rank) for layer in layers]
-            functional.ranks_by_budget([[]] * len(costs), floors, costs, budget, floors)  # raises if they exceed it
+        floors = [min(min_rank, layer.max_rank) for layer in self.adapters.values()]
+        costs = [layer.in_features + layer.out_features for layer in self.adapters.values()]
+        least = sum(floor * cost for floor, cost in zip(floors, costs, strict=True))
+        if budget is not None and budget < least:
+            raise ValueError(
+                f"budget={budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
+                "lower min_rank"
+            )
         self._watch = StepWatch(model, self.adapters, on_nonfinite)
 
     @property
@@ -229,13 +232,11 @@ class RankAdaptiveIntegrator:
 
     def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
-        for names, step in zip(plan.groups, plan.steps, strict=True):
-            moved = [i for i, name in enumerate(names) if name in plan.ranks]
-            if 0 < len(moved) < len(names):
-                step = functional.Decomposition(*(values[moved] for values in step))
-            if moved:
-                self._move([names[i] for i in moved], step, plan.ranks, optimizer)
-        self.truncation_error = plan.truncation_error
+        for group in plan.groups:
+            self._move(group, optimizer)
+        ranks, self.truncation_error = plan.on_host()
+        for name, rank in ranks.items():
+            self.adapters[name].rank = rank
         self.steps = 0
         self.adaptations += 1
         self._watch.forget_decay()
@@ -243,28 +244,22 @@ class RankAdaptiveIntegrator:
     def _anything_pending(self) -> bool:
         return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))
 
-    def _move(
-        self,
-        names: Sequence[str],
-        decomposition: functional.Decomposition,
-        ranks: Mapping[str, int],
-        optimizer: Optimizer | None,
-    ) -> None:
+    def _move(self, group: GroupPlan, optimizer: Optimizer | None) -> None:
         """Write the truncated factors of adapters of one shape and carry their moments along."""
-        layers = [self.adapters[name] for name in names]
-        chosen = [ranks[name] for name in names]
-        columns = decomposition.U.shape[-1]
-        U, V = (stack(self.adapters, names, factor, columns) for factor in "UV")
-        U_new, S_new, V_new = functional.truncate(decomposition, torch.tensor(chosen, device=U.device))
+        layers = [self.adapters[name] for name in group.names]
+        columns = group.step.U.shape[-1]
+        U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
+        moves = group.moves[:, None, None]
+        U_new, S_new, V_new = functional.truncate(group.step, group.ranks)
+        for new, old in ((U_new, U), (S_new, S), (V_new, V)):
+            torch.where(moves, new, old, out=new)
         if optimizer is not None:
-            self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new)))
+            self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
         # The columns beyond were zero and stay so.
         torch._foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
         torch._foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
         torch._foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
         torch._foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
-        for layer, rank in zip(layers, chosen, strict=True):
-            layer.rank = rank
 
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +12,26 @@ from torch import Tensor
 from geolora_pl import functional
 from geolora_pl.adapters import FACTORS, GeoLoRALayer
 from geolora_pl.agreement import broadcast_packed, decides, processes
+from geolora_pl.precision import summing_dtype
 
 Adapters = Mapping[str, GeoLoRALayer]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A retraction of B adapters of one shape, on their device.
+
+    Attributes:
+        names: Of the adapters.
+        step: The point plus the pending step of each, decomposed; no more singular vectors than any of them may keep.
+        ranks: (B,), int64, the new ranks.
+        moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
+    """
+
+    names: Sequence[str]
+    step: functional.Decomposition
+    ranks: Tensor
+    moves: Tensor
 
 
 @dataclass(frozen=True)
@@ -22,17 +39,19 @@ class Plan:
     """A retraction of all adapters.
 
     Attributes:
-        groups: Names of the adapters of one shape each.
-        steps: For each group, the point plus the pending step of its adapters, decomposed; no more singular vectors
-            than any of them may keep.
-        ranks: New rank of every adapter that moves; one with nothing pending keeps its factors to the bit.
-        truncation_error: Relative Frobenius norm of what is dropped, over all adapters.
+        groups: All adapters, those of one shape together.
+        truncation_error: (), relative Frobenius norm of what is dropped, over all adapters that move.
     """
 
-    groups: Sequence[Sequence[str]]
-    steps: Sequence[functional.Decomposition]
-    ranks: Mapping[str, int]
-    truncation_error: float
+    groups: Sequence[GroupPlan]
+    truncation_error: Tensor
+
+    def on_host(self) -> tuple[dict[str, int], float]:
+        """The new rank of every adapter, and the truncation error; all in one transfer, which waits for the device."""
+        names = [name for group in self.groups for name in group.names]
+        ranks = [group.ranks.to(self.truncation_error) for group in self.groups]
+        *on_host, error = torch.cat([*ranks, self.truncation_error[None]]).tolist()
+        return {name: int(rank) for name, rank in zip(names, on_host, strict=True)}, error
 
 
 def plan_retraction(
@@ -47,12 +66,10 @@ def plan_retraction(
         budget: Adapter parameters allowed in all, or ``None``.
         min_rank: Least rank, at least 0.
     """
-    groups = _group_by_shape(adapters)
     if processes() == 1:
-        return _decide(adapters, groups, decay, tau, budget, min_rank)
-    if decides():
-        return _agree(_decide(adapters, groups, decay, tau, budget, min_rank))
-    return _agree(_blank(adapters, groups, min_rank))
+        return _decide(adapters, decay, tau, budget, min_rank)
+    plan = _decide(adapters, decay, tau, budget, min_rank) if decides() else _blank(adapters, min_rank)
+    return _agree(plan)
 
 
 def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -> Tensor:
@@ -77,73 +94,78 @@ def _group_by_shape(adapters: Adapters) -> list[list[str]]:
 
 
 def _decide(
-    adapters: Adapters,
-    groups: Sequence[Sequence[str]],
-    decay: Mapping[str, float],
-    tau: float | None,
-    budget: int | None,
-    min_rank: int,
+    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int
 ) -> Plan:
-    """The new ranks: by tau or as they are, then by the budget."""
-    steps, facts = [], []
-    for names in groups:
-        columns, columns_after = _columns(adapters, names, min_rank)
-        U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
-        factor = torch.tensor([decay[name] for name in names], dtype=S.dtype, device=S.device)
-        steps.append(functional.decompose(U, S * factor[:, None, None], V, K, L, columns_after))
-        pending = (K != 0).flatten(1).any(1) | (L != 0).flatten(1).any(1)
-        facts.append(torch.cat([pending[:, None], steps[-1].sigma], 1).to(steps[0].sigma.device))
-    # One transfer to the host an adaptation: all singular values, and which adapters have something pending.
-    on_host = torch.cat([fact.flatten() for fact in facts]).cpu().double().split([fact.numel() for fact in facts])
-
-    ranks: dict[str, int] = {}
-    floors: dict[str, int] = {}
-    sigmas: dict[str, list[float]] = {}
-    is_pending: dict[str, bool] = {}
-    for names, of_group, step in zip(groups, on_host, steps, strict=True):
-        fact = of_group.view(len(names), -1)
-        layer = adapters[names[0]]
-        floor = min(min_rank, layer.max_rank)
-        for i, name in enumerate(names):
-            is_pending[name] = bool(fact[i, 0])
-            ranks[name] = adapters[name].rank
-            sigmas[name] = fact[i, 1:].tolist()
-        if tau is not None:
-            resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
-            by_tau = functional.ranks_by_tau(fact[:, 1:], tau, resolution, floor, layer.max_rank).tolist()
-            ranks |= {name: rank for name, rank in zip(names, by_tau, strict=True) if is_pending[name]}
-        floors |= {name: min(floor, ranks[name]) for name in names}
+    """The new ranks: by tau or as they are, then by the budget. No number is read from a device."""
+    groups = [_decide_group(adapters, names, decay, tau, min_rank) for names in _group_by_shape(adapters)]
     if budget is not None:
-        costs = [adapters[name].in_features + adapters[name].out_features for name in ranks]
-        within = functional.ranks_by_budget(
-            list(sigmas.values()), list(ranks.values()), costs, budget, list(floors.values())
-        )
-        ranks = dict(zip(ranks, within, strict=True))
-
-    moved = {name: rank for name, rank in ranks.items() if is_pending[name] or rank != adapters[name].rank}
-    total = sum(value**2 for name in moved for value in sigmas[name])
-    dropped = sum(value**2 for name, rank in moved.items() for value in sigmas[name][rank:])
-    return Plan(groups, steps, moved, math.sqrt(dropped / total) if total else 0.0)
+        groups = _within_budget(adapters, groups, budget, min_rank)
+    return Plan(groups, _truncation_error(groups))
 
 
-def _blank(adapters: Adapters, groups: Sequence[Sequence[str]], min_rank: int) -> Plan:
+def _decide_group(
+    adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], tau: float | None, min_rank: int
+) -> GroupPlan:
+    layer = adapters[names[0]]
+    columns, columns_after = _columns(adapters, names, min_rank)
+    U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
+    factor = torch.tensor([decay[name] for name in names], dtype=S.dtype, device=S.device)
+    step = functional.decompose(U, S * factor[:, None, None], V, K, L, columns_after)
+    pending = K.flatten(1).any(1) | L.flatten(1).any(1)
+    ranks = torch.tensor([adapters[name].rank for name in names], device=S.device)
+    if tau is not None:
+        resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
+        floor = min(min_rank, layer.max_rank)
+        ranks = torch.where(pending, functional.ranks_by_tau(step.sigma, tau, resolution, floor, layer.max_rank), ranks)
+    return GroupPlan(names, step, ranks, pending)
+
+
+def _within_budget(adapters: Adapters, groups: Sequence[GroupPlan], budget: int, min_rank: int) -> list[GroupPlan]:
+    """Less rank where the budget asks for it, also for adapters with nothing pending."""
+    layers = [adapters[group.names[0]] for group in groups]
+    within = functional.ranks_by_budget(
+        [group.step.sigma for group in groups],
+        [group.ranks for group in groups],
+        [layer.in_features + layer.out_features for layer in layers],
+        budget,
+        [group.ranks.clamp_max(min(min_rank, layer.max_rank)) for group, layer in zip(groups, layers, strict=True)],
+    )
+    return [
+        replace(group, ranks=ranks, moves=group.moves | (ranks != group.ranks))
+        for group, ranks in zip(groups, within, strict=True)
+    ]
+
+
+def _truncation_error(groups: Sequence[GroupPlan]) -> Tensor:
+    device = groups[0].ranks.device
+    sums = []
+    for group in groups:
+        sigma, moves = group.step.sigma, group.moves[:, None]
+        beyond = torch.arange(sigma.shape[-1], device=sigma.device) >= group.ranks[:, None]
+        energy = sigma.to(summing_dtype(sigma.device)).square() * moves
+        sums.append(torch.stack([(energy * beyond).sum(), energy.sum()]).to(device))
+    dropped, total = torch.stack(sums).sum(0).unbind()
+    return (dropped / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
+
+
+def _blank(adapters: Adapters, min_rank: int) -> Plan:
     """Room for the plan of rank 0."""
-    steps = []
-    for names in groups:
+    groups = []
+    for names in _group_by_shape(adapters):
         layer, B = adapters[names[0]], len(names)
         _, columns = _columns(adapters, names, min_rank)
         U, V = (basis.new_empty(B, len(basis), columns) for basis in (layer.U, layer.V))
-        steps.append(functional.Decomposition(U, U.new_empty(B, columns), V))
-    return Plan(groups, steps, {}, 0.0)
+        step = functional.Decomposition(U, U.new_empty(B, columns), V)
+        groups.append(GroupPlan(names, step, *(U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))))
+    device = groups[0].ranks.device
+    return Plan(groups, torch.empty((), dtype=summing_dtype(device), device=device))
 
 
 def _agree(plan: Plan) -> Plan:
     """The plan of rank 0 in every process: linear algebra may differ between machines in its last bit."""
-    names = [name for group in plan.groups for name in group]
-    device = plan.steps[0].U.device
-    ranks = torch.tensor([plan.ranks.get(name, -1) for name in names], device=device)  # -1: it does not move
-    error = torch.tensor(plan.truncation_error, dtype=torch.float64, device=device)
-    factors = [(step.U, step.sigma[:, : step.U.shape[-1]], step.V) for step in plan.steps]
-    broadcast_packed([ranks, error, *(factor for of_group in factors for factor in of_group)])
-    moved = {name: rank for name, rank in zip(names, ranks.tolist(), strict=True) if rank >= 0}
-    return Plan(plan.groups, plan.steps, moved, error.item())
+    tensors = [plan.truncation_error]
+    for group in plan.groups:
+        U, sigma, V = group.step
+        tensors += group.ranks, group.moves, U, sigma[:, : U.shape[-1]], V
+    broadcast_packed(tensors)
+    return plan

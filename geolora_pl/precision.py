@@ -20,6 +20,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which squares are added up: float64, or float32 on Apple's GPUs, which have no other.
+
+    Example:
+        >>> summing_dtype(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast ``x`` to for a product; ``None`` where it would leave it alone."""
     device = x.device.type

@@ -86,7 +86,7 @@ def retracted(layer: GeoLoRALayer) -> Factors:
         return Factors(layer.U[:, :r].clone(), layer.S[:r, :r].clone(), layer.V[:, :r].clone())
     with exact_products(layer.U.device):
         step = decompose(layer.U, layer.S, layer.V, layer.K, layer.L)
-    return leading(step.U, step.sigma, step.V)
+        return leading(step.U, step.sigma, step.V)
 
 
 def leading(U: Tensor, sigma: Tensor, V: Tensor) -> Factors:

@@ -21,13 +21,29 @@ def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
     return (P[:, :rank] * sigma[:rank]) @ Qh[:rank]
 
 
+def rank_within_tau(sigma: Tensor, tau: float, cap: int) -> int:
+    """The smallest rank, from 1, whose dropped tail is at most tau times the norm, one rank after the other."""
+    return next((rank for rank in range(1, cap) if sigma[rank:].norm() <= tau * sigma.norm()), cap)
+
+
 def best_within_tau(matrix: Tensor, tau: float, cap: int) -> Tensor:
-    """The smallest rank whose dropped tail is at most tau times the norm, one rank after the other."""
-    sigma = torch.linalg.svdvals(matrix)
-    for rank in range(1, cap):
-        if sigma[rank:].norm() <= tau * sigma.norm():
-            return best_of_rank(matrix, rank)
-    return best_of_rank(matrix, cap)
+    return best_of_rank(matrix, rank_within_tau(torch.linalg.svdvals(matrix), tau, cap))
+
+
+def bought_one_by_one(
+    sigmas: list[list[float]], ranks: list[int], costs: list[int], budget: int, min_ranks: list[int]
+) -> list[int]:
+    """Ranks within a budget: by descending energy a parameter, each while it fits, of one adapter only in order."""
+    chosen = list(min_ranks)
+    left = budget - sum(rank * cost for rank, cost in zip(chosen, costs, strict=True))
+    offers = [
+        (sigmas[i][rank] ** 2 / costs[i], i, rank) for i in range(len(ranks)) for rank in range(chosen[i], ranks[i])
+    ]
+    for _, i, rank in sorted(offers, key=lambda offer: -offer[0]):
+        if rank == chosen[i] and costs[i] <= left:
+            chosen[i] += 1
+            left -= costs[i]
+    return chosen
 
 
 def tangent_projection(G: Tensor, U: Tensor, V: Tensor) -> Tensor:

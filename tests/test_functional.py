@@ -104,23 +104,35 @@ def brute_force_budget(sigmas, ranks, costs, budget, floors):
 def test_budget_is_never_exceeded_and_keeps_most_energy_at_equal_costs():
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
-        sigmas = [torch.rand(4, generator=generator).sort(descending=True).values.tolist() for _ in range(3)]
+        sigma = torch.rand(3, 4, generator=generator).sort(descending=True).values
         floors, ranks, costs = [1, 0, 1], [4, 3, 4], [10, 10, 10]
-        chosen = functional.ranks_by_budget(sigmas, ranks, costs, 60, floors)
+        (chosen,) = functional.ranks_by_budget([sigma], [torch.tensor(ranks)], [10], 60, [torch.tensor(floors)])
+        chosen, sigmas = chosen.tolist(), sigma.tolist()
         assert sum(r * c for r, c in zip(chosen, costs, strict=True)) <= 60
         assert all(f <= c <= r for f, c, r in zip(floors, chosen, ranks, strict=True))
         kept = sum(s**2 for sigma, r in zip(sigmas, chosen, strict=True) for s in sigma[:r])
         assert kept == pytest.approx(brute_force_budget(sigmas, ranks, costs, 60, floors))
 
 
+def bought(sigmas, costs, budget):
+    """Of adapters of which each has a cost of its own, and no floor; all of their ranks are for sale."""
+    most, least = ([torch.tensor([end(len(sigma), 0)]) for sigma in sigmas] for end in (max, min))
+    return [int(r) for r in functional.ranks_by_budget([torch.tensor([s]) for s in sigmas], most, costs, budget, least)]
+
+
 def test_budget_prefers_energy_per_parameter():
     """The larger singular value sits in the layer that is eight times as expensive."""
-    assert functional.ranks_by_budget([[2.0], [1.9]], [1, 1], [80, 10], 80, [0, 0]) == [0, 1]
+    assert bought([[2.0], [1.9]], [80, 10], 80) == [0, 1]
 
 
-def test_budget_below_the_floor_is_refused():
-    with pytest.raises(ValueError, match="budget=15 is below the floor of 20"):
-        functional.ranks_by_budget([[1.0], [1.0]], [1, 1], [10, 10], 15, [1, 1])
+def test_budget_goes_on_to_what_still_fits():
+    """After 50 are spent the dearest of the rest fits no more, then the next but one; what is cheaper does."""
+    sigmas = [[9.0, 9.0], [5.0, 5.0], [2.0, 2.0, 2.0], [0.5, 0.4]]
+    assert bought(sigmas, [50, 30, 10, 1], 82) == [1, 1, 0, 2]
+
+
+def test_budget_without_an_end_buys_all():
+    assert bought([[2.0, 1.0], [1.9]], [80, 10], 10**30) == [2, 1]
 
 
 @pytest.mark.parametrize(("m", "n", "r", "r_new"), [(20, 15, 3, 5), (15, 20, 4, 2), (6, 30, 6, 6), (9, 9, 1, 1)])

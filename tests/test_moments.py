@@ -1,8 +1,9 @@
 import pytest
 import torch
 from reference import one_layer
+from torch import nn
 
-from geolora_pl import GeoLoRAWarning, RiemannianAdam
+from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
 from geolora_pl.functional import transport_first_moment, transport_second_moment
 
 
@@ -45,6 +46,37 @@ def test_the_state_of_torchs_optimizers_is_transported(make, first, second):
         assert (optimizer.state[adapter.K][key][:, : adapter.rank] > 0).all()
     if second:
         assert torch.equal(optimizer.state[adapter.K]["step"], before[adapter.K]["step"])
+
+
+@pytest.mark.filterwarnings("ignore::geolora_pl.GeoLoRAWarning")  # of state without a rule
+@pytest.mark.parametrize(
+    ("make", "keys"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), ["momentum_buffer"]),
+        (lambda p: torch.optim.RMSprop(p, lr=0.01), ["square_avg"]),
+    ],
+)
+def test_the_state_of_an_adapter_that_does_not_move_stays_to_the_bit(make, keys):
+    """Beside one of its shape that does, and with factors that a truncation would turn."""
+    model = nn.Sequential(*(nn.Linear(7, 10, dtype=torch.float64) for _ in range(2)))
+    moving, resting = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=5)).values()
+    integrator = RankAdaptiveIntegrator(model, tau=0.3)
+    optimizer = make([factor for layer in (moving, resting) for factor in (layer.K, layer.L)])
+    for layer in (moving, resting):
+        backward_only(layer, 0)
+    optimizer.step()
+    for factor in (resting.K, resting.L):
+        factor.data.zero_()
+    nn.init.normal_(resting.S.data[:2, :2])
+    tensors = [resting.U, resting.S, resting.V]
+    tensors += [optimizer.state[factor][key] for factor in (resting.K, resting.L) for key in keys]
+    others = [optimizer.state[moving.K][key] for key in keys]
+    before, others_before = [t.detach().clone() for t in tensors], [t.clone() for t in others]
+    integrator.retract(optimizer)
+    assert moving.rank > resting.rank == 2
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(others, others_before, strict=True))
 
 
 def backward_only(adapter, seed):

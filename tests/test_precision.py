@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from geolora_pl import GeoLoRACallback, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, state
 from geolora_pl.functional import orthonormality_defect
 from geolora_pl.inject import find_adapters
-from geolora_pl.precision import exact_products
+from geolora_pl.precision import exact_products, summing_dtype
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -174,3 +174,8 @@ def test_an_overflow_of_the_gradient_scaler_is_no_broken_batch(fused, on_nonfini
         trainer(callback, states, plugins=[plugin]).fit(module, loader())
     assert same(states.states[2], states.states[3])
     assert callback.integrator.total_steps == callback.integrator.adaptations == 5
+
+
+def test_squares_are_added_up_in_float64_but_where_there_is_none():
+    dtypes = [summing_dtype(torch.device(name)) for name in ("cpu", "cuda", "mps")]
+    assert dtypes == [torch.float64, torch.float64, torch.float32]

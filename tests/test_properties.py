@@ -2,12 +2,13 @@
 
 import math
 import warnings
+from itertools import chain
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import orthonormal, padded, tangent_projection
+from reference import bought_one_by_one, orthonormal, padded, tangent_projection
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
@@ -122,25 +123,40 @@ def test_the_rank_by_tau_is_the_least_that_keeps_to_it(sigma, tau, dtype, data):
         assert exact[rank - 1] > resolution
 
 
-@given(st.lists(st.tuples(SIGMAS, st.integers(1, 200), st.data()), min_size=1, max_size=6), st.integers(1, 4000))
-def test_the_budget_is_never_exceeded_and_what_is_left_buys_no_more(adapters, budget):
-    sigmas, costs, floors, ranks = [], [], [], []
-    for sigma, cost, data in adapters:
-        sigmas.append(sigma)
-        costs.append(cost)
-        ranks.append(data.draw(st.integers(0, len(sigma))))
-        floors.append(data.draw(st.integers(0, ranks[-1])))
-    least = sum(floor * cost for floor, cost in zip(floors, costs, strict=True))
-    if least > budget:
-        with pytest.raises(ValueError, match="below the floor"):
-            F.ranks_by_budget(sigmas, ranks, costs, budget, floors)
-        return
-    chosen = F.ranks_by_budget(sigmas, ranks, costs, budget, floors)
-    left = budget - sum(rank * cost for rank, cost in zip(chosen, costs, strict=True))
-    assert left >= 0
-    for floor, rank, most, cost in zip(floors, chosen, ranks, costs, strict=True):
+@st.composite
+def groups(draw):
+    """Adapters for which a rank costs the same: the cost, singular values, most ranks and floors. Many values tie."""
+    k = draw(st.integers(1, 8))
+    value = draw(st.sampled_from([st.floats(1e-30, 1e30), st.sampled_from([0.0, 0.5, 1.0, 2.0])]))
+    sigmas, ranks, floors = [], [], []
+    for _ in range(draw(st.integers(1, 3))):
+        sigmas.append(sorted(draw(st.lists(value, min_size=k, max_size=k)), reverse=True))
+        ranks.append(draw(st.integers(0, k)))
+        floors.append(draw(st.integers(0, ranks[-1])))
+    return draw(st.integers(1, 200)), sigmas, ranks, floors
+
+
+@given(st.lists(groups(), min_size=1, max_size=5), st.integers(0, 4000))
+def test_the_budget_buys_what_one_purchase_after_the_other_would(made, left):
+    costs, sigmas, ranks, floors = zip(*made, strict=True)
+    floors_cost = sum(cost * sum(floor) for cost, floor in zip(costs, floors, strict=True))
+    chosen = F.ranks_by_budget(
+        [torch.tensor(s, dtype=torch.float64) for s in sigmas],
+        [torch.tensor(r) for r in ranks],
+        costs,
+        floors_cost + left,
+        [torch.tensor(f) for f in floors],
+    )
+    of_each = [cost for cost, rank in zip(costs, ranks, strict=True) for _ in rank]
+    sigmas, ranks, floors = (list(chain(*of_groups)) for of_groups in (sigmas, ranks, floors))
+    one_by_one = bought_one_by_one(sigmas, ranks, of_each, floors_cost + left, floors)
+    chosen = torch.cat(chosen).tolist()
+    assert chosen == one_by_one
+    spare = floors_cost + left - sum(rank * cost for rank, cost in zip(chosen, of_each, strict=True))
+    assert spare >= 0
+    for rank, floor, most, cost in zip(chosen, floors, ranks, of_each, strict=True):
         assert floor <= rank <= most
-        assert rank == most or cost > left
+        assert rank == most or cost > spare
 
 
 @st.composite
