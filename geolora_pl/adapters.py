@@ -161,7 +161,7 @@ class GeoLoRALayer(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """The update of the weight as a matrix, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending part included."""
-        with exact_products(self.U.device):
+        with without_autocast(self.U.device):  # code that reads ``weight`` makes it a part of a forward pass
             A, B = self._factored()
             return self.scaling * (A @ B.mT)
 

@@ -61,8 +61,8 @@ class GeoLoRACallback(L.Callback):
         adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on at the
             ranks found.
         grow: Whether the ranks grow first, so that where they end hardly depends on where they start: before
-            ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and drop nothing. Ends at larger ranks,
-            and bears less of a learning rate that is too large.
+            ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and drop nothing; the next retraction is
+            the first that ``tau`` judges. The ranks end larger, and the largest learning rate that works is smaller.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
         small_checkpoints: Whether checkpoints leave out the frozen weights. The module must bring the same base when
@@ -92,7 +92,7 @@ class GeoLoRACallback(L.Callback):
         small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
     ) -> None:
-        check_settings(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, on_nonfinite)
+        check_settings(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, grow, on_nonfinite)
         if not 0 < adapt_until <= 1:
             raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
         self.tau = tau
@@ -186,8 +186,8 @@ class GeoLoRACallback(L.Callback):
         self._take_up()
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # Batches, as the length of the run is counted: manual optimization may take several steps in one.
-            integrator.rank_changes = trainer.fit_loop.epoch_loop._batches_that_stepped < adapting
+            # Batches, as the length of the run is counted, not steps; and ranks are not left as they have grown.
+            integrator.rank_changes = integrator.growing or trainer.fit_loop.epoch_loop._batches_that_stepped < adapting
             began = monitor.clock.now()
             if integrator.step(optimizer):
                 monitor.clock.add(began)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.config import AdapterConfig
 from geolora_pl.layers import adapter_class_of
+from geolora_pl.precision import exact_products
 
 # Names that libraries give to the part of a model that is made anew for each task.
 _HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
@@ -116,14 +117,15 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
     merged: dict[str, Tensor] = {}
     changes: dict[str, float] = {}
     for name, layer in adapters.items():
-        merged[name] = layer.weight
+        with exact_products(layer.U.device):
+            merged[name], delta = layer.weight, layer.delta_weight()
         if not merged[name].isfinite().all():
             raise ValueError(
                 f"the merged weight of {name} is not finite in {merged[name].dtype}: go back to a checkpoint before "
                 "the update broke, or cast the model to a wider type"
             )
         norm = torch.linalg.vector_norm(layer.base_weight(), dtype=layer.U.dtype)
-        changes[name] = float(torch.linalg.vector_norm(layer.delta_weight()) / norm.clamp_min(1e-30))
+        changes[name] = float(torch.linalg.vector_norm(delta) / norm.clamp_min(1e-30))
     names = _all_names(model)
     for name, layer in adapters.items():
         plain = layer.plain(merged[name])

@@ -19,7 +19,7 @@ from geolora_pl.precision import exact_products
 from geolora_pl.watch import OnNonfinite, StepWatch
 
 _REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
-_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error")
+_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
 
 
 class RankAdaptiveIntegrator:
@@ -47,11 +47,12 @@ class RankAdaptiveIntegrator:
 
     Attributes:
         adapters: The adapters by name.
+        growing: Whether the ranks still grow, and retractions drop nothing.
         rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
         steps: Optimizer steps since the last retraction.
         total_steps: Optimizer steps in all.
         adaptations: Retractions so far.
-        truncation_error: Relative Frobenius norm of what the last retraction dropped, over all adapters.
+        truncation_error: Relative Frobenius norm of what the last retraction dropped, over all adapters that it moved.
 
     Args:
         model: A model with adapters.
@@ -62,8 +63,9 @@ class RankAdaptiveIntegrator:
         min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
         grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them
-            and drop nothing, so that a rank may double each time. Later it hardly can, for beside a large S a new
-            direction is as small as the square of a step.
+            and drop nothing, so that a rank may double each time; the next retraction is the first that ``tau`` judges.
+            Later a rank hardly grows, for beside a large S a new direction is as small as the square of a step divided
+            by S.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
 
     Raises:
@@ -93,7 +95,7 @@ class RankAdaptiveIntegrator:
         grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        check_settings(tau, budget, min_rank, adapt_every, on_nonfinite)
+        check_settings(tau, budget, min_rank, adapt_every, grow, on_nonfinite)
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
@@ -105,7 +107,7 @@ class RankAdaptiveIntegrator:
         self.budget = budget
         self.min_rank = min_rank
         self.adapt_every = adapt_every
-        self.grow = grow
+        self.growing = grow
         self.rank_changes = True
         self.steps = 0
         self.total_steps = 0
@@ -157,13 +159,13 @@ class RankAdaptiveIntegrator:
             self.settle()
         if self.steps < self._interval():
             return False
-        growing = self.grow and self.total_steps < self.adapt_every
-        self._fold(0.0 if growing else self.tau, optimizer)
+        self.growing = self.growing and self.total_steps < self.adapt_every
+        self._fold(0.0 if self.growing else self.tau, optimizer)
         return True
 
     def _interval(self) -> int:
         """Steps from the last retraction to the next; while the ranks grow, as many as were taken before the last."""
-        return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.grow else self.adapt_every
+        return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.growing else self.adapt_every
 
     def settle(self) -> None:
         """Take back the steps that a device, as is known only now, has skipped; waits for it."""
@@ -232,8 +234,13 @@ class RankAdaptiveIntegrator:
 
     def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:
         plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
-        for group in plan.groups:
-            self._move(group, optimizer)
+        try:
+            for group in plan.groups:
+                self._move(group, optimizer)
+        except BaseException:  # ranks are those of the factors, however many of them have moved
+            for layer in self.adapters.values():
+                layer.read_rank()
+            raise
         ranks, self.truncation_error = plan.on_host()
         for name, rank in ranks.items():
             self.adapters[name].rank = rank
@@ -266,14 +273,16 @@ class RankAdaptiveIntegrator:
             self._reset_keys |= new
             warnings.warn(
                 f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: it is "
-                "set to zero for the adapters at every retraction; raise adapt_every, or use an optimizer of the Adam "
-                "family or SGD",
+                "set to zero for the adapters that move at a retraction; raise adapt_every, or use an optimizer of the "
+                "Adam family or SGD",
                 GeoLoRAWarning,
                 stacklevel=2,
             )
 
 
-def check_settings(tau: float, budget: int | None, min_rank: int, adapt_every: int, on_nonfinite: str) -> None:
+def check_settings(
+    tau: float, budget: int | None, min_rank: int, adapt_every: int, grow: bool, on_nonfinite: str
+) -> None:
     """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
     if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
         raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
@@ -282,5 +291,7 @@ def check_settings(tau: float, budget: int | None, min_rank: int, adapt_every: i
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
     if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
         raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
+    if not isinstance(grow, bool):
+        raise ValueError(f"grow={grow!r} must be True or False: it is whether the ranks grow first")
     if on_nonfinite not in get_args(OnNonfinite):
         raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")

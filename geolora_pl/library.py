@@ -13,6 +13,7 @@ from geolora_pl.files import read_adapter
 from geolora_pl.fingerprint import base_parameters
 from geolora_pl.functional import svd_of_product
 from geolora_pl.inject import has_adapters, remove_adapters
+from geolora_pl.precision import exact_products
 from geolora_pl.state import (
     AdapterState,
     Factors,
@@ -212,7 +213,8 @@ def _made_with(state: AdapterState) -> tuple[Mapping[str, int], float, float]:
 
 def _sum(parts: list[tuple[Factors, float]], max_rank: int) -> tuple[Factors, Tensor]:
     """The sum at no more than ``max_rank``, and all its singular values."""
-    A = torch.cat([weight * (U @ S) for (U, S, _), weight in parts], dim=1)
-    B = torch.cat([V for (_, _, V), _ in parts], dim=1)
-    total = svd_of_product(A, B, max_rank)
-    return leading(*total), total.sigma
+    with exact_products(parts[0][0].U.device):
+        A = torch.cat([weight * (U @ S) for (U, S, _), weight in parts], dim=1)
+        B = torch.cat([V for (_, _, V), _ in parts], dim=1)
+        total = svd_of_product(A, B, max_rank)
+        return leading(*total), total.sigma

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.inject import find_adapters, merge_adapters
+from geolora_pl.precision import exact_products
 
 _INPUTS = 8  # random inputs on which a layer is compared before and after
 
@@ -88,7 +89,8 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
-    delta = layer.delta_weight()
+    with exact_products(layer.U.device):
+        delta = layer.delta_weight()
     m, n = delta.shape
     positions = layer.from_matrix(torch.arange(m * n, device=delta.device).view(m, n))  # the layout of the weight
     error = merged.to(delta.dtype) - (base.to(delta.dtype) + layer.from_matrix(delta))

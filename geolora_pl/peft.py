@@ -17,6 +17,7 @@ from geolora_pl.atomic import atomic
 from geolora_pl.fingerprint import base_parameters
 from geolora_pl.functional import svd, svd_of_product
 from geolora_pl.inject import find_adapters, has_adapters
+from geolora_pl.precision import exact_products
 from geolora_pl.state import AdapterState, Factors, apply, base_buffers, base_name, capture, config_of, leading
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -222,8 +223,9 @@ def _lora(factors: Factors, alpha: float, rank: int) -> tuple[Tensor, Tensor]:
     P, sigma, Qh = svd(factors.S)
     root = (alpha * sigma).sqrt()
     padding = (0, rank - len(root))
-    A = nn.functional.pad(factors.V @ Qh.mT * root, padding).mT
-    B = nn.functional.pad(factors.U @ P * root, padding)
+    with exact_products(factors.U.device):
+        A = nn.functional.pad(factors.V @ Qh.mT * root, padding).mT
+        B = nn.functional.pad(factors.U @ P * root, padding)
     return A, B
 
 

@@ -52,7 +52,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
     For bases, which one product in TF32 leaves orthonormal to three digits only. Not for a forward or backward pass,
     where the user may have chosen that speed.
     """
-    tell, told, exact = _precision_setting(device)
+    told, exact, tell, back = _precision_setting(device)
     with without_autocast(device):
         if told != exact:
             tell(exact)
@@ -60,13 +60,17 @@ def exact_products(device: torch.device) -> Iterator[None]:
             yield
         finally:
             if told != exact:
-                tell(told)
+                tell(back)
 
 
-def _precision_setting(device: torch.device) -> tuple[Callable[[str], None], str, str]:
-    """What tells torch how to form float32 products, what it was told, and the word for float32."""
+def _precision_setting(device: torch.device) -> tuple[str, str, Callable[[str], None], str]:
+    """How torch forms float32 products, the word for exactly, what tells torch, and what to tell it afterwards."""
     try:
-        return torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"
+        told = torch.get_float32_matmul_precision()
+        return told, "highest", torch.set_float32_matmul_precision, told
     except RuntimeError:  # told by fp32_precision, of torch 2.9, which must not be mixed with that
         matmul = (torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda).matmul
-        return partial(setattr, matmul, "fp32_precision"), matmul.fp32_precision, "ieee"
+        told = matmul.fp32_precision
+        above = getattr(torch.backends, "fp32_precision", None)
+        back = "none" if told == above else told  # "none" follows the one above, as it may have done
+        return told, "ieee", partial(setattr, matmul, "fp32_precision"), back

@@ -26,7 +26,7 @@ class Stack(NamedTuple):
 
 
 def stacks(pairs: Iterable[tuple[Tensor, Tensor]], adapters: Mapping[int, GeoLoRALayer]) -> Iterator[Stack]:
-    """Put those adapters together that have as many columns; on a CPU no more than its cache holds.
+    """Put those adapters together that have as many columns; on a CPU about as much as its cache holds.
 
     Args:
         pairs: K and L of each adapter.
@@ -63,4 +63,5 @@ def leading(matrices: Sequence[Tensor], columns: int) -> list[Tensor]:
 @lru_cache(maxsize=16)
 def owners(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """Of every row of all adapters the number of its adapter."""
-    return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)
+    with torch.inference_mode(False):  # it is kept
+        return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)

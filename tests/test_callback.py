@@ -422,6 +422,12 @@ def test_the_usual_cadence_is_ten_and_less_in_a_short_run():
         assert callback.integrator.adaptations == adaptations
 
 
+def test_ranks_are_not_left_as_they_have_grown_where_they_may_change_for_a_short_time_only():
+    callback = GeoLoRACallback(tau=0.9, adapt_every=10, grow=True, adapt_until=0.1, adapter=ADAPTER)
+    trainer(callback).fit(Foreign(), loader(batches=40))
+    assert set(callback.integrator.ranks().values()) == {1}
+
+
 def test_ranks_grow_first_where_they_are_asked_to():
     class Ranks(L.Callback):
         def on_train_batch_end(self, *_):

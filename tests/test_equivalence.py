@@ -75,6 +75,13 @@ def test_clipping_acts_on_the_riemannian_gradient(algorithm, limit):
         assert_same(clipped, fit())
 
 
+def test_code_that_reads_the_weight_is_compiled_in_one_piece():
+    layer = inject_adapters(nn.Sequential(nn.Linear(6, 5)))["0"]
+    read = torch.compile(lambda x: nn.functional.linear(x, layer.weight, layer.bias), backend="eager", fullgraph=True)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(read(x), layer(x))
+
+
 def test_a_compiled_model_has_the_same_losses_and_is_not_compiled_again_when_ranks_change():
     def losses(compiled):
         torch.manual_seed(0)

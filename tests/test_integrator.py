@@ -90,6 +90,33 @@ def test_ranks_that_grow_double_at_intervals_that_double_and_drop_nothing():
         assert adapted[16][name] < adapted[8][name]  # by tau
 
 
+def test_ranks_that_have_grown_do_not_grow_again_at_another_cadence():
+    model, _, integrator = two_shapes(adapt_every=3, grow=True)
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 7)
+    resumed = RankAdaptiveIntegrator(model, adapt_every=100, grow=True)
+    resumed.load_state_dict(integrator.state_dict())
+    integrator.close()
+    train(model, resumed, optimizer, 20, start=7)
+    assert resumed.adaptations == integrator.adaptations
+
+
+def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors(monkeypatch):
+    model, adapters, integrator = two_shapes(adapt_every=10)
+    train(model, integrator, optimizer_of(model), 1)
+    move = RankAdaptiveIntegrator._move
+
+    def interrupted(self, group, optimizer):
+        if "2" in group.names:
+            raise KeyboardInterrupt
+        move(self, group, optimizer)
+
+    monkeypatch.setattr(RankAdaptiveIntegrator, "_move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        integrator.retract()
+    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 2, "4": 4}
+
+
 def test_growing_changes_nothing_where_every_step_is_retracted():
     ranks = []
     for grow in (False, True):
@@ -442,6 +469,7 @@ def test_works_with_parameter_groups_of_the_package():
         ({"min_rank": 7}, "min_rank=7 is above the largest max_rank, 6"),
         ({"adapt_every": 0}, "adapt_every=0"),
         ({"adapt_every": 1.5}, "adapt_every=1.5"),
+        ({"grow": "no"}, "grow='no' must be True or False"),
     ],
 )
 def test_bad_settings_are_refused_by_name_and_value(settings, message):

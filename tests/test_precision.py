@@ -1,5 +1,6 @@
 """Low precision and broken batches leave the adapters whole."""
 
+import copy
 from contextlib import suppress
 from functools import partial
 
@@ -11,7 +12,18 @@ from test_callback import ADAPTER, Foreign, loader, trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from geolora_pl import GeoLoRACallback, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, state
+from geolora_pl import (
+    AdapterLibrary,
+    GeoLoRACallback,
+    GeoLoRAWarning,
+    RankAdaptiveIntegrator,
+    RiemannianAdam,
+    export_peft,
+    inject_adapters,
+    merge_adapters,
+    save_adapter,
+    state,
+)
 from geolora_pl.functional import orthonormality_defect
 from geolora_pl.inject import find_adapters
 from geolora_pl.precision import exact_products, summing_dtype
@@ -64,12 +76,19 @@ def test_products_are_exact_inside_and_the_users_setting_is_back_afterwards(tf32
     assert told(*tf32) == before
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="came with torch 2.9")
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="came with torch 2.9")
 def test_what_the_user_has_not_set_still_follows_the_setting_above_it():
-    torch.backends.cuda.matmul.fp32_precision = "none"
-    with exact_products(torch.device("cuda")):
-        pass
-    assert torch.backends.cuda.matmul.fp32_precision == "none"
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "none"  # which may have been told by another test
+    try:
+        with exact_products(torch.device("cuda")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
 
 
 class Products(TorchDispatchMode):
@@ -85,10 +104,11 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_bases_are_made_by_exact_products_and_the_passes_as_fast_as_the_user_wants():
+def test_bases_are_made_by_exact_products_and_the_passes_as_fast_as_the_user_wants(tmp_path):
     torch.set_float32_matmul_precision("high")
     try:
         model = nn.Sequential(nn.Linear(12, 10))
+        library = AdapterLibrary(copy.deepcopy(model))
         layer = inject_adapters(model)["0"]
         integrator = RankAdaptiveIntegrator(model)
         optimizer = RiemannianAdam(model)
@@ -97,8 +117,12 @@ def test_bases_are_made_by_exact_products_and_the_passes_as_fast_as_the_user_wan
         optimizer.step()
         with Products() as exact:
             state.retracted(layer)
-            layer.delta_weight()
             integrator.retract(optimizer)
+            save_adapter(model, tmp_path / "adapter.safetensors")
+            export_peft(model, tmp_path / "lora")
+            merge_adapters(model)
+            library.load("a", tmp_path / "adapter.safetensors")
+            library.combine("twice", {"a": 2.0})
     finally:
         torch.set_float32_matmul_precision("highest")
     assert (passes.seen, exact.seen) == ({"high"}, {"highest"})
