@@ -58,11 +58,11 @@ class GeoLoRACallback(L.Callback):
         min_rank: Least rank of an adapter, at least 0.
         adapt_every: Optimizer steps from one retraction to the next, at least 1; by default 10, fewer in
             a run of less than 100 (:func:`usual_cadence`); a run that is resumed keeps its own.
-        adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on at the
-            ranks found.
+        adapt_until: The part of the run in which ranks may change, in (0, 1]; after it (and once ranks that ``grow``
+            have been judged) the retraction goes on at the ranks found.
         grow: Whether the ranks grow first, so that where they end hardly depends on where they start: before
-            ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and drop nothing; the next retraction is
-            the first that ``tau`` judges. The ranks end larger, and the largest learning rate that works is smaller.
+            ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and drop nothing; only then ``tau``
+            judges. The ranks end larger, and the largest learning rate that works is smaller.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
         small_checkpoints: Whether checkpoints leave out the frozen weights. The module must bring the same base when
@@ -280,7 +280,7 @@ class GeoLoRACallback(L.Callback):
         if self.integrator is None or self.monitor is None:
             return False
         self.integrator.settle()
-        if not self.integrator.steps:
+        if not (self.integrator.steps or (self.integrator.growing and self.integrator.adaptations)):
             return False
         began = self.monitor.clock.now()
         self.integrator.retract(self._optimizer)

@@ -47,7 +47,7 @@ class RankAdaptiveIntegrator:
 
     Attributes:
         adapters: The adapters by name.
-        growing: Whether the ranks still grow, and retractions drop nothing.
+        growing: Whether the ranks still grow: ``tau`` has not judged yet.
         rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
         steps: Optimizer steps since the last retraction.
         total_steps: Optimizer steps in all.
@@ -63,9 +63,9 @@ class RankAdaptiveIntegrator:
         min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
         grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them
-            and drop nothing, so that a rank may double each time; the next retraction is the first that ``tau`` judges.
-            Later a rank hardly grows, for beside a large S a new direction is as small as the square of a step divided
-            by S.
+            and drop nothing but what ``max_rank`` and the budget ask for, so that a rank may double each time; only
+            then ``tau`` judges. Later a rank hardly grows, for beside a large S a new direction is as small as the
+            square of a step divided by S.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
 
     Raises:
@@ -159,8 +159,7 @@ class RankAdaptiveIntegrator:
             self.settle()
         if self.steps < self._interval():
             return False
-        self.growing = self.growing and self.total_steps < self.adapt_every
-        self._fold(0.0 if self.growing else self.tau, optimizer)
+        self._fold(optimizer, grow=self.growing and self.total_steps < self.adapt_every)
         return True
 
     def _interval(self) -> int:
@@ -219,29 +218,31 @@ class RankAdaptiveIntegrator:
         """Fold every pending increment into its factors now, whatever the cadence.
 
         An adapter with nothing pending keeps its factors to the bit, for a relative ``tau`` would erode it; only the
-        budget may still take ranks from it.
+        budget may still take ranks from it, and the first ``tau`` after the ranks have grown.
 
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
-        self._fold(self.tau, optimizer)
+        self._fold(optimizer, grow=False)
 
     @torch.no_grad()
-    def _fold(self, tau: float, optimizer: Optimizer | None) -> None:
+    def _fold(self, optimizer: Optimizer | None, grow: bool) -> None:
         self.settle()
+        tau = None if not self.rank_changes else 0.0 if grow else self.tau
         with exact_products(next(iter(self.adapters.values())).U.device):
-            self._retract(tau if self.rank_changes else None, optimizer)
+            self._retract(tau, optimizer, whole=self.growing and not grow)  # what has grown is judged, pending or not
+        self.growing = grow
 
-    def _retract(self, tau: float | None, optimizer: Optimizer | None) -> None:
-        plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank)
+    def _retract(self, tau: float | None, optimizer: Optimizer | None, whole: bool) -> None:
+        plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank, whole)
         try:
             for group in plan.groups:
                 self._move(group, optimizer)
+            ranks, self.truncation_error = plan.on_host()
         except BaseException:  # ranks are those of the factors, however many of them have moved
             for layer in self.adapters.values():
                 layer.read_rank()
             raise
-        ranks, self.truncation_error = plan.on_host()
         for name, rank in ranks.items():
             self.adapters[name].rank = rank
         self.steps = 0

@@ -55,7 +55,7 @@ class Plan:
 
 
 def plan_retraction(
-    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int
+    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
 ) -> Plan:
     """Plan a retraction; where several processes train together, all have the plan of rank 0, from one message.
 
@@ -65,10 +65,11 @@ def plan_retraction(
         tau: Relative truncation tolerance, or ``None`` to leave every rank as it is.
         budget: Adapter parameters allowed in all, or ``None``.
         min_rank: Least rank, at least 0.
+        whole: Whether adapters with nothing pending move as well.
     """
     if processes() == 1:
-        return _decide(adapters, decay, tau, budget, min_rank)
-    plan = _decide(adapters, decay, tau, budget, min_rank) if decides() else _blank(adapters, min_rank)
+        return _decide(adapters, decay, tau, budget, min_rank, whole)
+    plan = _decide(adapters, decay, tau, budget, min_rank, whole) if decides() else _blank(adapters, min_rank)
     return _agree(plan)
 
 
@@ -94,24 +95,24 @@ def _group_by_shape(adapters: Adapters) -> list[list[str]]:
 
 
 def _decide(
-    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int
+    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
 ) -> Plan:
     """The new ranks: by tau or as they are, then by the budget. No number is read from a device."""
-    groups = [_decide_group(adapters, names, decay, tau, min_rank) for names in _group_by_shape(adapters)]
+    groups = [_decide_group(adapters, names, decay, tau, min_rank, whole) for names in _group_by_shape(adapters)]
     if budget is not None:
         groups = _within_budget(adapters, groups, budget, min_rank)
     return Plan(groups, _truncation_error(groups))
 
 
 def _decide_group(
-    adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], tau: float | None, min_rank: int
+    adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], tau: float | None, min_rank: int, whole: bool
 ) -> GroupPlan:
     layer = adapters[names[0]]
     columns, columns_after = _columns(adapters, names, min_rank)
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factor = torch.tensor([decay[name] for name in names], dtype=S.dtype, device=S.device)
     step = functional.decompose(U, S * factor[:, None, None], V, K, L, columns_after)
-    pending = K.flatten(1).any(1) | L.flatten(1).any(1)
+    pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
     ranks = torch.tensor([adapters[name].rank for name in names], device=S.device)
     if tau is not None:
         resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)

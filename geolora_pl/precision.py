@@ -52,25 +52,29 @@ def exact_products(device: torch.device) -> Iterator[None]:
     For bases, which one product in TF32 leaves orthonormal to three digits only. Not for a forward or backward pass,
     where the user may have chosen that speed.
     """
-    told, exact, tell, back = _precision_setting(device)
     with without_autocast(device):
-        if told != exact:
-            tell(exact)
+        put_back = _form_exactly(device)
         try:
             yield
         finally:
-            if told != exact:
-                tell(back)
+            put_back()
 
 
-def _precision_setting(device: torch.device) -> tuple[str, str, Callable[[str], None], str]:
-    """How torch forms float32 products, the word for exactly, what tells torch, and what to tell it afterwards."""
+def _form_exactly(device: torch.device) -> Callable[[], None]:
+    """Tell torch to form float32 products in float32, and return what puts the user's setting back."""
     try:
-        told = torch.get_float32_matmul_precision()
-        return told, "highest", torch.set_float32_matmul_precision, told
+        precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # told by fp32_precision, of torch 2.9, which must not be mixed with that
         matmul = (torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda).matmul
-        told = matmul.fp32_precision
-        above = getattr(torch.backends, "fp32_precision", None)
-        back = "none" if told == above else told  # "none" follows the one above, as it may have done
-        return told, "ieee", partial(setattr, matmul, "fp32_precision"), back
+        told, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+
+        def put_back() -> None:
+            matmul.fp32_precision = "none"  # follows the settings above it, as it may have done
+            if matmul.fp32_precision != told:
+                matmul.fp32_precision = told
+
+        return put_back
+    if precision == "highest":
+        return lambda: None
+    torch.set_float32_matmul_precision("highest")
+    return partial(torch.set_float32_matmul_precision, precision)

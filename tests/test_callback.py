@@ -428,6 +428,18 @@ def test_ranks_are_not_left_as_they_have_grown_where_they_may_change_for_a_short
     assert set(callback.integrator.ranks().values()) == {1}
 
 
+@pytest.mark.parametrize("batches", [8, 9])
+def test_ranks_are_not_left_as_they_have_grown_where_a_run_stops_early(batches):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == batches
+
+    callback = GeoLoRACallback(tau=0.9, adapt_every=10, grow=True, adapter=ADAPTER)
+    trainer(callback, Stop()).fit(Foreign(), loader(batches=40))
+    assert callback.integrator.total_steps == batches
+    assert set(callback.integrator.ranks().values()) == {1}
+
+
 def test_ranks_grow_first_where_they_are_asked_to():
     class Ranks(L.Callback):
         def on_train_batch_end(self, *_):

@@ -19,6 +19,7 @@ from geolora_pl import (
     parameter_groups,
 )
 from geolora_pl.functional import orthonormality_defect
+from geolora_pl.plan import Plan
 from geolora_pl.stacks import owners
 
 
@@ -115,6 +116,15 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors(monkeypatc
     with pytest.raises(KeyboardInterrupt):
         integrator.retract()
     assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 2, "4": 4}
+
+    def unread(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Plan, "on_host", unread)
+    with pytest.raises(KeyboardInterrupt):
+        integrator.retract()
+    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 3, "4": 4}
 
 
 def test_growing_changes_nothing_where_every_step_is_retracted():
