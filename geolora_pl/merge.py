@@ -97,4 +97,5 @@ def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
     matrix = torch.empty_like(delta).flatten().scatter_(0, positions.flatten(), error.flatten()).view(m, n)
     generator = torch.Generator().manual_seed(0)  # the user's random numbers are none of our business
     inputs = torch.randn(n, _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
-    return float((matrix @ inputs).abs().max())
+    with exact_products(layer.U.device):
+        return float((matrix @ inputs).abs().max())

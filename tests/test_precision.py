@@ -20,12 +20,12 @@ from geolora_pl import (
     RiemannianAdam,
     export_peft,
     inject_adapters,
-    merge_adapters,
     save_adapter,
     state,
 )
 from geolora_pl.functional import orthonormality_defect
 from geolora_pl.inject import find_adapters
+from geolora_pl.merge import MergedAdapters
 from geolora_pl.precision import exact_products, summing_dtype
 
 
@@ -120,7 +120,7 @@ def test_bases_are_made_by_exact_products_and_the_passes_as_fast_as_the_user_wan
             integrator.retract(optimizer)
             save_adapter(model, tmp_path / "adapter.safetensors")
             export_peft(model, tmp_path / "lora")
-            merge_adapters(model)
+            MergedAdapters(model)
             library.load("a", tmp_path / "adapter.safetensors")
             library.combine("twice", {"a": 2.0})
     finally:
