@@ -28,8 +28,6 @@ from geolora_pl import (
 from geolora_pl.schedule import usual_cadence
 
 Settings = Mapping[str, Any]
-
-
 _CHANGES_NO_RESULT = ("on_nonfinite", "small_checkpoints", "adapter")  # of the callback's arguments
 
 

@@ -3,8 +3,8 @@
     python benchmarks/rank_adaptation.py
 
 Everything but the start rank, and the room of 32 columns that it needs, is this package's default; then the same with
-ranks that grow first. Runs are appended to
-``benchmarks/results/rank_adaptation.jsonl`` and never made twice; the figure is ``docs/figures/rank_adaptation.svg``.
+ranks that grow first. Runs are appended to ``benchmarks/results/rank_adaptation.jsonl`` and never made twice; the
+figure is ``docs/figures/rank_adaptation.svg``.
 """
 
 from __future__ import annotations

@@ -91,11 +91,10 @@ def _weight(layer: nn.Module) -> Tensor:
 def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
     with exact_products(layer.U.device):
         delta = layer.delta_weight()
-    m, n = delta.shape
-    positions = layer.from_matrix(torch.arange(m * n, device=delta.device).view(m, n))  # the layout of the weight
-    error = merged.to(delta.dtype) - (base.to(delta.dtype) + layer.from_matrix(delta))
-    matrix = torch.empty_like(delta).flatten().scatter_(0, positions.flatten(), error.flatten()).view(m, n)
-    generator = torch.Generator().manual_seed(0)  # the user's random numbers are none of our business
-    inputs = torch.randn(n, _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
-    with exact_products(layer.U.device):
+        m, n = delta.shape
+        positions = layer.from_matrix(torch.arange(m * n, device=delta.device).view(m, n))  # the layout of the weight
+        error = merged.to(delta.dtype) - (base.to(delta.dtype) + layer.from_matrix(delta))
+        matrix = torch.empty_like(delta).flatten().scatter_(0, positions.flatten(), error.flatten()).view(m, n)
+        generator = torch.Generator().manual_seed(0)  # the user's random numbers are none of our business
+        inputs = torch.randn(n, _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
         return float((matrix @ inputs).abs().max())
