@@ -62,7 +62,7 @@ def factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Ten
     Returns:
         A (..., m, 2 R) and B (..., n, 2 R).
     """
-    return torch.cat([U @ S + K, U], dim=-1), torch.cat([V, L], dim=-1)
+    return torch.cat([_plus_product(K, U, S), U], dim=-1), torch.cat([V, L], dim=-1)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,7 +305,14 @@ def transport_second_moment(v: Tensor, basis: Tensor, basis_new: Tensor) -> Tens
 
 def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
     """Remove from the columns of ``matrix`` (..., n, R) their part in the span of ``basis`` (..., n, R)."""
-    return matrix - basis @ (basis.mT @ matrix)
+    return _plus_product(matrix, basis, basis.mT @ matrix, alpha=-1)
+
+
+def _plus_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+    """``matrix + alpha left right``; of single matrices in one call, for those in every layer of a step cost the call."""
+    if matrix.dim() == 2:
+        return torch.addmm(matrix, left, right, alpha=alpha)
+    return matrix + alpha * (left @ right)
 
 
 def orthonormality_defect(basis: Tensor) -> Tensor:

@@ -98,9 +98,9 @@ class FusedLinear(torch.autograd.Function):
         merged: bool,
     ) -> Tensor:
         """(T, m)."""
-        ctx.save_for_backward(rows, weight, U, S, V, K, L)
-        ctx.alpha, ctx.merged = alpha, merged
         A, B = (factor.to(rows.dtype) for factor in factored(U, S, V, K, L))
+        ctx.save_for_backward(rows, weight, U, S, V, K, L, A, B)
+        ctx.alpha, ctx.merged = alpha, merged
         if merged:
             return F.linear(rows, torch.addmm(weight, A, B.mT, alpha=alpha), bias)
         return F.linear(rows, weight, bias).addmm_(rows @ B, A.mT, alpha=alpha)
@@ -109,37 +109,44 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the rows, of bias, K and L."""
         (dy,) = grad_outputs
-        rows, weight, U, S, V, K, L = ctx.saved_tensors
-        w = U.shape[1]
+        rows, weight, U, S, V, K, L, A, B = ctx.saved_tensors
+        w, alpha, merged = U.shape[1], ctx.alpha, ctx.merged
         needs_rows, _, needs_bias, *_, needs_K, needs_L, _, _ = ctx.needs_input_grad
         of_rows = of_bias = of_K = of_L = None
         with without_autocast(rows.device):  # a backward pass may be run inside autocast
-            # The gradients are differentiable themselves, and again without a part of L in the span of V.
-            A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
-            x, dy = _in_parts(rows), _in_parts(dy)
-            beside = needs_rows and not ctx.merged
+            if torch.is_grad_enabled():  # the gradients are differentiable themselves, of L again without its part in V
+                A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
+            beside = needs_rows and not merged
+            in_dtype = (U, V) if merged else (A[:, w:], B[:, :w])  # U and V as whole matrices, if they are ones
+            x_parts, dy_parts = (_in_parts(rows), _in_parts(dy)) if merged else (rows, dy)
+            # Thin products come first, while dy is in the cache, into which the layer after this one has just put it.
             if beside or needs_L:
-                coordinates = _thin(A if beside else A[:, w:], dy)  # the last of them are U^T dy^T
-            if beside:
-                of_rows = torch.baddbmm(dy @ weight, coordinates.mT, B.mT.expand(len(dy), -1, -1), alpha=ctx.alpha)
-            elif needs_rows:
-                of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=ctx.alpha)
-            if needs_K:
-                of_K = ctx.alpha * (_thin(B[:, :w], x) @ dy).sum(0, dtype=K.dtype).mT
+                coordinates = _thin(A if beside else in_dtype[0], dy_parts)  # the last w of them are U^T dy^T
             if needs_L:
-                of_L = project_out(ctx.alpha * (coordinates[:, -w:] @ x).sum(0, dtype=L.dtype).mT, V)
+                of_L = project_out(_sum_of_parts(coordinates[..., -w:, :] @ x_parts, alpha, L), V)
+            if needs_K:
+                of_K = _sum_of_parts(_thin(in_dtype[1], x_parts) @ dy_parts, alpha, K)
+            if needs_rows and merged:
+                of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=alpha)
+            elif needs_rows:
+                of_rows = torch.addmm(dy @ weight, coordinates.mT, B.mT, alpha=alpha)
             if needs_bias:
-                of_bias = dy.sum((0, 1))
-        of_rows = of_rows if of_rows is None else of_rows.view(rows.shape)
+                of_bias = dy.sum(0)
         return of_rows, None, of_bias, None, None, None, of_K, of_L, None, None
 
 
 def _in_parts(rows: Tensor) -> Tensor:
-    """Rows (T, n) as (parts, T / parts, n): on a CPU, BLAS shares a batch out to the cores, but not a thin product."""
-    parts = math.gcd(len(rows), 8) if rows.device.type == "cpu" else 1
-    return rows.reshape(parts, len(rows) // parts, rows.shape[-1])
+    """Rows (T, n), for several cores as (parts, T / parts, n): BLAS shares a batch out to them, but no thin product."""
+    parts = math.gcd(len(rows), 8) if torch.get_num_threads() > 1 else 1
+    return rows if parts == 1 else rows.reshape(parts, len(rows) // parts, rows.shape[-1])
 
 
 def _thin(basis: Tensor, x: Tensor) -> Tensor:
-    """Coordinates (parts, w, rows) of the rows of x (parts, rows, n) in a basis (n, w)."""
-    return torch.bmm(basis.mT.expand(len(x), -1, -1), x.mT)
+    """Coordinates (..., w, rows) of the rows of x (..., rows, n) in a basis (n, w)."""
+    return basis.mT @ x.mT if x.dim() == 2 else torch.bmm(basis.mT.expand(len(x), -1, -1), x.mT)
+
+
+def _sum_of_parts(products: Tensor, alpha: float, like: Tensor) -> Tensor:
+    """A gradient (n, w), of the dtype of K or L, from what its parts (..., w, n) are."""
+    gradient = (products if products.dim() == 2 else products.sum(0)).to(like.dtype).mT
+    return gradient if alpha == 1 else alpha * gradient  # a call is what the default saves
