@@ -137,8 +137,10 @@ class FusedLinear(torch.autograd.Function):
 
 def _in_parts(rows: Tensor) -> Tensor:
     """Rows (T, n), for several cores as (parts, T / parts, n): BLAS shares a batch out to them, but no thin product."""
-    parts = math.gcd(len(rows), 8) if torch.get_num_threads() > 1 else 1
-    return rows if parts == 1 else rows.reshape(parts, len(rows) // parts, rows.shape[-1])
+    if torch.compiler.is_compiling() or torch.get_num_threads() == 1:  # compiled, T may be a symbol without a divisor
+        return rows
+    parts = math.gcd(len(rows), 8)
+    return rows.reshape(parts, len(rows) // parts, rows.shape[-1])
 
 
 def _thin(basis: Tensor, x: Tensor) -> Tensor:

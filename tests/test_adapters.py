@@ -220,6 +220,23 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes():
     assert len(graphs) == 1
 
 
+def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch():
+    """As the last batch of an epoch has; from the second size on the compiler takes the number of rows as a symbol."""
+    layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for rows in (64, 40, 33, 56):
+        x = torch.randn(rows, 7, requires_grad=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
