@@ -309,7 +309,7 @@ def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def _plus_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
-    """``matrix + alpha left right``; of single matrices in one call, for those in every layer of a step cost the call."""
+    """``matrix + alpha left right``; of single matrices, as in every layer of a step, in one call."""
     if matrix.dim() == 2:
         return torch.addmm(matrix, left, right, alpha=alpha)
     return matrix + alpha * (left @ right)

@@ -117,15 +117,15 @@ class FusedLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # the gradients are differentiable themselves, of L again without its part in V
                 A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
             beside = needs_rows and not merged
-            in_dtype = (U, V) if merged else (A[:, w:], B[:, :w])  # U and V as whole matrices, if they are ones
+            U_, V_ = (U, V) if merged else (A[:, w:], B[:, :w])  # in the dtype of the rows
             x_parts, dy_parts = (_in_parts(rows), _in_parts(dy)) if merged else (rows, dy)
             # Thin products come first, while dy is in the cache, into which the layer after this one has just put it.
             if beside or needs_L:
-                coordinates = _thin(A if beside else in_dtype[0], dy_parts)  # the last w of them are U^T dy^T
+                coordinates = _thin(A if beside else U_, dy_parts)  # the last w of them are U^T dy^T
             if needs_L:
                 of_L = project_out(_sum_of_parts(coordinates[..., -w:, :] @ x_parts, alpha, L), V)
             if needs_K:
-                of_K = _sum_of_parts(_thin(in_dtype[1], x_parts) @ dy_parts, alpha, K)
+                of_K = _sum_of_parts(_thin(V_, x_parts) @ dy_parts, alpha, K)
             if needs_rows and merged:
                 of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=alpha)
             elif needs_rows:
@@ -137,8 +137,8 @@ class FusedLinear(torch.autograd.Function):
 
 def _in_parts(rows: Tensor) -> Tensor:
     """Rows (T, n), for several cores as (parts, T / parts, n): BLAS shares a batch out to them, but no thin product."""
-    if torch.compiler.is_compiling() or torch.get_num_threads() == 1:  # compiled, T may be a symbol without a divisor
-        return rows
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or torch.get_num_threads() == 1:
+        return rows  # compiled, T may be a symbol, which has no divisors
     parts = math.gcd(len(rows), 8)
     return rows.reshape(parts, len(rows) // parts, rows.shape[-1])
 
