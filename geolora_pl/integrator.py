@@ -238,8 +238,9 @@ class RankAdaptiveIntegrator:
         try:
             for group in plan.groups:
                 self._move(group, optimizer)
+                self._watch.forget_decay(group.names)
             ranks, self.truncation_error = plan.on_host()
-        except BaseException:  # ranks are those of the factors, however many of them have moved
+        except BaseException:  # ranks are those of the factors, and decay is applied once, however many have moved
             for layer in self.adapters.values():
                 layer.read_rank()
             raise
@@ -247,7 +248,6 @@ class RankAdaptiveIntegrator:
             self.adapters[name].rank = rank
         self.steps = 0
         self.adaptations += 1
-        self._watch.forget_decay()
 
     def _anything_pending(self) -> bool:
         return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))

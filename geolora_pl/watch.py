@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -54,8 +54,7 @@ class StepWatch:
         self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
         self.skipped_steps = 0
-        self.decay: dict[str, float] = {}
-        self.forget_decay()
+        self.decay: dict[str, float] = dict.fromkeys(adapters, 1.0)
         self._model = model
         self._without_gradient: set[str] = set()  # adapters already named
         self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # whether a step was skipped, and its decay
@@ -110,9 +109,9 @@ class StepWatch:
         self.new_steps = 0
         self._unsettled = []
 
-    def forget_decay(self) -> None:
-        """Start again from a decay of one."""
-        self.decay = dict.fromkeys(self.adapters, 1.0)
+    def forget_decay(self, names: Iterable[str]) -> None:
+        """Start again from a decay of one, for these adapters."""
+        self.decay.update(dict.fromkeys(names, 1.0))
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at the gradients when they are there: now, or after the closure that computes them.

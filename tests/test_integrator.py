@@ -102,9 +102,9 @@ def test_ranks_that_have_grown_do_not_grow_again_at_another_cadence():
     assert resumed.adaptations == integrator.adaptations
 
 
-def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors(monkeypatch):
+def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_decay_of_the_others(monkeypatch):
     model, adapters, integrator = two_shapes(adapt_every=10)
-    train(model, integrator, optimizer_of(model), 1)
+    train(model, integrator, optimizer_of(model, weight_decay=0.1), 1)
     move = RankAdaptiveIntegrator._move
 
     def interrupted(self, group, optimizer):
@@ -116,6 +116,7 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors(monkeypatc
     with pytest.raises(KeyboardInterrupt):
         integrator.retract()
     assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 2, "4": 4}
+    assert integrator.state_dict()["decay"] == {"0": 1.0, "2": 1 - 1e-2 * 0.1, "4": 1.0}
 
     def unread(plan):
         raise KeyboardInterrupt
