@@ -229,17 +229,27 @@ class GeoLoRALinear(GeoLoRALayer):
         """Apply the layer to x (..., in)."""
         if not self._is_fusible():
             return super().forward(x)
-        weight, bias, dtype = self.base.weight, self.base.bias, autocast_dtype(x)
+        weight, bias, dtype = self.to_matrix(self.base.weight), self.base.bias, autocast_dtype(x)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with without_autocast(x.device):
             return fused_linear(x, weight, bias, self._live_factors(), self.scaling)
 
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """The weight of the layer as a matrix (out, in), not copied: the inverse of :meth:`from_matrix`."""
+        return weight
+
+    @staticmethod
+    def has_known_forward(base: nn.Module) -> bool:
+        """Whether the forward of the class is ``W x + b``, and none that a subclass or a patch put there."""
+        return type(base).forward is _LINEAR
+
     def _is_fusible(self) -> bool:
         """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
         base = self.base
         return (
-            type(base).forward is _LINEAR
+            self.has_known_forward(base)
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not base.weight.requires_grad
@@ -252,12 +262,13 @@ class GeoLoRALinear(GeoLoRALayer):
         weight = getattr(self.base, "weight", None)
         return (
             not _is_plain(weight)
-            or weight.shape != (self.out_features, self.in_features)
+            or weight.dim() != 2
+            or self.to_matrix(weight).shape != (self.out_features, self.in_features)
             or type(weight).dequantize is not Tensor.dequantize
         )
 
     def base_weight(self) -> Tensor:
-        """The frozen weight (out, in); of a quantised layer what its forward makes of the unit vectors.
+        """The frozen weight; of a quantised layer what its forward makes of the unit vectors.
 
         No library of quantised layers needs to be known for that.
         """
@@ -268,14 +279,15 @@ class GeoLoRALinear(GeoLoRALayer):
         dtype = torch.get_default_dtype() if like is None else like.dtype
         with torch.no_grad(), exact_products(self.U.device):
             columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
-            return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
+            columns = columns if self.bias is None else columns - self.bias
+            return self.from_matrix(columns.mT).contiguous().to(dtype)
 
     def plain(self, weight: Tensor) -> nn.Module:
         """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
         if not self._is_quantised():
             return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(self.to_matrix(weight).contiguous(), requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.bias.requires_grad)
         return layer.train(self.training)

@@ -53,7 +53,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
 
     Args:
         x: (..., n).
-        weight: (m, n), frozen, of the dtype of ``x``.
+        weight: (m, n), frozen, of the dtype of ``x``; or the transpose of one that lies so.
         bias: (m,), of the dtype of ``x``.
         factors: U (m, w), S (w, w), V (n, w), K (m, w) and L (n, w), of any floating dtype.
         alpha: Scale of the update.
@@ -102,7 +102,7 @@ class FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, U, S, V, K, L, A, B)
         ctx.alpha, ctx.merged = alpha, merged
         if merged:
-            return F.linear(rows, torch.addmm(weight, A, B.mT, alpha=alpha), bias)
+            return F.linear(rows, _merge(weight, A, B, alpha), bias)
         return F.linear(rows, weight, bias).addmm_(rows @ B, A.mT, alpha=alpha)
 
     @staticmethod
@@ -127,12 +127,19 @@ class FusedLinear(torch.autograd.Function):
             if needs_K:
                 of_K = _sum_of_parts(_thin(V_, x_parts) @ dy_parts, alpha, K)
             if needs_rows and merged:
-                of_rows = dy @ torch.addmm(weight, A, B.mT, alpha=alpha)
+                of_rows = dy @ _merge(weight, A, B, alpha)
             elif needs_rows:
                 of_rows = torch.addmm(dy @ weight, coordinates.mT, B.mT, alpha=alpha)
             if needs_bias:
                 of_bias = dy.sum(0)
         return of_rows, None, of_bias, None, None, None, of_K, of_L, None, None
+
+
+def _merge(weight: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """``weight + alpha A B^T``, laid out as the weight, for a copy into the other layout costs as much again."""
+    if weight.is_contiguous():
+        return torch.addmm(weight, A, B.mT, alpha=alpha)
+    return torch.addmm(weight.mT, B, A.mT, alpha=alpha).mT
 
 
 def _in_parts(rows: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from geolora_pl.adapters import GeoLoRALayer, GeoLoRALinear
 from geolora_pl.config import AdapterConfig
 
 
-class GeoLoRAConv1D(GeoLoRALayer):
+class GeoLoRAConv1D(GeoLoRALinear):
     """The adapter of transformers' ``Conv1D``, of which GPT-2 is made: a linear layer with the weight (in, out)."""
+
+    _FORWARD = ("transformers.pytorch_utils", "Conv1D.forward")  # by name: the library need not be imported
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
@@ -24,6 +26,17 @@ class GeoLoRAConv1D(GeoLoRALayer):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """(out, in) to (in, out)."""
         return matrix.mT
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """(in, out) to (out, in)."""
+        return weight.mT
+
+    @staticmethod
+    def has_known_forward(base: nn.Module) -> bool:
+        """Whether the forward is that of ``Conv1D`` itself."""
+        forward = type(base).forward
+        return (forward.__module__, forward.__qualname__) == GeoLoRAConv1D._FORWARD
 
 
 class GeoLoRAConv2d(GeoLoRALayer):

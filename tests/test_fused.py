@@ -4,17 +4,20 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from geolora_pl import AdapterConfig, GeoLoRALinear
 from geolora_pl.adapters import GeoLoRALayer
 from geolora_pl.fused import pays_to_merge
+from geolora_pl.layers import adapter_class_of
 
 FEW, MANY = (3,), (4, 50)  # rows of x for a layer of 24 x 16: update beside the base, merged weight
 
 
-def layer_in_training(dtype=torch.float32, bias=True, **settings):
+def layer_in_training(dtype=torch.float32, bias=True, base=None, **settings):
     config = AdapterConfig(**{"init_rank": 5, "max_rank": 12, "alpha": 0.5, **settings})
-    layer = GeoLoRALinear(nn.Linear(16, 24, bias=bias, dtype=dtype), config)
+    base = nn.Linear(16, 24, bias=bias, dtype=dtype) if base is None else base
+    layer = adapter_class_of(base)(base, config)
     r = layer.rank
     with torch.no_grad():
         layer.S[:r, :r] = torch.diag(torch.rand(r)) / 4
@@ -41,6 +44,17 @@ def test_fused_and_plain_agree(rows, dtype, settings):
     fused, plain = (results(forward, layer, x, dy) for forward in (GeoLoRALinear.forward, GeoLoRALayer.forward))
     assert fused.keys() == plain.keys()
     assert {"x", "K", "L"} <= fused.keys()
+    for name, value in fused.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conv1d_is_fused_and_agrees_with_the_plain_sum(rows, dtype):
+    layer = layer_in_training(base=Conv1D(24, 16).to(dtype))
+    x, dy = torch.randn(*rows, 16, dtype=dtype), torch.randn(*rows, 24, dtype=dtype)
+    fused, plain = (results(forward, layer, x, dy) for forward in (type(layer).forward, GeoLoRALayer.forward))
+    assert layer(x).grad_fn.next_functions[0][0].name() == "FusedLinearBackward"
     for name, value in fused.items():
         torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 1e-12)
 
@@ -144,17 +158,27 @@ def test_a_layer_that_is_more_than_its_weight_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
+    class ScaledConv1D(Conv1D):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
     calls = []
     hooked = layer_in_training()
     hooked.base.register_forward_hook(lambda *args: calls.append("hook"))
     patched = layer_in_training()
     patched.base.forward = lambda x: calls.append("patch") or x.new_zeros(len(x), 24)
-    subclass = GeoLoRALinear(Scaled(16, 24), AdapterConfig())
+    subclasses = [layer_in_training(base=base) for base in (Scaled(16, 24), ScaledConv1D(24, 16))]
     x = torch.randn(60, 16)
     hooked(x)
     patched(x)
     assert calls == ["hook", "patch"]
-    torch.testing.assert_close(subclass(x), subclass.base(x))
+    for subclass in subclasses:
+        y = subclass(x)
+        with torch.no_grad():
+            for factor in (subclass.S, subclass.K, subclass.L):
+                factor.zero_()
+        assert (y - subclass(x)).abs().max() > 1e-3
+        torch.testing.assert_close(subclass(x), subclass.base(x))
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])

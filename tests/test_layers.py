@@ -249,6 +249,19 @@ def test_a_weight_that_is_a_tensor_of_its_own_kind_is_dequantised_for_fingerprin
     torch.testing.assert_close(model[0].weight, twin.weight)
 
 
+def test_a_quantised_conv1d_becomes_a_plain_linear_layer():
+    numbers, layer = torch.randn(7, 6), Conv1D(6, 7)
+    layer.weight = nn.Parameter(numbers.as_subclass(OwnKind), requires_grad=False)
+    layer.forward = lambda x: x @ layer.weight.dequantize() + layer.bias
+    model, adapter = adapted(layer)
+    trained(adapter)
+    x = torch.randn(5, 7)
+    expected = model(x)
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), expected)
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_row_for_padding_gets_no_update():
     base = nn.Embedding(11, 6, padding_idx=2)
     model, layer = adapted(base)
