@@ -254,40 +254,40 @@ class GeoLoRALinear(GeoLoRALayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
-            and not self._is_quantised()
+            and not self.is_quantised(self.base)
         )
 
-    def _is_quantised(self) -> bool:
+    @classmethod
+    def is_quantised(cls, base: nn.Module) -> bool:
         """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
-        weight = getattr(self.base, "weight", None)
+        weight = getattr(base, "weight", None)
         return (
             not _is_plain(weight)
             or weight.dim() != 2
-            or self.to_matrix(weight).shape != (self.out_features, self.in_features)
+            or cls.to_matrix(weight).shape != cls.matrix_shape(base)
             or type(weight).dequantize is not Tensor.dequantize
         )
 
     def base_weight(self) -> Tensor:
-        """The frozen weight; of a quantised layer what its forward makes of the unit vectors.
+        """The frozen weight (out, in); of a quantised layer what its forward makes of the unit vectors.
 
         No library of quantised layers needs to be known for that.
         """
-        if not self._is_quantised():
+        if not self.is_quantised(self.base):
             return super().base_weight()
         weight = getattr(self.base, "weight", None)
         like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
         dtype = torch.get_default_dtype() if like is None else like.dtype
         with torch.no_grad(), exact_products(self.U.device):
             columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
-            columns = columns if self.bias is None else columns - self.bias
-            return self.from_matrix(columns.mT).contiguous().to(dtype)
+            return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
 
     def plain(self, weight: Tensor) -> nn.Module:
         """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
-        if not self._is_quantised():
+        if not self.is_quantised(self.base):
             return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(self.to_matrix(weight).contiguous(), requires_grad=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.bias.requires_grad)
         return layer.train(self.training)

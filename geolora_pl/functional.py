@@ -193,9 +193,8 @@ def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int, ma
     """
     wide = sigma.to(summing_dtype(sigma.device))
     relative = wide / wide[..., :1].clamp_min(torch.finfo(wide.dtype).tiny)
-    tails = wide.new_ones(
-        sigma.shape[-1], sigma.shape[-1]
-    ).tril()  # torch's cumsum of floats is not deterministic on CUDA
+    k = sigma.shape[-1]
+    tails = wide.new_ones(k, k).tril()  # torch's cumsum of floats is not deterministic on CUDA
     tail = relative.square() @ tails  # tail[i]: energy of sigma[i:]
     within_tau = (tail > tau**2 * tail[..., :1]).sum(-1)
     distinct = (relative > resolution).sum(-1)
@@ -310,9 +309,7 @@ def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
 
 def _plus_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
     """``matrix + alpha left right``; of single matrices, as in every layer of a step, in one call."""
-    if matrix.dim() == 2:
-        return torch.addmm(matrix, left, right, alpha=alpha)
-    return matrix + alpha * (left @ right)
+    return torch.addmm(matrix, left, right, alpha=alpha) if matrix.dim() == 2 else matrix + alpha * (left @ right)
 
 
 def orthonormality_defect(basis: Tensor) -> Tensor:

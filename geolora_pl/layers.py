@@ -17,6 +17,13 @@ class GeoLoRAConv1D(GeoLoRALinear):
 
     _FORWARD = ("transformers.pytorch_utils", "Conv1D.forward")  # by name: the library need not be imported
 
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """A quantised one: merged it would have to become a linear layer, with the weight the other way round."""
+        if not cls.is_quantised(base):
+            return None
+        return "is a Conv1D with a quantised weight: leave it out of target_modules, or make it an nn.Linear first"
+
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
         """The transpose of the weight's shape."""
