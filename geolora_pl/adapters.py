@@ -237,11 +237,11 @@ class GeoLoRALinear(GeoLoRALayer):
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:
-        """The weight of the layer as a matrix (out, in), not copied: the inverse of :meth:`from_matrix`."""
+        """The weight of the layer as a matrix (out, in), not copied; overridden together with ``from_matrix``."""
         return weight
 
     @staticmethod
-    def has_known_forward(base: nn.Module) -> bool:
+    def _has_known_forward(base: nn.Module) -> bool:
         """Whether the forward of the class is ``W x + b``, and none that a subclass or a patch put there."""
         return type(base).forward is _LINEAR
 
@@ -249,16 +249,16 @@ class GeoLoRALinear(GeoLoRALayer):
         """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
         base = self.base
         return (
-            self.has_known_forward(base)
+            self._has_known_forward(base)
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
-            and not self.is_quantised(self.base)
+            and not self._is_quantised(self.base)
         )
 
     @classmethod
-    def is_quantised(cls, base: nn.Module) -> bool:
+    def _is_quantised(cls, base: nn.Module) -> bool:
         """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
         weight = getattr(base, "weight", None)
         return (
@@ -269,11 +269,11 @@ class GeoLoRALinear(GeoLoRALayer):
         )
 
     def base_weight(self) -> Tensor:
-        """The frozen weight (out, in); of a quantised layer what its forward makes of the unit vectors.
+        """The frozen weight as it lies in the layer; of a quantised one what its forward makes of the unit vectors.
 
         No library of quantised layers needs to be known for that.
         """
-        if not self.is_quantised(self.base):
+        if not self._is_quantised(self.base):
             return super().base_weight()
         weight = getattr(self.base, "weight", None)
         like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
@@ -284,7 +284,7 @@ class GeoLoRALinear(GeoLoRALayer):
 
     def plain(self, weight: Tensor) -> nn.Module:
         """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
-        if not self.is_quantised(self.base):
+        if not self._is_quantised(self.base):
             return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)

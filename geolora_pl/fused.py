@@ -49,7 +49,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
     * *merged*: one weight ``W_0 + alpha A B^T`` in the forward and one in the backward, or
     * *beside*: the thin products ``(x B) A^T`` and ``(dy A) B^T``, added to the base's own results.
 
-    Thin products are formed as (rank, ...) matrices, in which BLAS is several times faster than in (..., rank) ones.
+    The thin products of the backward are (rank, ...) matrices: BLAS forms them several times faster than (..., rank).
 
     Args:
         x: (..., n).
@@ -118,7 +118,7 @@ class FusedLinear(torch.autograd.Function):
                 A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
             beside = needs_rows and not merged
             U_, V_ = (U, V) if merged else (A[:, w:], B[:, :w])  # in the dtype of the rows
-            x_parts, dy_parts = (_in_parts(rows), _in_parts(dy)) if merged else (rows, dy)
+            x_parts, dy_parts = _in_parts(rows), _in_parts(dy)
             # Thin products come first, while dy is in the cache, into which the layer after this one has just put it.
             if beside or needs_L:
                 coordinates = _thin(A if beside else U_, dy_parts)  # the last w of them are U^T dy^T
@@ -129,7 +129,7 @@ class FusedLinear(torch.autograd.Function):
             if needs_rows and merged:
                 of_rows = dy @ _merge(weight, A, B, alpha)
             elif needs_rows:
-                of_rows = torch.addmm(dy @ weight, coordinates.mT, B.mT, alpha=alpha)
+                of_rows = (dy @ weight).addmm_(coordinates.mT.reshape(len(dy), 2 * w), B.mT, alpha=alpha)
             if needs_bias:
                 of_bias = dy.sum(0)
         return of_rows, None, of_bias, None, None, None, of_K, of_L, None, None

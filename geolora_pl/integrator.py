@@ -240,7 +240,7 @@ class RankAdaptiveIntegrator:
                 self._move(group, optimizer)
                 self._watch.forget_decay(group.names)
             ranks, self.truncation_error = plan.on_host()
-        except BaseException:  # ranks are those of the factors, and decay is applied once, however many have moved
+        except BaseException:  # ranks are those of the factors, however many of them have moved
             for layer in self.adapters.values():
                 layer.read_rank()
             raise

@@ -15,12 +15,10 @@ from geolora_pl.config import AdapterConfig
 class GeoLoRAConv1D(GeoLoRALinear):
     """The adapter of transformers' ``Conv1D``, of which GPT-2 is made: a linear layer with the weight (in, out)."""
 
-    _FORWARD = ("transformers.pytorch_utils", "Conv1D.forward")  # by name: the library need not be imported
-
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         """A quantised one: merged it would have to become a linear layer, with the weight the other way round."""
-        if not cls.is_quantised(base):
+        if not cls._is_quantised(base):
             return None
         return "is a Conv1D with a quantised weight: leave it out of target_modules, or make it an nn.Linear first"
 
@@ -40,10 +38,10 @@ class GeoLoRAConv1D(GeoLoRALinear):
         return weight.mT
 
     @staticmethod
-    def has_known_forward(base: nn.Module) -> bool:
-        """Whether the forward is that of ``Conv1D`` itself."""
-        forward = type(base).forward
-        return (forward.__module__, forward.__qualname__) == GeoLoRAConv1D._FORWARD
+    def _has_known_forward(base: nn.Module) -> bool:
+        """By where it was written, for the library may not be imported here; ``functools.wraps`` copies names only."""
+        written_in = getattr(type(base).forward, "__globals__", {}).get("__name__")
+        return bool(written_in == "transformers.pytorch_utils")
 
 
 class GeoLoRAConv2d(GeoLoRALayer):

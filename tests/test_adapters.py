@@ -221,7 +221,7 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes():
 
 
 def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch():
-    """As the last batch of an epoch has; from the second size on the compiler takes the number of rows as a symbol."""
+    """On one side of the rule for merging. From the second size on the compiler takes T for a symbol."""
     layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
     graphs = []
 
@@ -233,7 +233,12 @@ def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch(
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for rows in (64, 40, 33, 56):
         x = torch.randn(rows, 7, requires_grad=True)
-        torch.testing.assert_close(compiled(x), layer(x))
+        y, expected = compiled(x), layer(x)
+        torch.testing.assert_close(y, expected)
+        for of_y, of_expected in zip(
+            *(torch.autograd.grad(z.square().sum(), (x, layer.K, layer.L)) for z in (y, expected)), strict=True
+        ):
+            torch.testing.assert_close(of_y, of_expected)
     assert len(graphs) == 2
 
 

@@ -1,5 +1,7 @@
 """The fused layer against the plain sum of its parts, which autograd differentiates."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -35,10 +37,17 @@ def results(forward, layer, x, dy):
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
 
 
-@pytest.mark.parametrize("rows", [(), FEW, MANY, (0,), (2, 3, 40)])
+@pytest.fixture(params=[1, 2])
+def cores(request, monkeypatch):
+    """As many in the eyes of what is tested: several take the rows in parts."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [(), FEW, MANY, (0,), (2, 3, 40), (8,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"train_bias": True}, {"max_rank": 40}, {"init_rank": 11}])
-def test_fused_and_plain_agree(rows, dtype, settings):
+def test_fused_and_plain_agree(rows, dtype, settings, cores):
     layer = layer_in_training(dtype, **settings)
     x, dy = torch.randn(*rows, 16, dtype=dtype), torch.randn(*rows, 24, dtype=dtype)
     fused, plain = (results(forward, layer, x, dy) for forward in (GeoLoRALinear.forward, GeoLoRALayer.forward))
@@ -98,7 +107,7 @@ def test_autocast_agrees_with_the_plain_sum(rows):
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
-def test_a_penalty_on_the_gradient_of_the_input(rows):
+def test_a_penalty_on_the_gradient_of_the_input(rows, cores):
     layer = layer_in_training(torch.float64)
     found = []
     for forward in (GeoLoRALinear.forward, GeoLoRALayer.forward):
@@ -159,6 +168,7 @@ def test_a_layer_that_is_more_than_its_weight_is_called():
             return 2 * super().forward(x)
 
     class ScaledConv1D(Conv1D):
+        @functools.wraps(Conv1D.forward)
         def forward(self, x):
             return 2 * super().forward(x)
 
@@ -167,18 +177,31 @@ def test_a_layer_that_is_more_than_its_weight_is_called():
     hooked.base.register_forward_hook(lambda *args: calls.append("hook"))
     patched = layer_in_training()
     patched.base.forward = lambda x: calls.append("patch") or x.new_zeros(len(x), 24)
-    subclasses = [layer_in_training(base=base) for base in (Scaled(16, 24), ScaledConv1D(24, 16))]
+    others = [layer_in_training(base=base) for base in (Scaled(16, 24), ScaledConv1D(24, 16))]
     x = torch.randn(60, 16)
     hooked(x)
     patched(x)
     assert calls == ["hook", "patch"]
-    for subclass in subclasses:
-        y = subclass(x)
-        with torch.no_grad():
-            for factor in (subclass.S, subclass.K, subclass.L):
-                factor.zero_()
-        assert (y - subclass(x)).abs().max() > 1e-3
-        torch.testing.assert_close(subclass(x), subclass.base(x))
+    for layer in others:
+        torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
+
+
+def test_a_patch_of_the_class_conv1d_is_called(monkeypatch):
+    layer, x, forward = layer_in_training(base=Conv1D(24, 16)), torch.randn(60, 16), Conv1D.forward
+    monkeypatch.setattr(Conv1D, "forward", functools.wraps(forward)(lambda self, x: 2 * forward(self, x)))
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
+
+
+def test_conv1d_is_fused_in_a_compiled_graph_as_well():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer, x = layer_in_training(base=Conv1D(24, 16)), torch.randn(60, 16, requires_grad=True)
+    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert any("autograd_function_apply" in str(node.target) for node in graphs[0].graph.nodes)
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
