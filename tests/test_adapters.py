@@ -202,15 +202,9 @@ def test_meta_device():
     assert layer.rank == 3
 
 
-def test_no_recompile_and_no_graph_break_when_the_rank_changes():
+def test_no_recompile_and_no_graph_break_when_the_rank_changes(graphs):
     layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    compiled = torch.compile(layer, backend=graphs, fullgraph=True)
     x = torch.randn(3, 7)
     torch.testing.assert_close(compiled(x), layer(x))
     with torch.no_grad():
@@ -220,17 +214,10 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes():
     assert len(graphs) == 1
 
 
-def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch():
+def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch(graphs):
     """On one side of the rule for merging. From the second size on the compiler takes T for a symbol."""
     layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    compiled = torch.compile(layer, backend=graphs, fullgraph=True)
     for rows in (64, 40, 33, 56):
         x = torch.randn(rows, 7, requires_grad=True)
         y, expected = compiled(x), layer(x)

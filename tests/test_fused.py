@@ -192,15 +192,9 @@ def test_a_patch_of_the_class_conv1d_is_called(monkeypatch):
     torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
 
 
-def test_conv1d_is_fused_in_a_compiled_graph_as_well():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_conv1d_is_fused_in_a_compiled_graph_as_well(graphs):
     layer, x = layer_in_training(base=Conv1D(24, 16)), torch.randn(60, 16, requires_grad=True)
-    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    torch.testing.assert_close(torch.compile(layer, backend=graphs, fullgraph=True)(x), layer(x))
     assert any("autograd_function_apply" in str(node.target) for node in graphs[0].graph.nodes)
 
 
