@@ -110,10 +110,12 @@ def _decide_group(
     layer = adapters[names[0]]
     columns, columns_after = _columns(adapters, names, min_rank)
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
-    factor = torch.tensor([decay[name] for name in names], dtype=S.dtype, device=S.device)
-    step = functional.decompose(U, S * factor[:, None, None], V, K, L, columns_after)
+    factors = [decay[name] for name in names]
+    if any(factor != 1 for factor in factors):  # for a copy from the host may wait for a GPU
+        S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
+    step = functional.decompose(U, S, V, K, L, columns_after)
     pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
-    ranks = torch.tensor([adapters[name].rank for name in names], device=S.device)
+    ranks = (U != 0).any(-2).sum(-1)  # as they are, without such a copy
     if tau is not None:
         resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
         floor = min(min_rank, layer.max_rank)
