@@ -17,6 +17,7 @@ from geolora_pl.atomic import atomic
 from geolora_pl.fingerprint import base_parameters
 from geolora_pl.functional import svd, svd_of_product
 from geolora_pl.inject import find_adapters, has_adapters
+from geolora_pl.layers import GeoLoRAConv1D, adapter_class_of
 from geolora_pl.precision import exact_products
 from geolora_pl.state import AdapterState, Factors, apply, base_buffers, base_name, capture, config_of, leading
 
@@ -74,7 +75,7 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     """
     state = capture(model)
     adapters = find_adapters(model)
-    if odd := [name for name, layer in adapters.items() if not isinstance(layer.base, nn.Linear)]:
+    if odd := [name for name, layer in adapters.items() if not _is_linear(layer.base)]:
         raise ValueError(f"{odd[0]} is no linear layer, and the export to PEFT knows no others: merge instead")
     aliases = [name for name, module in model.named_modules(remove_duplicate=False) if module in set(adapters.values())]
     if shared := [name for name in aliases if name not in adapters]:
@@ -112,7 +113,7 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
         "target_modules": _targets(model, list(kept)),
         "modules_to_save": saved or None,
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": not any(isinstance(adapters[name].base, nn.Linear) for name in kept),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
@@ -187,11 +188,10 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
     max_ranks: dict[str, int] = {}
     for name, pair in sides.items():
         layer = modules.get(name)
-        if not isinstance(layer, nn.Linear):
+        if layer is None or not _is_linear(layer):
             raise ValueError(f"{folder}: {name} is no linear layer of the model: take the base that it was trained on")
         factors[name] = _geolora(name, pair, config, folder)
-        r, (m, n) = pair["A"].shape[0], layer.weight.shape
-        max_ranks[name] = min(max(max_rank, r), m, n)
+        max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *layer.weight.shape)
     if not factors:
         raise ValueError(f"{folder} holds no LoRA of a linear layer")
     apply(
@@ -205,6 +205,11 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
             base_hash="",  # PEFT keeps none
         ),
     )
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether PEFT's LoRA of a linear layer goes onto it: GPT-2's ``Conv1D`` is one (``fan_in_fan_out``)."""
+    return isinstance(layer, nn.Linear) or adapter_class_of(layer) is GeoLoRAConv1D
 
 
 def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:

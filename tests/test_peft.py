@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_text import FAMILIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
 from transformers import ViTForImageClassification as HFViT
+from transformers.pytorch_utils import Conv1D
 
 from geolora_pl import (
     AdapterConfig,
@@ -47,6 +49,7 @@ MODELS = {
     "distilbert": (lambda: text_model("distilbert"), ["classifier", "pre_classifier"], IDS),
     "deberta": (lambda: text_model("deberta-v2"), ["classifier", "pooler"], IDS),
     "llama": (lambda: text_model("llama", AutoModelForCausalLM), [], IDS),
+    "gpt2": (lambda: text_model("gpt2", AutoModelForCausalLM), [], IDS),
     "vit": (hf_vit, ["classifier"], IMAGES),
     "timm": (timm_vit, ["head"], IMAGES),
 }
@@ -253,6 +256,29 @@ def test_a_lora_of_peft_becomes_a_start_exactly(tmp_path, settings):
     export_peft(model, tmp_path / "again")
     again = PeftModel.from_pretrained(build(), tmp_path / "again").eval()
     torch.testing.assert_close(logits(again, x), logits(theirs, x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_of_gpt2_becomes_a_start_and_goes_back(tmp_path):
+    build, _, x = MODELS["gpt2"]
+    theirs = peft_model(build, tmp_path, r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    model = build()
+    import_peft(model, tmp_path)
+    torch.testing.assert_close(logits(model.eval(), x), logits(theirs, x), atol=1e-5, rtol=1e-5)
+    export_peft(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    again = PeftModel.from_pretrained(build(), tmp_path / "again").merge_and_unload().eval()
+    torch.testing.assert_close(logits(again, x), logits(theirs, x), atol=1e-5, rtol=1e-5)
+
+
+def test_linear_layers_beside_conv1d_are_exported(tmp_path):
+    """One setting is for all layers: PEFT mends it where it does not fit, and says so."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Conv1D(6, 5), nn.Linear(6, 4)), torch.randn(3, 5)
+    model = adapt(copy.deepcopy(base), [], target_modules=["0", "1"])
+    export_peft(model, tmp_path / "lora")
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"):
+        theirs = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(theirs.merge_and_unload(), x), logits(model, x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
