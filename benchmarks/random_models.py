@@ -1,4 +1,4 @@
-"""Models with random weights for measuring what a step costs: BERTs and ViTs of any size, and batches for them."""
+"""Models with random weights for measuring what a step costs: BERTs of any size, GPT-2s, ViTs, and batches for them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from image_tasks import WithLoss
 from tasks import Batch, Samples, Task
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedConfig
 
 from geolora_pl import AdapterConfig, inject_adapters
 from geolora_pl.tasks.text_models import block_linears, head_names
 
 BERTS = {"bert_tiny": (128, 2, 2), "minilm": (384, 6, 12), "bert_base": (768, 12, 12)}  # width, depth, heads
+GPT2S = {"gpt2_mini": (384, 6, 12), "gpt2": (768, 12, 12)}  # likewise
 VITS = tuple(f"vit_{size}" for size in ("tiny", "small", "base"))
 VOCABULARY = 30522
 CLASSES = 8
@@ -28,7 +29,7 @@ class Setup:
     """What is measured, and how.
 
     Attributes:
-        name: Of the model, from ``BERTS`` or ``VITS``; a BERT of other ``sizes`` may have any.
+        name: Of the model, from ``BERTS``, ``GPT2S`` or ``VITS``; a BERT of other ``sizes`` may have any.
         rank: Allocated for each adapter.
         batch_size: Texts or images a step.
         length: Tokens a text; of no meaning for images.
@@ -72,12 +73,14 @@ def load(setup: Setup, steps: int = STEPS) -> Task:
         setup: Which model, and what is in a batch.
         steps: Length of the run.
     """
-    return _vit(setup, steps) if setup.of_images else _bert(setup, steps)
+    if setup.of_images:
+        return _vit(setup, steps)
+    return _texts(setup, steps, _gpt2(setup) if setup.name in GPT2S else _bert(setup))
 
 
-def _bert(setup: Setup, steps: int) -> Task:
+def _bert(setup: Setup) -> PreTrainedConfig:
     width, depth, heads = setup.sizes or BERTS[setup.name]
-    config = BertConfig(
+    return BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         num_hidden_layers=depth,
@@ -89,6 +92,26 @@ def _bert(setup: Setup, steps: int) -> Task:
         num_labels=CLASSES,
     )
 
+
+def _gpt2(setup: Setup) -> PreTrainedConfig:
+    width, depth, heads = GPT2S[setup.name]
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=width,
+        n_layer=depth,
+        n_head=heads,
+        n_positions=max(512, setup.length),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=VOCABULARY - 1,
+        num_labels=CLASSES,
+    )
+
+
+def _texts(setup: Setup, steps: int, config: PreTrainedConfig) -> Task:
     def make_model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")  # type: ignore[no-any-return]

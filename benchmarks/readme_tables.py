@@ -17,7 +17,7 @@ import products
 import rank_adaptation
 import report
 import throughput
-from random_models import BERTS, VITS
+from random_models import BERTS, GPT2S, VITS
 from sweep import RESULTS, read
 from tasks import ROOT
 
@@ -112,7 +112,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "event": event_table,
     "layouts": lambda: products_table("layouts", products.LAYOUTS),
     "forms": lambda: products_table("forms", products.FORMS),
-    **{f"throughput_{name}": lambda name=name: throughput_table(name) for name in (*BERTS, *VITS, "minilm_one_thread")},
+    **{f"throughput_{name}": partial(throughput_table, name) for name in (*BERTS, *GPT2S, *VITS, "minilm_one_thread")},
 }
 
 

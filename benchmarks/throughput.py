@@ -28,7 +28,7 @@ import memory
 import random_models
 import timing
 import torch
-from random_models import BERTS, VITS, Setup
+from random_models import BERTS, GPT2S, VITS, Setup
 from rich.console import Console
 from rich.table import Table
 from sweep import RESULTS
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["step"], help=f"some of {', '.join(WHAT)}; by default step")
-    parser.add_argument("--model", choices=(*BERTS, *VITS), default="minilm")
+    parser.add_argument("--model", choices=(*BERTS, *GPT2S, *VITS), default="minilm")
     parser.add_argument("--name", help="of the file of results; by default the model's")
     parser.add_argument("--methods", nargs="+", choices=list(timing.compared(8)), default=list(timing.compared(8)))
     parser.add_argument("--rank", type=int, nargs="+", default=[8], help="columns allocated for each adapter")

@@ -254,7 +254,7 @@ class GeoLoRALinear(GeoLoRALayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
-            and not self._is_quantised(self.base)
+            and not self._is_quantised(base)
         )
 
     @classmethod
@@ -275,6 +275,8 @@ class GeoLoRALinear(GeoLoRALayer):
         """
         if not self._is_quantised(self.base):
             return super().base_weight()
+        if (reason := self.refusal(self.base)) is not None:  # it was none when the adapter was put there
+            raise ValueError(f"the layer {reason}")
         weight = getattr(self.base, "weight", None)
         like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
         dtype = torch.get_default_dtype() if like is None else like.dtype

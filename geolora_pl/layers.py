@@ -20,7 +20,7 @@ class GeoLoRAConv1D(GeoLoRALinear):
         """A quantised one: merged it would have to become a linear layer, with the weight the other way round."""
         if not cls._is_quantised(base):
             return None
-        return "is a Conv1D with a quantised weight: leave it out of target_modules, or make it an nn.Linear first"
+        return "is a Conv1D with a quantised weight: add it to exclude_modules, or make it an nn.Linear first"
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:

@@ -25,7 +25,7 @@ class Graphs(list):
 
 @pytest.fixture
 def graphs():
-    """With a compiler that has compiled nothing yet."""
+    """Such a backend; whatever was compiled before is forgotten."""
     torch._dynamo.reset()
     return Graphs()
 

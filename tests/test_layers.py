@@ -284,7 +284,7 @@ def test_all_linear_takes_linear_layers_and_conv1d_and_others_are_named():
         (nn.Embedding(5, 4, sparse=True), "0 has sparse=True"),
         (nn.Embedding(5, 4, scale_grad_by_freq=True), "0 has scale_grad_by_freq=True"),
         (type("Scaled", (nn.Embedding,), {"forward": lambda self, x: 2 * self.weight[x]})(5, 4), "0 is a Scaled with"),
-        (conv1d_of_its_own_kind(), "0 is a Conv1D with a quantised weight: leave it out of target_modules"),
+        (conv1d_of_its_own_kind(), "0 is a Conv1D with a quantised weight: add it to exclude_modules"),
         (
             type("Standardised", (nn.Conv2d,), {"forward": lambda self, x: x})(4, 4, 1),
             r"0 is a Standardised with a forward of its own.*register_adapter\(Standardised",

@@ -54,6 +54,15 @@ def test_a_vit_is_adapted_in_its_blocks():
     assert (setup.unit, setup.amount, TINY.unit, TINY.amount) == ("images", 1, "tokens", 64)
 
 
+@pytest.mark.parametrize("name", ["geolora", "lora", "bound"])
+def test_a_gpt2_takes_a_step_with_each_kind_of_method(name, monkeypatch):
+    monkeypatch.setitem(random_models.GPT2S, "gpt2", (32, 2, 2))
+    setup = Setup("gpt2", rank=2, batch_size=8, length=8)
+    assert len(random_models.load(setup).targets) == 4 * 2
+    training, batch = tiny_training(name, setup)
+    assert timing.step(setup, training, batch, 0)["loss"] > 0
+
+
 def test_the_classes_can_be_told_apart():
     batch = next(random_models.load(TINY).batches(0))
     assert torch.equal(batch["input_ids"][:, 0] % random_models.CLASSES, batch["labels"])
