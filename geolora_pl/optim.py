@@ -193,31 +193,33 @@ class RiemannianAdam(Optimizer):
         steps = self._count(factors[::2], taken)
         bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
 
-        # A direction, and a scale of each row with which that of an adapter has the norm 1 at most.
+        # A direction, the weights of its rows, and the scale of each adapter that gives both the norm 1 at most.
+        direction = M
+        of_rows: float | Tensor = 1.0
         if group["geometry"] == "spectral":
             direction = torch.cat([polar_factor(momentum) for momentum in M.split(rows)])
-            scale = (1 / _pair_norms(direction.split(rows)).clamp_min(eps))[owner]
+            scale = 1 / _pair_norms(direction.split(rows)).clamp_min(eps)
         elif group["geometry"] == "isotropic":
             squares = _pair_norms(G.split(rows)).square()
             seconds = self._states(factors[::2], "exp_avg_sq", squares.unbind())
             v = torch.stack(seconds).lerp_(squares, (1 - beta2) * taken)
             torch._foreach_copy_(seconds, list(v.unbind()))
-            direction, scale = M, (1 / (bias1 * ((v / bias2).sqrt() + eps)))[owner]
+            scale = 1 / (bias1 * ((v / bias2).sqrt() + eps))
         elif group["geometry"] == "rowwise":
             ones = G.new_ones(G.shape[1])  # sums over rows are several times faster as products
             v = self._lerp(factors, "exp_avg_sq", G.square() @ ones, rows, (1 - beta2) * taken)
             # Cautious: the rows in which momentum and gradient agree, and no step in the others.
-            inverse = ((M * G) @ ones > 0) / ((v / bias2[owner]).sqrt() + eps)
-            direction, scale = M, inverse * (1 / (bias1 * _norm_of_ones(v, owner, len(bias1))))[owner]
+            of_rows = ((M * G) @ ones > 0) / ((v / bias2[owner]).sqrt() + eps)
+            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
         else:
             v = self._lerp(factors, "exp_avg_sq", G.square(), rows, (1 - beta2) * taken)
             direction = M / ((v / bias2[owner, None]).sqrt() + eps)
-            scale = (1 / (bias1 * _norm_of_ones(v, owner, len(bias1))))[owner]
+            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
         live = leading(factors, columns)
         if group["weight_decay"]:
             kept = 1 - group["lr"] * group["weight_decay"] * taken
             torch._foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
-        step = direction * (-group["lr"] * taken * scale)[:, None]
+        step = direction * (of_rows * (-group["lr"] * taken * scale)[owner])[:, None]
         torch._foreach_add_(live, list(step.split(rows)))
 
     def _step_others(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
