@@ -134,11 +134,15 @@ class GeoLoRALayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight in the layout of the layer, for code that reads it instead of calling the layer.
+        """The effective weight in the layout of the layer, for code that reads it instead of calling the layer."""
+        return self.updated(self.base_weight(), self.delta_weight())
 
-        The sum is formed in the precision of the factors and rounded once to that of the base.
+    def updated(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """A weight as it lies in the layer plus an update (out, in), summed in the precision of the latter.
+
+        The sum is rounded once, to the precision of the weight.
         """
-        weight, delta = self.base_weight(), self.from_matrix(self.delta_weight())
+        delta = self.from_matrix(delta)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @property

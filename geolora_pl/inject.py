@@ -118,13 +118,14 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
     changes: dict[str, float] = {}
     for name, layer in adapters.items():
         with exact_products(layer.U.device):
-            merged[name], delta = layer.weight, layer.delta_weight()
+            base, delta = layer.base_weight(), layer.delta_weight()
+        merged[name] = layer.updated(base, delta)
         if not merged[name].isfinite().all():
             raise ValueError(
                 f"the merged weight of {name} is not finite in {merged[name].dtype}: go back to a checkpoint before "
                 "the update broke, or cast the model to a wider type"
             )
-        norm = torch.linalg.vector_norm(layer.base_weight(), dtype=layer.U.dtype)
+        norm = torch.linalg.vector_norm(base, dtype=layer.U.dtype)
         changes[name] = float(torch.linalg.vector_norm(delta) / norm.clamp_min(1e-30))
     names = _all_names(model)
     for name, layer in adapters.items():
