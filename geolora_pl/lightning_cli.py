@@ -16,9 +16,9 @@ from rich import get_console
 from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.hyperparameters import from_checkpoint
-from geolora_pl.loading import import_class
+from geolora_pl.lazy import import_class
 from geolora_pl.module import GeoLoRAModule
-from geolora_pl.parser import OneSentenceParser
+from geolora_pl.parser import OneSentenceParser, own_defaults
 from geolora_pl.predictions import PredictionWriter
 from geolora_pl.preflight import CheckLast, CheckTestSplit, check_trainer
 from geolora_pl.terminal import end_summary, print_lines, print_summary, wants_tables
@@ -54,8 +54,9 @@ class GeoLoRACLI(LightningCLI):
             self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Refuse a seed out of range before anything is made."""
-        super().parse_arguments(parser, args)
+        """Let classes keep to their own defaults, and refuse a seed out of range before anything is made."""
+        with own_defaults():
+            super().parse_arguments(parser, args)
         if (seed := self.config[self.config["subcommand"]]["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch.cli import instantiate_module
 import geolora_pl.tasks
 from geolora_pl.checkpoints import read_checkpoint
 from geolora_pl.hyperparameters import from_checkpoint
+from geolora_pl.lazy import import_class
 from geolora_pl.module import GeoLoRAModule
 
 _TASKS = "geolora_pl.tasks."  # the classes that a checkpoint may name by itself
@@ -71,22 +71,6 @@ def _configured(config: str | Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):
         raise ValueError(f"config={str(config)!r} has no model.class_path: give the configuration of the run")
     return {**(model.get("init_args") or {}), "_class_path": model["class_path"]}
-
-
-def import_class(class_path: str) -> type:
-    """The class that the user's own configuration names.
-
-    Raises:
-        ValueError: There is no such class.
-    """
-    home, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(import_module(home), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"class_path={class_path!r} cannot be imported: {error}") from error
-    if not isinstance(found, type):
-        raise ValueError(f"class_path={class_path!r} is not a class")
-    return found
 
 
 def _module_class(class_path: str) -> type[GeoLoRAModule]:

@@ -254,8 +254,7 @@ def test_rows_of_ranks_have_the_epoch_and_are_in_the_file_at_once(tmp_path):
         ("4", "0"),
         ("5", "1"),
         ("8", "1"),
-        ("9", "1"),  # the end of the epoch, and
-        ("9", "1"),  # what the retraction after it found
+        ("9", "1"),  # the end of the epoch, with what the retraction after its last step found
     ]
     assert lengths == [1, 1, 2, 2, 3, 4, 4, 4, 5, 6]
     assert {"rank/mean", "rank/body.0", "energy_kept"} <= set(runs.logged_metrics)

@@ -11,6 +11,7 @@ from test_monitor import Keeps
 
 from geolora_pl import GeoLoRAWarning
 from geolora_pl.cli import main
+from geolora_pl.data import TextFiles
 from geolora_pl.lightning_cli import GeoLoRACLI
 from geolora_pl.loggers import CSVLogger
 
@@ -83,6 +84,69 @@ def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder):
     assert state["integrator"]["total_steps"] == 8
     kept = [path.name for path in Path("lightning_logs/quickstart").glob("metrics*.csv")]
     assert sorted(kept) == ["metrics.1.csv", "metrics.csv"]
+
+
+def test_last_is_the_last_epoch_though_the_first_was_the_best_and_a_finished_run_trains_nothing(folder, capfd):
+    lasting = ["--trainer.max_epochs=2", "--trainer.limit_test_batches=1", "--model.init_args.head_lr=1e-12"]
+    lasting += ["--model.init_args.optimizer.init_args.lr=0"]  # no epoch is better than the first
+    run("fit", *lasting)
+    printed = re.search(r"test_accuracy: (0\.\d{4})", capfd.readouterr().out)[1]
+    path = "lightning_logs/quickstart/checkpoints/last.ckpt"
+    finished = torch.load(path, weights_only=True)
+    assert (finished["epoch"], finished["global_step"]) == (1, 8)
+    run("test", f"--ckpt_path={path}", quick=["--trainer.limit_test_batches=1"])
+    tested = re.search(r"test_accuracy +│ +([0-9.]+)", capfd.readouterr().out)[1]
+    assert f"{float(tested):.4f}" == printed
+
+    run("fit", *lasting, "--ckpt_path=last")
+    again = torch.load(path, weights_only=True)
+    assert again["global_step"] == 8
+    for name, value in finished["state_dict"].items():
+        assert torch.equal(value, again["state_dict"][name]), name
+
+
+def test_the_last_checkpoint_is_of_the_ranks_that_the_run_ends_with(folder):
+    """The last steps of a run are retracted before it is saved, not only after it."""
+    run("fit", "--geolora.adapt_every=3")  # of four steps
+    state = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
+    assert all(not value.any() for name, value in state["state_dict"].items() if name.endswith((".K", ".L")))
+    saved = next(value for name, value in state["callbacks"].items() if "GeoLoRA" in name)
+    assert (saved["integrator"]["adaptations"], saved["integrator"]["total_steps"]) == (2, 4)
+
+
+def parsed(capfd, *more):
+    """The settings that a fit of the quickstart would have."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        run("fit", "--print_config", *more)
+    return yaml.safe_load(capfd.readouterr().out)
+
+
+OPTIMIZER = "--model.init_args.optimizer"
+
+
+@pytest.mark.parametrize("named", [f"{OPTIMIZER}=AdamW", f"{OPTIMIZER}.class_path=torch.optim.AdamW", "a file"])
+def test_an_optimizer_that_is_named_has_its_own_defaults(folder, capfd, named):
+    (folder / "adamw.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW}}}")
+    named = "--config=adamw.yaml" if named == "a file" else named
+    of_adamw = parsed(capfd, named)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (of_adamw["lr"], of_adamw["betas"], of_adamw["weight_decay"]) == (1e-3, [0.9, 0.999], 1e-2)
+
+
+def test_what_was_set_for_another_optimizer_is_dropped_and_said(folder, capfd, caplog):
+    config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=AdamW")
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
+    assert "lr=0.1 was set for RiemannianAdam and is dropped: AdamW takes its own" in caplog.text
+    caplog.clear()
+    config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=geolora_pl.optim.RiemannianAdam")
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
+    assert "dropped" not in caplog.text
+
+
+def test_other_data_keep_what_was_set_and_not_the_defaults_of_the_data_before(folder, capfd):
+    texts = ["--data=geolora_pl.data.TextFiles", "--data.init_args.train_file=a.csv"]
+    assert parsed(capfd, "--data.init_args.batch_size=8", *texts)["data"]["init_args"]["batch_size"] == 8
+    assert parsed(capfd, *texts)["data"]["init_args"]["batch_size"] == TextFiles("a.csv").batch_size != 64
 
 
 def results_printed(loggers, capfd):

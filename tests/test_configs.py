@@ -195,6 +195,16 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
     assert (metrics.parent / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
+def test_every_epoch_writes_the_last_checkpoint_and_the_best_has_a_name_of_its_own(path):
+    best, last = [callback["init_args"] for callback in parsed(path)["trainer"]["callbacks"]]
+    assert last["filename"] == "last"
+    assert last["monitor"] is None
+    assert best["monitor"].startswith("val_")
+    assert not best["save_last"]
+    assert best["filename"] is None
+
+
 def test_no_two_experiments_share_a_folder():
     folders = [
         {(logger["init_args"]["name"], logger["init_args"]["version"]) for logger in parsed(path)["trainer"]["logger"]}

