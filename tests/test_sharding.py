@@ -18,6 +18,8 @@ from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.agreement import is_sharded
 from geolora_pl.inject import find_adapters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Sharded(Small):
     """Every process takes its share of each global batch, unshuffled; keeps its losses."""
