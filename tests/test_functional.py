@@ -83,7 +83,7 @@ def test_dependent_directions_are_no_directions(dtype, scale):
 @pytest.mark.parametrize("tau", [0.0, 0.05, 0.1, 0.5, 0.9])
 def test_ranks_by_tau_is_the_smallest_rank_within_tau(tau):
     for _ in range(50):
-        sigma = torch.rand(8, dtype=torch.float64).pow(4).sort(descending=True).values
+        sigma = (torch.rand(8, dtype=torch.float64).pow(4) + 1e-3).sort(descending=True).values
         rank = int(functional.ranks_by_tau(sigma, tau, 1e-14, 0, 8))
         assert sigma[rank:].norm() <= tau * sigma.norm()
         assert rank == 0 or sigma[rank - 1 :].norm() > tau * sigma.norm()

@@ -103,7 +103,7 @@ def test_ranks_that_have_grown_do_not_grow_again_at_another_cadence():
 
 
 def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_decay_of_the_others(monkeypatch):
-    model, adapters, integrator = two_shapes(adapt_every=10)
+    model, adapters, integrator = two_shapes(adapt_every=10, tau=0.0)  # the ranks double
     train(model, integrator, optimizer_of(model, weight_decay=0.1), 1)
     move = RankAdaptiveIntegrator._move
 
@@ -125,12 +125,13 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_de
     monkeypatch.setattr(Plan, "on_host", unread)
     with pytest.raises(KeyboardInterrupt):
         integrator.retract()
-    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 3, "4": 4}
+    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 4, "4": 4}
 
 
 def test_growing_changes_nothing_where_every_step_is_retracted():
     ranks = []
     for grow in (False, True):
+        torch.manual_seed(0)
         model, _, integrator = two_shapes(adapt_every=1, grow=grow)
         train(model, integrator, optimizer_of(model), 5)
         ranks.append((integrator.ranks(), integrator.adaptations))

@@ -62,7 +62,7 @@ def test_the_state_of_an_adapter_that_does_not_move_stays_to_the_bit(make, keys)
     """Beside one of its shape that does, and with factors that a truncation would turn."""
     model = nn.Sequential(*(nn.Linear(7, 10, dtype=torch.float64) for _ in range(2)))
     moving, resting = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=5)).values()
-    integrator = RankAdaptiveIntegrator(model, tau=0.3)
+    integrator = RankAdaptiveIntegrator(model, tau=0.1)
     optimizer = make([factor for layer in (moving, resting) for factor in (layer.K, layer.L)])
     for layer in (moving, resting):
         backward_only(layer, 0)
