@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help venv fit test test-slow check format bench compare
+.PHONY: help venv fit test test-slow test-matrix check format bench compare
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,9 @@ test: venv ## the tests, without the slow ones
 
 test-slow: venv ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
+
+test-matrix: venv ## the tests with other kernels, threads, seeds and orders, and beside busy processes: hours
+	$(BIN)/python tools/test_matrix.py
 
 check: venv ## format, lint, types, tests
 	$(BIN)/ruff format --check .

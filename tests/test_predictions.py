@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from test_export import SIZE, save
 from tiny_text import save_tiny_model
+from tolerance import NETWORK, close
 from torch.utils.data import DataLoader
 
 from geolora_pl import PredictionWriter, predict
@@ -65,7 +66,7 @@ def test_a_folder_of_images_in_python_gives_rows_and_a_file_in_the_order_of_name
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
     probabilities = torch.tensor([[row["probabilities"][name] for name in "xyz"] for row in rows])
     expected = expected_of(image_task, images)
-    torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=1e-5)
+    close(probabilities, expected, NETWORK)
     assert [row["label"] for row in rows] == ["xyz"[index] for index in expected.argmax(1)]
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
 
@@ -81,7 +82,7 @@ def test_images_from_the_command_line_with_a_checkpoint(image_task, images, tmp_
     assert [row["file"] for row in rows] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
     expected = expected_of(image_task, images)
     found = torch.tensor([[float(row[f"p_{name}"]) for name in "xyz"] for row in rows])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    close(found, expected, NETWORK)
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "pairs"])
@@ -103,7 +104,7 @@ def test_texts_from_lines_and_tables_keep_their_order(tmp_path, kind):
         batch = task.tokenizer(TEXTS, pairs, padding=True, return_tensors="pt")
         expected = task(dict(batch)).softmax(-1)
     found = torch.tensor([list(row["probabilities"].values()) for row in rows])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    close(found, expected, NETWORK)
     written = list(csv.DictReader(output.open(newline="")))
     assert [row["text"] for row in written] == TEXTS
     assert [row["label"] for row in written] == [row["label"] for row in rows]
@@ -124,7 +125,7 @@ def test_texts_from_the_command_line_in_a_configuration_made_for_training(tmp_pa
     with torch.no_grad():
         expected = task(dict(task.tokenizer(TEXTS, padding=True, return_tensors="pt"))).softmax(-1)
     found = torch.tensor([[row["probabilities"]["no"], row["probabilities"]["yes"]] for row in rows])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    close(found, expected, NETWORK)
 
 
 def test_the_texts_beside_the_predictions_are_those_that_were_predicted(tmp_path):

@@ -138,6 +138,7 @@ def test_it_reads_without_colour_and_no_line_is_cut(width, monkeypatch, capfd):
     assert all(line in out for line in lines)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_only_the_first_of_two_processes_prints(capfd):
     module = Foreign()
     inject_adapters(module, ADAPTER)
