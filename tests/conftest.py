@@ -1,9 +1,14 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
 
 # Forked processes deadlock with several torch threads.
 torch.set_num_threads(1)
+
+# Lightning warns of commands in Python while the process has arguments: those are pytest's.
+del sys.argv[1:]
 
 # The same examples in every run, and no clock: a test that fails fails again.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=150, database=None)

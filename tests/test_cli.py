@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from pages import only
 from test_monitor import Keeps
 
 from geolora_pl import GeoLoRAWarning
@@ -15,7 +16,8 @@ from geolora_pl.lightning_cli import GeoLoRACLI
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
+LIMITS = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 4}
+QUICK = [f"--trainer.{name}={value}" for name, value in LIMITS.items()]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
@@ -28,7 +30,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(command, *more, quick=QUICK):
-    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
+    with only(command):
+        main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
 
 
 def test_fit_then_test_then_predict(folder, capfd):
@@ -43,7 +46,7 @@ def test_fit_then_test_then_predict(folder, capfd):
     logs = folder / "lightning_logs" / "quickstart"
     assert list(logs.glob("events.out.tfevents.*"))
     assert (logs / "config.yaml").is_file()
-    rows = list(csv.DictReader((logs / "metrics.csv").open()))
+    rows = list(csv.DictReader((logs / "metrics.csv").read_text().splitlines()))
     logged = {name for row in rows for name, value in row.items() if value}
     assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
     assert "rank/model.blocks.0.attn.qkv" in logged
@@ -191,5 +194,5 @@ def test_the_csv_logger_keeps_what_was_there(tmp_path):
         logger = CSVLogger(tmp_path, name="run", version="")
         logger.log_metrics({"a": value})
         logger.save()
-    contents = [next(csv.DictReader(path.open()))["a"] for path in sorted((tmp_path / "run").glob("metrics*.csv"))]
-    assert sorted(contents) == ["0", "1", "2"]
+    tables = [path.read_text().splitlines() for path in (tmp_path / "run").glob("metrics*.csv")]
+    assert sorted(next(csv.DictReader(table))["a"] for table in tables) == ["0", "1", "2"]

@@ -100,6 +100,7 @@ def test_the_logits_are_equal_in_peft_and_so_are_those_after_a_merge(tmp_path, k
         torch.testing.assert_close(parameter, ours[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")  # which is the point
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trained_head_that_shares_its_weight_with_the_embedding_arrives(tmp_path, tied):
     def build():
@@ -276,11 +277,15 @@ def test_linear_layers_beside_conv1d_are_exported(tmp_path):
     base, x = nn.Sequential(Conv1D(6, 5), nn.Linear(6, 4)), torch.randn(3, 5)
     model = adapt(copy.deepcopy(base), [], target_modules=["0", "1"])
     export_peft(model, tmp_path / "lora")
-    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"):
+    with (
+        pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"),
+        pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"),
+    ):
         theirs = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     torch.testing.assert_close(logits(theirs.merge_and_unload(), x), logits(model, x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # of the biases, in the PEFT that made the folder
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
