@@ -26,11 +26,11 @@ test: venv ## the tests, without the slow ones
 test-slow: venv ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
-check: venv ## format, lint, types, tests
+check: venv ## format, lint, types, tests and what they leave out
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 format: venv ## put the code into its format
 	$(BIN)/ruff format .
