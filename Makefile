@@ -29,11 +29,11 @@ test-slow: venv ## the slow tests alone
 test-matrix: venv ## the tests with other kernels, threads, seeds and orders, and beside busy processes: hours
 	$(BIN)/python tools/test_matrix.py
 
-check: venv ## format, lint, types, tests
+check: venv ## format, lint, types, tests and what they leave out
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 format: venv ## put the code into its format
 	$(BIN)/ruff format .

@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ THREADS, SEED = (
     int(os.environ.get(f"GEOLORA_TEST_{name}", default)) for name, default in (("THREADS", 1), ("SEED", 0))
 )
 torch.set_num_threads(THREADS)
+
+# Lightning warns of commands in Python while the process has arguments: those are pytest's.
+del sys.argv[1:]
 
 # The same examples in every run, and no clock: a test that fails fails again.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=150, database=None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from pages import only
 from test_monitor import Keeps
 
 from geolora_pl import GeoLoRAWarning
@@ -16,7 +17,8 @@ from geolora_pl.lightning_cli import GeoLoRACLI
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
+LIMITS = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 4}
+QUICK = [f"--trainer.{name}={value}" for name, value in LIMITS.items()]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
@@ -29,7 +31,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(command, *more, quick=QUICK):
-    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
+    with only(command):
+        main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
 
 
 def test_fit_then_test_then_predict(folder, capfd):
@@ -44,7 +47,7 @@ def test_fit_then_test_then_predict(folder, capfd):
     logs = folder / "lightning_logs" / "quickstart"
     assert list(logs.glob("events.out.tfevents.*"))
     assert (logs / "config.yaml").is_file()
-    rows = list(csv.DictReader((logs / "metrics.csv").open()))
+    rows = list(csv.DictReader((logs / "metrics.csv").read_text().splitlines()))
     logged = {name for row in rows for name, value in row.items() if value}
     assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
     assert "rank/model.blocks.0.attn.qkv" in logged
@@ -255,5 +258,5 @@ def test_the_csv_logger_keeps_what_was_there(tmp_path):
         logger = CSVLogger(tmp_path, name="run", version="")
         logger.log_metrics({"a": value})
         logger.save()
-    contents = [next(csv.DictReader(path.open()))["a"] for path in sorted((tmp_path / "run").glob("metrics*.csv"))]
-    assert sorted(contents) == ["0", "1", "2"]
+    tables = [path.read_text().splitlines() for path in (tmp_path / "run").glob("metrics*.csv")]
+    assert sorted(next(csv.DictReader(table))["a"] for table in tables) == ["0", "1", "2"]

@@ -233,6 +233,7 @@ def test_ranks_shows_every_adapter(image, capsys, monkeypatch):
     assert f"{total:,}" in out
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")  # the run ends before a validation
 def test_a_run_of_the_command_line_is_exported_by_its_checkpoint_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)

@@ -90,7 +90,7 @@ class Keeps(Logger):
 
 def test_any_logger_gets_the_numbers_and_is_asked_for_nothing_else(tmp_path):
     keeps, table = Keeps(), CSVLogger(tmp_path, name="", version="")
-    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=[keeps, table])
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=[keeps, table], log_every_n_steps=6)
     runs.fit(Foreign(), loader())
     assert set(keeps.seen) >= NUMBERS
     assert set((tmp_path / "metrics.csv").read_text().split("\n")[0].split(",")) >= NUMBERS
@@ -226,7 +226,7 @@ def test_thousands_of_layers_are_thinned_out_and_the_pictures_stay_of_a_size():
 
 def test_what_the_last_retraction_found_is_logged_as_well(tmp_path):
     callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER, adapt_every=4)  # of 6 steps: the last retraction is of two
-    runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""), log_every_n_steps=5)
     runs.fit(Foreign(), loader())
     assert callback.integrator.adaptations == 2
     log = EventAccumulator(str(tmp_path))
@@ -311,7 +311,8 @@ def test_on_a_gpu_the_clock_waits_only_when_it_is_read(monkeypatch):
 
 def test_pictures_need_no_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=TensorBoardLogger(tmp_path, name="", version=""))
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=logger, log_every_n_steps=6)
     runs.fit(Foreign(), loader())
     log = EventAccumulator(str(tmp_path))
     log.Reload()

@@ -114,6 +114,7 @@ def test_the_logits_are_equal_in_peft_and_so_are_those_after_a_merge(tmp_path, k
         close(parameter, ours[name], within=rounding(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")  # which is the point
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trained_head_that_shares_its_weight_with_the_embedding_arrives(tmp_path, tied):
     def build():
@@ -289,11 +290,15 @@ def test_linear_layers_beside_conv1d_are_exported(tmp_path):
     base, x = nn.Sequential(Conv1D(6, 5), nn.Linear(6, 4)).double(), torch.randn(3, 5).double()
     model = adapt(copy.deepcopy(base), [], target_modules=["0", "1"])
     export_peft(model, tmp_path / "lora")
-    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"):
+    with (
+        pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"),
+        pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"),
+    ):
         theirs = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     close(logits(theirs.merge_and_unload(), x), logits(model, x), within=EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # of the biases, in the PEFT that made the folder
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -35,7 +35,8 @@ def printed(table, lines, width=80):
 def fit(tmp_path, *more, enable_model_summary=True, **settings):
     module, callback = Foreign(), GeoLoRACallback(tau=0.01, adapter=ADAPTER)
     logger = CSVLogger(tmp_path, name="", version="")
-    settings = {"logger": logger, "max_epochs": 2, "enable_model_summary": enable_model_summary, **settings}
+    defaults = {"logger": logger, "max_epochs": 2, "log_every_n_steps": 6}
+    settings = {**defaults, "enable_model_summary": enable_model_summary, **settings}
     trainer(callback, *more, **settings).fit(module, loader(), loader())
     return module
 
