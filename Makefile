@@ -1,9 +1,11 @@
 # Every target builds .venv when it is missing. Needs Python 3.10 or newer and make.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/installed
+VENV ?= .venv
+FLOORS := $(VENV)-floors
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
 
-.PHONY: help venv fit test test-slow test-matrix check format bench compare
+.PHONY: help venv fit test test-slow test-matrix test-floors check format bench compare
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -12,7 +14,7 @@ help: ## this list
 venv: $(INSTALLED) ## the project, editable, with its dev extra, in .venv
 
 $(INSTALLED): pyproject.toml constraints.txt tools/mend_torchvision.py
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python tools/mend_torchvision.py
 	touch $@
@@ -28,6 +30,16 @@ test-slow: venv ## the slow tests alone
 
 test-matrix: venv ## the tests with other kernels, threads, seeds and orders, and beside busy processes: hours
 	$(BIN)/python tools/test_matrix.py
+
+test-floors: $(FLOORS)/installed ## the tests, at the lowest version allowed of every dependency but torch
+	$(FLOORS)/bin/python -m pytest
+
+$(FLOORS)/installed: $(INSTALLED) tools/floors.py
+	$(PYTHON) -m venv $(FLOORS)
+	$(BIN)/python tools/floors.py > $(FLOORS)/constraints.txt
+	$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/constraints.txt --editable '.[dev]'
+	$(FLOORS)/bin/python tools/mend_torchvision.py
+	touch $@
 
 check: venv ## format, lint, types, tests and what they leave out
 	$(BIN)/ruff format --check .
