@@ -18,7 +18,7 @@ import sweep
 from methods import GeoLoRA, default_lr
 from sweep import Planned
 
-from geolora_pl.optim import Geometry
+from geolora_pl.training.optim import Geometry
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ablations.md"
 FACTORS = (1 / 3, 1.0, 3.0)  # times the default learning rate: a variant may want another

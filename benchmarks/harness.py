@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from geolora_pl import GeoLoRAModule
-from geolora_pl.schedule import warmup_cosine
+from geolora_pl.training.schedule import warmup_cosine
 
 VERSIONS = ("torch", "timm", "transformers", "peft", "lightning")
 EVALUATIONS = 5  # evenly over a run

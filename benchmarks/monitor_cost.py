@@ -24,8 +24,8 @@ from rich.console import Console
 from sweep import RESULTS
 
 from geolora_pl import GeoLoRACallback
-from geolora_pl.cli import main
-from geolora_pl.monitor import DeviceClock, RankMonitor
+from geolora_pl.cli.dispatch import main
+from geolora_pl.lightning.monitor import DeviceClock, RankMonitor
 
 ROOT = Path(__file__).parents[1]
 PARTS = {

@@ -23,8 +23,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from geolora_pl.data.fashion_mnist import FashionMNIST
-from geolora_pl.data.images import ArrayImages, Sample
+from geolora_pl.data.images.base import ArrayImages, Sample
+from geolora_pl.data.images.fashion_mnist import FashionMNIST
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from sweep import RESULTS
 
-from geolora_pl.fused import FusedLinear
+from geolora_pl.adapters.fused import FusedLinear
 
 SHAPES = ((384, 384), (1536, 384), (768, 768))  # out and in
 RANKS = (8, 16)

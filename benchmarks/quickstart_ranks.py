@@ -13,8 +13,8 @@ import argparse
 import figures
 from rich.console import Console
 
-from geolora_pl.figures import ranks_by_adapter
-from geolora_pl.runs import read_runs
+from geolora_pl.report.figures import ranks_by_adapter
+from geolora_pl.report.runs import read_runs
 
 
 def draw(folder: str) -> None:

@@ -20,7 +20,7 @@ from methods import GeoLoRA, default_lr, defaults
 from torch import Tensor
 
 from geolora_pl import GeoLoRACallback, GeoLoRALayer
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
 
 EARLY, LATER = 10, 60  # steps at which it retracts
 SHOWN = "model.blocks.1.attn.qkv"

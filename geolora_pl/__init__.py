@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 from geolora_pl.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from geolora_pl.adapters import GeoLoRALayer, GeoLoRALinear
-    from geolora_pl.callback import GeoLoRACallback
-    from geolora_pl.config import AdapterConfig
+    from geolora_pl.adapters.base import GeoLoRALayer, GeoLoRALinear
+    from geolora_pl.adapters.config import AdapterConfig
+    from geolora_pl.adapters.inject import inject_adapters, merge_adapters, remove_adapters
+    from geolora_pl.adapters.kinds import register_adapter
+    from geolora_pl.adapters.merge import MergedAdapters
     from geolora_pl.errors import GeoLoRAWarning
-    from geolora_pl.files import load_adapter, save_adapter
-    from geolora_pl.inject import inject_adapters, merge_adapters, remove_adapters
-    from geolora_pl.integrator import RankAdaptiveIntegrator
-    from geolora_pl.layers import register_adapter
-    from geolora_pl.library import AdapterLibrary
-    from geolora_pl.merge import MergedAdapters
-    from geolora_pl.module import GeoLoRAModule
-    from geolora_pl.optim import RiemannianAdam, parameter_groups
-    from geolora_pl.peft import export_peft, import_peft
-    from geolora_pl.predictions import PredictionWriter, predict
-    from geolora_pl.schedule import warmup_cosine
+    from geolora_pl.lightning.callback import GeoLoRACallback
+    from geolora_pl.lightning.module import GeoLoRAModule
+    from geolora_pl.lightning.predictions import PredictionWriter, predict
+    from geolora_pl.storage.adapter_file import load_adapter, save_adapter
+    from geolora_pl.storage.library import AdapterLibrary
+    from geolora_pl.storage.peft import export_peft, import_peft
+    from geolora_pl.training.integrator import RankAdaptiveIntegrator
+    from geolora_pl.training.optim import RiemannianAdam, parameter_groups
+    from geolora_pl.training.schedule import warmup_cosine
 
 __all__ = [
     "AdapterConfig",
@@ -52,20 +52,20 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "adapters": ["GeoLoRALayer", "GeoLoRALinear"],
-        "callback": ["GeoLoRACallback"],
-        "config": ["AdapterConfig"],
+        "adapters.base": ["GeoLoRALayer", "GeoLoRALinear"],
+        "lightning.callback": ["GeoLoRACallback"],
+        "adapters.config": ["AdapterConfig"],
         "errors": ["GeoLoRAWarning"],
-        "files": ["load_adapter", "save_adapter"],
-        "inject": ["inject_adapters", "merge_adapters", "remove_adapters"],
-        "integrator": ["RankAdaptiveIntegrator"],
-        "layers": ["register_adapter"],
-        "library": ["AdapterLibrary"],
-        "merge": ["MergedAdapters"],
-        "module": ["GeoLoRAModule"],
-        "optim": ["RiemannianAdam", "parameter_groups"],
-        "peft": ["export_peft", "import_peft"],
-        "predictions": ["PredictionWriter", "predict"],
-        "schedule": ["warmup_cosine"],
+        "storage.adapter_file": ["load_adapter", "save_adapter"],
+        "adapters.inject": ["inject_adapters", "merge_adapters", "remove_adapters"],
+        "training.integrator": ["RankAdaptiveIntegrator"],
+        "adapters.kinds": ["register_adapter"],
+        "storage.library": ["AdapterLibrary"],
+        "adapters.merge": ["MergedAdapters"],
+        "lightning.module": ["GeoLoRAModule"],
+        "training.optim": ["RiemannianAdam", "parameter_groups"],
+        "storage.peft": ["export_peft", "import_peft"],
+        "lightning.predictions": ["PredictionWriter", "predict"],
+        "training.schedule": ["warmup_cosine"],
     },
 )

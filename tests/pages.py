@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}

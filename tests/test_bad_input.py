@@ -28,8 +28,8 @@ from geolora_pl import (
     RankAdaptiveIntegrator,
     inject_adapters,
 )
-from geolora_pl.checkpoints import read_checkpoint
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
+from geolora_pl.storage.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 QUICK = [

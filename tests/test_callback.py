@@ -18,7 +18,7 @@ from geolora_pl import (
     RiemannianAdam,
     inject_adapters,
 )
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
 
 ADAPTER = AdapterConfig(init_rank=2, max_rank=5, target_modules=["body.0", "body.2"], modules_to_save=["head"])
 
@@ -298,7 +298,7 @@ def test_validation_between_two_adaptations_does_not_disturb_the_cadence():
 
 @pytest.mark.parametrize(("make", "on_device"), [(torch.optim.AdamW, False), (RiemannianAdam, True)])
 def test_training_without_one_adaptation_is_an_error(monkeypatch, make, on_device):
-    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: on_device)
+    monkeypatch.setattr("geolora_pl.training.steps._waits", lambda device: on_device)
 
     class Broken(Foreign):
         def training_step(self, batch, batch_idx):

@@ -12,8 +12,8 @@ from test_module import Small
 from torch.utils.data import DataLoader, TensorDataset
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
-from geolora_pl.checkpoint_io import WholeFiles
-from geolora_pl.checkpoints import complete
+from geolora_pl.lightning.checkpoint_io import WholeFiles
+from geolora_pl.storage.checkpoint import complete
 from geolora_pl.tasks import ImageClassification
 
 

@@ -11,9 +11,9 @@ from pages import only
 from test_monitor import Keeps
 
 from geolora_pl import GeoLoRAWarning
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
+from geolora_pl.cli.train import GeoLoRACLI
 from geolora_pl.data import TextFiles
-from geolora_pl.lightning_cli import GeoLoRACLI
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_what_was_set_for_another_optimizer_is_dropped_and_said(folder, capfd, c
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
     assert "lr=0.1 was set for RiemannianAdam and is dropped: AdamW takes its own" in caplog.text
     caplog.clear()
-    config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=geolora_pl.optim.RiemannianAdam")
+    config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=geolora_pl.training.optim.RiemannianAdam")
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
     assert "dropped" not in caplog.text
 

@@ -18,7 +18,7 @@ from test_data import write_cifar, write_tiny_imagenet
 from test_glue import write_glue, write_tsv
 from tiny_text import save_tiny_decoder, save_tiny_model
 
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
 from geolora_pl.data import CIFAR10, CIFAR100
 
 ROOT = Path(__file__).parents[1]

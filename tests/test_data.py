@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from geolora_pl.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageDataModule, ImageFolder, TinyImageNet
-from geolora_pl.data.fashion_mnist import read_idx
-from geolora_pl.data.images import ArrayImages
+from geolora_pl.data.images.base import ArrayImages
+from geolora_pl.data.images.fashion_mnist import read_idx
 
 GREY = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
 COLOUR = {**GREY, "input_size": (3, 20, 20), "mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from geolora_pl import GeoLoRACallback, functional, inject_adapters
-from geolora_pl.adapters import FACTORS
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.base import FACTORS
+from geolora_pl.adapters.inject import find_adapters
 
 ROOT = Path(__file__).parents[1]
 

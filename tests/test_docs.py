@@ -10,10 +10,10 @@ from test_imports import LAYERS
 
 import geolora_pl.data
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
-from geolora_pl.data.images import ImageDataModule
-from geolora_pl.data.language import LanguageDataModule
-from geolora_pl.data.text_files import LabelledTexts
-from geolora_pl.data.token_data import TokenDataModule
+from geolora_pl.data.images.base import ImageDataModule
+from geolora_pl.data.texts.base import TokenDataModule
+from geolora_pl.data.texts.language import LanguageDataModule
+from geolora_pl.data.texts.sources import LabelledTexts
 from geolora_pl.tasks import ImageClassification, TextClassification
 from geolora_pl.tasks.transformer import TransformerTask
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
 
 
 def fit(module=None, batch_size=16, **settings):

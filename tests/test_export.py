@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from geolora_pl import load_adapter
-from geolora_pl.cli import main
-from geolora_pl.export import export
-from geolora_pl.inject import find_adapters
-from geolora_pl.loading import load_module
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.dispatch import main
+from geolora_pl.lightning.export import export
+from geolora_pl.lightning.loading import load_module
 from geolora_pl.tasks import ImageClassification, TextClassification
 
 ROOT = Path(__file__).parents[1]

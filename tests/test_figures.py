@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from geolora_pl import figures
+from geolora_pl.report import figures
 
 RANKS = {f"m.{i}.{kind}": [(0, 2.0), (10, 2.0 + i), (20, 3.0 + i)] for i in range(3) for kind in ("q", "v")}
 

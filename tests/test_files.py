@@ -10,9 +10,9 @@ from tolerance import NETWORK, close, rounding
 from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters, load_adapter, save_adapter
-from geolora_pl.atomic import atomic
-from geolora_pl.files import _checksum
-from geolora_pl.inject import find_adapters, has_adapters
+from geolora_pl.adapters.inject import find_adapters, has_adapters
+from geolora_pl.storage.adapter_file import _checksum
+from geolora_pl.storage.atomic import atomic
 
 CONFIG = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2.0"], modules_to_save=["3"], alpha=2.0)
 

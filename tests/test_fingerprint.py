@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from geolora_pl import AdapterConfig, inject_adapters
-from geolora_pl.fingerprint import base_hash, base_parameters, trained_names
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
 
 
 def model():

@@ -3,7 +3,7 @@ import torch
 from reference import best_of_rank, orthonormal, padded
 from tolerance import EXACT, close, is_orthonormal
 
-from geolora_pl import functional
+from geolora_pl.math import decomposition as functional
 
 
 def random_point(m, n, r, R, dtype=torch.float64, scale=1.0):

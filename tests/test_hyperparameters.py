@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from geolora_pl import GeoLoRAModule
-from geolora_pl.cli import main
-from geolora_pl.loading import load_module
+from geolora_pl.cli.dispatch import main
+from geolora_pl.lightning.loading import load_module
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 
 

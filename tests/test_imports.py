@@ -114,10 +114,10 @@ STEPS = [
         "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, export_peft, save_adapter",
         OF_LIGHTNING | OF_TASKS,
     ),
-    ("from geolora_pl.cli import main; main(['ranks', '--help'])", OF_LIGHTNING | OF_TASKS),
+    ("from geolora_pl.cli.dispatch import main; main(['ranks', '--help'])", OF_LIGHTNING | OF_TASKS),
     ("from geolora_pl import GeoLoRACallback, GeoLoRAModule, predict", OF_TASKS),
-    ("from geolora_pl.cli import main; sys.argv[1:] = ['--help']; main()", OF_TASKS),
-    ("from geolora_pl.cli import main; sys.argv[1:] = ['fit', '--help']; main()", OF_TASKS),
+    ("from geolora_pl.cli.dispatch import main; sys.argv[1:] = ['--help']; main()", OF_TASKS),
+    ("from geolora_pl.cli.dispatch import main; sys.argv[1:] = ['fit', '--help']; main()", OF_TASKS),
 ]
 LOOK = """
 import contextlib, io, json, sys

@@ -5,7 +5,7 @@ from tolerance import NETWORK, close
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRALinear, inject_adapters, merge_adapters
-from geolora_pl.inject import adapter_parameters, find_adapters
+from geolora_pl.adapters.inject import adapter_parameters, find_adapters
 
 
 class Block(nn.Module):

@@ -19,8 +19,8 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
-from geolora_pl.plan import Plan
-from geolora_pl.stacks import owners
+from geolora_pl.training.plan import Plan
+from geolora_pl.training.stacks import owners
 
 
 def two_shapes(**settings):
@@ -499,9 +499,14 @@ def test_a_model_without_adapters_is_refused():
 @pytest.mark.parametrize(("on_nonfinite", "waits"), [("skip", False), ("raise", True)])
 def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, on_nonfinite, waits):
     """Fake tensors have no values, so that whatever asks for one fails."""
-    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
-    monkeypatch.setattr("geolora_pl.optim.owners", owners.__wrapped__)  # a cache that outlives the fake tensors
-    monkeypatch.setattr("geolora_pl.adapters.GeoLoRALayer.read_rank", lambda layer: None)  # once, before the first step
+    monkeypatch.setattr("geolora_pl.training.steps._waits", lambda device: True)
+    # The cache would outlive the fake tensors; the ranks are read once, before the first step.
+    monkeypatch.setattr(
+        "geolora_pl.training.optim.owners", owners.__wrapped__
+    )  # a cache that outlives the fake tensors
+    monkeypatch.setattr(
+        "geolora_pl.adapters.base.GeoLoRALayer.read_rank", lambda layer: None
+    )  # once, before the first step
     with FakeTensorMode():
         model, _, integrator = two_shapes(adapt_every=3, on_nonfinite=on_nonfinite)
         optimizer = RiemannianAdam(model, weight_decay=0.1)
@@ -529,7 +534,7 @@ def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, 
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, geometry, place, value, first, dtype):
-    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
+    monkeypatch.setattr("geolora_pl.training.steps._waits", lambda device: True)
     model, adapters, integrator = two_shapes(adapt_every=2)
     model.to(dtype)
     optimizer = RiemannianAdam(model, lr=0.1, weight_decay=0.1, geometry=geometry)
@@ -571,7 +576,7 @@ def test_the_limit_of_a_gradient_is_that_of_its_own_precision(dtype, skipped, ot
 
 
 def test_steps_skipped_on_the_device_before_a_state_is_loaded_are_not_taken_from_it(monkeypatch):
-    monkeypatch.setattr("geolora_pl.watch._waits", lambda device: True)
+    monkeypatch.setattr("geolora_pl.training.steps._waits", lambda device: True)
     model, adapters, integrator = two_shapes(adapt_every=5)
     optimizer = RiemannianAdam(model)
     state = integrator.state_dict()

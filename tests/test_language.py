@@ -16,9 +16,9 @@ from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, merge_adapters
-from geolora_pl.cli import main
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.dispatch import main
 from geolora_pl.data import LanguageFiles, LanguageHub
-from geolora_pl.inject import find_adapters
 from geolora_pl.tasks import CausalLM
 
 TEXTS = ["the film was good", "bad", "one two three four five six seven", "a plot and a film"] * 3

@@ -21,9 +21,9 @@ from geolora_pl import (
     merge_adapters,
     register_adapter,
 )
-from geolora_pl.fingerprint import base_hash
-from geolora_pl.inject import find_adapters
-from geolora_pl.layers import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbedding
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.kinds import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbedding
+from geolora_pl.storage.fingerprint import base_hash
 
 CONFIG = AdapterConfig(init_rank=3, max_rank=5, target_modules=["0"])
 
@@ -318,7 +318,7 @@ def test_embeddings_that_share_a_table_share_the_adapter():
 
 
 def test_a_layer_without_a_weight_is_adapted_once_it_is_registered(monkeypatch):
-    monkeypatch.setattr("geolora_pl.layers._ADAPTERS", {})
+    monkeypatch.setattr("geolora_pl.adapters.kinds._ADAPTERS", {})
     model, x = nn.Sequential(Packed(7, 6)), torch.randn(5, 7)
     expected = model(x)
     with pytest.raises(ValueError, match="the model has none at all"):
@@ -334,7 +334,7 @@ def test_a_layer_without_a_weight_is_adapted_once_it_is_registered(monkeypatch):
 
 
 def test_a_subclass_has_the_adapter_of_its_nearest_class(monkeypatch):
-    monkeypatch.setattr("geolora_pl.layers._ADAPTERS", {nn.Linear: GeoLoRALinear})
+    monkeypatch.setattr("geolora_pl.adapters.kinds._ADAPTERS", {nn.Linear: GeoLoRALinear})
     scaled = type("Scaled", (nn.Linear,), {})
     adapter = type("OfScaled", (GeoLoRALinear,), {})
     register_adapter(scaled, adapter)

@@ -4,7 +4,7 @@ from tolerance import NETWORK, close, rounding
 from torch import nn
 
 from geolora_pl import AdapterConfig, AdapterLibrary, inject_adapters, load_adapter, save_adapter
-from geolora_pl.inject import find_adapters, has_adapters
+from geolora_pl.adapters.inject import find_adapters, has_adapters
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 

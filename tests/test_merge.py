@@ -5,7 +5,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from geolora_pl import AdapterConfig, MergedAdapters, inject_adapters, merge_adapters, remove_adapters
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
 
 
 def adapted(dtype=torch.float32):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
-from geolora_pl.schedule import warmup_cosine
+from geolora_pl.training.schedule import warmup_cosine
 
 
 class Small(GeoLoRAModule):

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters
-from geolora_pl.functional import orthonormality_defect
-from geolora_pl.inject import find_adapters
-from geolora_pl.monitor import DeviceClock, RankMonitor, largest_defect
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.lightning.monitor import DeviceClock, RankMonitor, largest_defect
+from geolora_pl.math.decomposition import orthonormality_defect
 
 NUMBERS = {
     "rank/mean",
@@ -135,7 +135,7 @@ class Reads(TorchDispatchMode):
 
 def test_tensors_are_read_when_numbers_are_logged_and_once_a_retraction(monkeypatch):
     read = []
-    monkeypatch.setattr("geolora_pl.monitor.largest_defect", lambda layers: read.append(1) or 0.0)
+    monkeypatch.setattr("geolora_pl.lightning.monitor.largest_defect", lambda layers: read.append(1) or 0.0)
     trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=3), log_every_n_steps=6, max_epochs=2).fit(Foreign(), loader())
     assert len(read) == 3  # at the start and at the end of each epoch, of 12 steps and 4 retractions
 
@@ -175,11 +175,11 @@ def test_pictures_come_less_and_less_often_and_stop_when_they_take_too_long(monk
             self.steps.append(step) if key == "rank_map" else None
 
     logger, monitor = Wandb(), make()
-    monkeypatch.setattr("geolora_pl.monitor._SHARE", 1e9)
+    monkeypatch.setattr("geolora_pl.lightning.monitor._SHARE", 1e9)
     for step in range(1000):
         monitor.show([logger], step)
     assert 20 < len(logger.steps) < 60
-    monkeypatch.setattr("geolora_pl.monitor._SHARE", 1e-9)
+    monkeypatch.setattr("geolora_pl.lightning.monitor._SHARE", 1e-9)
     monitor.show([logger], 10_000)
     assert logger.steps[-1] < 1000
     monitor.show([logger], 10_001, at_last=True)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, parameter_groups
-from geolora_pl.functional import computed_columns
-from geolora_pl.optim import polar_factor
+from geolora_pl.math.decomposition import computed_columns
+from geolora_pl.training.optim import polar_factor
 
 GEOMETRIES = ["rowwise", "isotropic", "spectral", "entrywise"]
 
@@ -266,7 +266,7 @@ def test_parameters_without_adapters_are_refused_with_the_remedy():
 def test_how_many_adapters_are_stepped_at_once_changes_nothing(monkeypatch, geometry):
     runs = []
     for cached in (1, 2**18):
-        monkeypatch.setattr("geolora_pl.stacks._CACHED", cached)
+        monkeypatch.setattr("geolora_pl.training.stacks._CACHED", cached)
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(n, m) for m, n in ((6, 6), (9, 6), (6, 9), (3, 6))))
         adapters = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=5)).values()
@@ -332,7 +332,7 @@ def test_live_columns_alone_and_all_columns_take_the_same_step(monkeypatch, geom
             optimizer.found_inf = takes_all.found_inf = torch.tensor(float(t == skipped))
         optimizer.step()
         with monkeypatch.context() as patch:  # of adapters that it does not know, an optimizer takes all columns
-            patch.setattr("geolora_pl.optim.adapter_of_factor", dict)
+            patch.setattr("geolora_pl.training.optim.adapter_of_factor", dict)
             takes_all.step()
         for ours, theirs in zip(model.parameters(), of_all.parameters(), strict=True):
             close(ours, theirs, within=EXACT)

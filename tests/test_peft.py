@@ -22,7 +22,7 @@ from geolora_pl import (
     merge_adapters,
     save_adapter,
 )
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 IDS = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
 import numpy as np
 
-from geolora_pl.picture import heat_map
+from geolora_pl.report.heat_map import heat_map
 
 
 def brightness(picture, row, column, rows, columns, cell):

@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (20, 8), (8, 12)]  # out and in
 
@@ -61,7 +61,7 @@ def test_an_adaptation_reads_from_the_device_once(monkeypatch, make, settings):
 
 def test_adapters_may_be_on_several_devices(monkeypatch):
     """Fake tensors have no values, and refuse whatever mixes devices."""
-    monkeypatch.setattr("geolora_pl.adapters.GeoLoRALayer.read_rank", lambda layer: None)
+    monkeypatch.setattr("geolora_pl.adapters.base.GeoLoRALayer.read_rank", lambda layer: None)
     with FakeTensorMode(allow_non_fake_inputs=True):  # torch.tensor makes none on "meta"
         model, integrator = adapted(["meta", "cpu"], budget=300)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)

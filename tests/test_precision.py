@@ -25,9 +25,9 @@ from geolora_pl import (
     save_adapter,
     state,
 )
-from geolora_pl.inject import find_adapters
-from geolora_pl.merge import MergedAdapters
-from geolora_pl.precision import exact_products, summing_dtype
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.merge import MergedAdapters
+from geolora_pl.math.precision import exact_products, summing_dtype
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

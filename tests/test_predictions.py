@@ -12,7 +12,7 @@ from tolerance import NETWORK, close
 from torch.utils.data import DataLoader
 
 from geolora_pl import PredictionWriter, predict
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
 from geolora_pl.data import UnlabelledImages, UnlabelledTexts
 from geolora_pl.tasks import ImageClassification, TextClassification
 

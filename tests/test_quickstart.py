@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
 
 ROOT = Path(__file__).parents[1]
 

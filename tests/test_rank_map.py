@@ -1,6 +1,6 @@
 import pytest
 
-from geolora_pl.rank_map import RankMap, depth_label
+from geolora_pl.report.rank_map import RankMap, depth_label
 
 
 def test_kinds_are_rows_and_depths_are_columns_also_where_layers_are_missing():

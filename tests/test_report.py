@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from test_callback import ADAPTER, Foreign, loader, trainer
 
 from geolora_pl import GeoLoRACallback
-from geolora_pl.cli import main
-from geolora_pl.report import write_report
+from geolora_pl.cli.dispatch import main
+from geolora_pl.report.write import write_report
 
 VOID = {"meta", "br", "img", "link", "use", "path"}
 
@@ -155,7 +155,7 @@ def test_of_a_validation_both_ends_are_said_for_nobody_knows_which_is_better(tmp
 
 
 def test_many_metrics_are_some_figures_and_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("geolora_pl.page._FIGURES", 3)
+    monkeypatch.setattr("geolora_pl.report.page._FIGURES", 3)
     names = [f"train_{i}" for i in range(5)] + ["val_score"]
     for run in (tmp_path / "one", tmp_path / "two"):
         run.mkdir()
@@ -234,4 +234,4 @@ def test_without_matplotlib_the_remedy_is_said(runs, tmp_path, capfd, monkeypatc
     assert err == "error: a report needs matplotlib: pip install 'geolora_pl[report]'\n"
 
 
-PICTURES = {"geolora_pl.page", "geolora_pl.figures"}
+PICTURES = {"geolora_pl.report.page", "geolora_pl.report.figures"}

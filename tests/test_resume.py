@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from geolora_pl import GeoLoRACallback, GeoLoRAWarning
-from geolora_pl.resume import TrainingPosition, random_state, set_random_state
+from geolora_pl.lightning.exact_resume import TrainingPosition, random_state, set_random_state
 
 BATCHES = 6
 # A shuffled validation draws random numbers, and those must not count.

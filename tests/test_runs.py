@@ -5,7 +5,7 @@ from test_callback import ADAPTER, Foreign, loader, trainer
 
 from geolora_pl import GeoLoRACallback
 from geolora_pl.loggers import CSVLogger as GrowingCSVLogger
-from geolora_pl.runs import read_run, read_runs
+from geolora_pl.report.runs import read_run, read_runs
 
 
 def fit(folder, logger):

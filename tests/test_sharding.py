@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
-from geolora_pl.agreement import is_sharded
-from geolora_pl.inject import find_adapters
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.training.distributed import is_sharded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

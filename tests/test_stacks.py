@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from geolora_pl import AdapterConfig, inject_adapters
-from geolora_pl.stacks import leading, owners, stacks
+from geolora_pl.training.stacks import leading, owners, stacks
 
 
 def adapters_of_ranks(*ranks, max_rank=64):
@@ -41,13 +41,13 @@ def test_unknown_adapters_are_taken_whole():
 
 
 def test_off_the_cpu_all_are_one_stack_and_whole(monkeypatch):
-    monkeypatch.setattr("geolora_pl.stacks._CACHED", 1)
+    monkeypatch.setattr("geolora_pl.training.stacks._CACHED", 1)
     adapters = [adapter.to("meta") for adapter in adapters_of_ranks(3, 12, 40)]
     assert stacked(adapters) == [(64, [0, 1, 2])]
 
 
 def test_a_stack_ends_where_the_live_columns_are_more_than_the_cache_holds(monkeypatch):
-    monkeypatch.setattr("geolora_pl.stacks._CACHED", 2 * 8 * (70 + 80))
+    monkeypatch.setattr("geolora_pl.training.stacks._CACHED", 2 * 8 * (70 + 80))
     assert stacked(adapters_of_ranks(*[3] * 6)) == [(8, [0, 1, 2]), (8, [3, 4, 5])]
 
 

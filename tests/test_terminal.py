@@ -10,9 +10,9 @@ from test_callback import ADAPTER, Foreign, loader, trainer
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters, merge_adapters
-from geolora_pl.inject import find_adapters, has_adapters
-from geolora_pl.monitor import RankMonitor
-from geolora_pl.terminal import print_summary, rank_table, show_whole_numbers, start_summary
+from geolora_pl.adapters.inject import find_adapters, has_adapters
+from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.lightning.summary import print_summary, rank_table, show_whole_numbers, start_summary
 
 
 def blocks(depth=3):

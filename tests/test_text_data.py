@@ -14,8 +14,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from geolora_pl.data import TextDataModule, TextFiles, TextHub
-from geolora_pl.data.sampler import ShuffledSampler
-from geolora_pl.data.tokens import tokenizer_hash
+from geolora_pl.data.texts.sampler import ShuffledSampler
+from geolora_pl.data.texts.token_cache import tokenizer_hash
 
 TEXTS = ['a "good" film', "NA", "null , not very", 'a bad plot"', "good", "the film is fine"]
 LABELS = ["pos", "neg", "neg", "neg", "pos", "pos"]

@@ -29,9 +29,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
-from geolora_pl.cli import main
+from geolora_pl.adapters.inject import find_adapters, inject_adapters
+from geolora_pl.cli.dispatch import main
 from geolora_pl.data import GLUE, TextFiles
-from geolora_pl.inject import find_adapters, inject_adapters
 from geolora_pl.tasks import TextClassification
 from geolora_pl.tasks.text_metrics import make_metrics
 

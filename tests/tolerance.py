@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from geolora_pl.functional import orthonormality_defect
+from geolora_pl.math.decomposition import orthonormality_defect
 
 LAYER = 64  # terms of the longest sum in one layer of the tests, about
 NETWORK = 4096  # of the sums in one network, one after the other; each layer may magnify what those before it rounded

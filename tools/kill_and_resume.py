@@ -25,7 +25,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
-from geolora_pl.cli import main
+from geolora_pl.cli.dispatch import main
 
 ROOT = Path(__file__).parents[1]
 OVERLAY = """

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
-from geolora_pl.functional import orthonormality_defect
+from geolora_pl.math.decomposition import orthonormality_defect
 
 MAX_BYTES_A_STEP = 16.0  # a single float kept a step in a list takes 32
 MAX_GROWTH = 2.0  # of the defect from the first tenth to the last

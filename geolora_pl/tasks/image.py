@@ -15,8 +15,8 @@ from timm.models._hub import save_for_hf  # the oldest timm that will do does no
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from geolora_pl.hyperparameters import check_sizes
-from geolora_pl.module import GeoLoRAModule
+from geolora_pl.lightning.hyperparameters import check_sizes
+from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from geolora_pl.hyperparameters import check_sizes
-from geolora_pl.layers import adapter_class_of
+from geolora_pl.adapters.kinds import adapter_class_of
+from geolora_pl.lightning.hyperparameters import check_sizes
 
 _PACKAGE = "pkg://"
 _SAID = "checkpoint-says://"  # before a name that only a checkpoint gives

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from geolora_pl.config import AdapterConfig
-from geolora_pl.module import GeoLoRAModule
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.tasks.text_models import (
     block_linears,
     check_config,

@@ -1,0 +1,1 @@
+"""One layer and its adapter, and where adapters go in a model."""

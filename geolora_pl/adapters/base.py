@@ -1,0 +1,303 @@
+"""The adapter: a frozen layer plus a low-rank update that is trained in its tangent space."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.fused import fused_linear, tangent_factored
+from geolora_pl.math.decomposition import computed_columns
+from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast, working_dtype
+
+_LINEAR = nn.Linear.forward  # of torch itself, should somebody patch the class
+FACTORS = ("U", "S", "V", "K", "L")
+
+
+# So that an optimizer that is given bare parameters can tell which of them are K and L of one adapter.
+_living: weakref.WeakSet[GeoLoRALayer] = weakref.WeakSet()
+
+
+def adapter_of_factor() -> dict[int, GeoLoRALayer]:
+    """Every adapter there is, by the identity of its K."""
+    return {id(layer.K): layer for layer in _living}
+
+
+class GeoLoRALayer(nn.Module):
+    r"""The base of the adapters: a frozen layer and the factors of a low-rank update of its weight.
+
+    Whatever the layer, its weight is seen as a matrix (out, in), and the update is
+
+    .. math:: \Delta W = \alpha \left( (U S + K) V^T + U L^T \right)
+
+    U (out, R) and V (in, R) are orthonormal in their live columns and zero beyond; U, S, V are frozen parameters that
+    only the integrator moves, K (out, R) and L (in, R) are trained. With K = L = 0 and the gradient G (out, in) of that
+    matrix, the gradients are ``alpha G V`` and ``alpha (I - V V^T) G^T U``, the Riemannian gradient in orthonormal
+    coordinates (GeoLoRA, arXiv 2410.18720, without the inverse of S).
+
+    The factors stay float32 (float64 in a float64 model) whatever precision the module is cast to; the products run
+    in the precision of the layer's output.
+
+    A subclass says how the matrix lies in the weight of its kind of layer (:meth:`matrix_shape`, :meth:`from_matrix`)
+    and how the update acts on an input (:meth:`apply_update`); what is written here is right for a layer
+    ``y = W x + b`` with the weight (out, in). :func:`~geolora_pl.register_adapter` makes it known.
+
+    Attributes:
+        rank: The live rank: how many columns of U and V are in use. A plain integer, so that reading it never waits
+            for the device.
+        is_linear: Of the class: whether ``target_modules="all-linear"`` takes this kind of layer; others are named.
+
+    Args:
+        base: The layer to adapt; frozen here, and its weight never written to.
+        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``; ranks are cut to the matrix's smaller side.
+
+    Raises:
+        ValueError: This kind of adapter cannot serve the layer.
+    """
+
+    is_linear: ClassVar[bool] = True
+    rank: int
+    base: Any  # a module, whose attributes depend on its kind
+
+    def __init__(self, base: nn.Module, config: AdapterConfig) -> None:
+        super().__init__()
+        if (reason := self.refusal(base)) is not None:
+            raise ValueError(f"the layer {reason}")
+        self.out_features, self.in_features = self.matrix_shape(base)
+        self.scaling = float(config.alpha)
+        self.base = base.requires_grad_(False)
+        if config.train_bias and self.bias is not None:
+            self.bias.requires_grad_(True)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+
+        m, n = self.out_features, self.in_features
+        R = min(config.max_rank, m, n)
+        self.rank = min(config.init_rank, R)
+        like = next(chain(base.parameters(), base.buffers()))  # quantised layers may have no weight of that name
+        device, dtype = like.device, working_dtype(like.dtype)
+
+        def zeros(rows: int, *, trained: bool) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(rows, R, device=device, dtype=dtype), requires_grad=trained)
+
+        self.U, self.S, self.V = zeros(m, trained=False), zeros(R, trained=False), zeros(n, trained=False)
+        self.K, self.L = zeros(m, trained=True), zeros(n, trained=True)
+        _living.add(self)
+        with torch.no_grad():
+            for basis in (self.U, self.V):
+                gaussian = torch.randn(len(basis), self.rank, device=device, dtype=dtype)
+                basis[:, : self.rank] = torch.linalg.qr(gaussian).Q
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of a copy, or from a pickle
+        _living.add(self)
+
+    @property
+    def max_rank(self) -> int:
+        """The number of columns allocated."""
+        return self.U.shape[1]
+
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Why this kind of adapter cannot serve a layer, as the end of a sentence about it; ``None`` if it can."""
+        return None
+
+    @staticmethod
+    def matrix_shape(base: Any) -> tuple[int, int]:
+        """Rows and columns, (out, in), of the matrix that a layer's weight stands for."""
+        return base.out_features, base.in_features
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) as it lies in the weight of the layer."""
+        return matrix
+
+    def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """What the update ``A B^T``, with A (out, 2 R) and B (in, 2 R), adds to the layer's output for an input x."""
+        x = self.dropout(x)
+        return F.linear(F.linear(x, B.mT.to(x.dtype)), A.to(x.dtype))
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight in the layout of the layer, as floating-point numbers."""
+        weight: Tensor = self.base.weight
+        return weight
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """The layer without its adapter, with this weight in the place of its own."""
+        weight = weight.contiguous()  # files want it so, and from_matrix may have transposed it
+        self.base.weight = nn.Parameter(weight, requires_grad=self.base.weight.requires_grad)
+        return self.base  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight in the layout of the layer, for code that reads it instead of calling the layer."""
+        return self.updated(self.base_weight(), self.delta_weight())
+
+    def updated(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """A weight as it lies in the layer plus an update (out, in), summed in the precision of the latter.
+
+        The sum is rounded once, to the precision of the weight.
+        """
+        delta = self.from_matrix(delta)
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return getattr(self.base, "bias", None)
+
+    def _live_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """U, S, V, K and L without columns beyond the live rank, as far as that pays."""
+        U, S, V, K, L = self.U, self.S, self.V, self.K, self.L
+        if torch.compiler.is_compiling():  # all columns, so that a new rank does not compile the forward again
+            return U, S, V, K, L
+        columns = computed_columns(self.rank, self.max_rank)
+        if columns == self.max_rank:
+            return U, S, V, K, L
+        return U[:, :columns], S[:columns, :columns], V[:, :columns], K[:, :columns], L[:, :columns]
+
+    def _factored(self) -> tuple[Tensor, Tensor]:
+        return tangent_factored(*self._live_factors())
+
+    def delta_weight(self) -> Tensor:
+        """The update of the weight as a matrix, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending part included."""
+        with without_autocast(self.U.device):  # code that reads ``weight`` makes it a part of a forward pass
+            A, B = self._factored()
+            return self.scaling * (A @ B.mT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x, shaped as the base takes it."""
+        A, B = self._factored()
+        y: Tensor = self.base(x) + self.apply_update(x, self.scaling * A, B)
+        return y
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in FACTORS:  # load_state_dict(assign=True) may have brought them in low precision
+            factor = getattr(self, name)
+            if factor.dtype != working_dtype(factor.dtype):
+                wide = factor.detach().to(working_dtype(factor.dtype))
+                setattr(self, name, nn.Parameter(wide, requires_grad=factor.requires_grad))
+        self.read_rank()
+
+    def read_rank(self) -> None:
+        """Count the live columns of U: the factors themselves are what is saved and loaded of the rank."""
+        if not self.U.is_meta:
+            self.rank = int((self.U != 0).any(0).sum())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GeoLoRALayer:
+        """Move the factors with the module, but never round them on the way (``.half()``, ``bf16-true``)."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            dtype = working_dtype(result.dtype)
+            return result if result.dtype == dtype else tensor.to(result.device, dtype)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Shapes and rank, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"max_rank={self.max_rank}, scaling={self.scaling}"
+        )
+
+
+class GeoLoRALinear(GeoLoRALayer):
+    r"""A linear layer with a low-rank update in tangent coordinates.
+
+    .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
+
+    The weight of the base may be quantised: all that is used of it is its forward, and ``in_features``,
+    ``out_features`` and ``bias``. Merged, such a layer becomes a plain ``nn.Linear`` that is no longer quantised.
+
+    Args:
+        base: The layer to adapt, an ``nn.Linear`` or alike.
+        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``.
+
+    Example:
+        >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
+        >>> layer.rank, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
+        (2, (6, 4), (6, 8))
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., in)."""
+        if not self._is_fusible():
+            return super().forward(x)
+        weight, bias, dtype = self.to_matrix(self.base.weight), self.base.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with without_autocast(x.device):
+            return fused_linear(x, weight, bias, self._live_factors(), self.scaling)
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """The weight of the layer as a matrix (out, in), not copied; overridden together with ``from_matrix``."""
+        return weight
+
+    @staticmethod
+    def _has_known_forward(base: nn.Module) -> bool:
+        """Whether the forward of the class is ``W x + b``, and none that a subclass or a patch put there."""
+        return type(base).forward is _LINEAR
+
+    def _is_fusible(self) -> bool:
+        """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
+        base = self.base
+        return (
+            self._has_known_forward(base)
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not base.weight.requires_grad
+            and not (self.training and isinstance(self.dropout, nn.Dropout))
+            and not self._is_quantised(base)
+        )
+
+    @classmethod
+    def _is_quantised(cls, base: nn.Module) -> bool:
+        """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
+        weight = getattr(base, "weight", None)
+        return (
+            not _is_plain(weight)
+            or weight.dim() != 2
+            or cls.to_matrix(weight).shape != cls.matrix_shape(base)
+            or type(weight).dequantize is not Tensor.dequantize
+        )
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight as it lies in the layer; of a quantised one what its forward makes of the unit vectors.
+
+        No library of quantised layers needs to be known for that.
+        """
+        if not self._is_quantised(self.base):
+            return super().base_weight()
+        if (reason := self.refusal(self.base)) is not None:  # it was none when the adapter was put there
+            raise ValueError(f"the layer {reason}")
+        weight = getattr(self.base, "weight", None)
+        like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        with torch.no_grad(), exact_products(self.U.device):
+            columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
+            return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
+        if not self._is_quantised(self.base):
+            return super().plain(weight)
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.bias.requires_grad)
+        return layer.train(self.training)
+
+
+def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

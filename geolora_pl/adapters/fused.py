@@ -1,0 +1,161 @@
+"""A linear layer with its update as one function: fewer and better shaped products than the sum of its parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geolora_pl.math.decomposition import factored, project_out
+from geolora_pl.math.precision import without_autocast
+
+
+class _TangentGradient(torch.autograd.Function):
+    """Identity whose backward removes from the gradient of L its part in the span of V.
+
+    The gradients of K and L both contain ``U U^T G V V^T``. Without this projection a step would take that part
+    twice, and Algorithm 1 would be missed by exactly it. Here it acts before clipping, reduction and moments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, L: Tensor, V: Tensor) -> Tensor:
+        ctx.save_for_backward(V)
+        return L.view_as(L)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (V,) = ctx.saved_tensors
+        with without_autocast(V.device):  # a backward pass may be run inside autocast
+            return project_out(grad_outputs[0], V), None
+
+
+def tangent_factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of :func:`~geolora_pl.math.decomposition.factored`; the gradient of L gets no part in the span of V."""
+    return factored(U, S, V, K, _TangentGradient.apply(L, V))  # type: ignore[no-untyped-call]
+
+
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, ...], alpha: float) -> Tensor:
+    r"""A frozen linear layer plus its update in tangent coordinates.
+
+    .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
+
+    The gradients are those of :class:`~geolora_pl.GeoLoRALinear`, to rounding: of U and S none, of L its part in the
+    span of V removed. Of the activations nothing but ``x`` is kept for them. K and L cost four thin products, two of
+    which LoRA has as well; the rest of the update costs, by :func:`pays_to_merge`,
+
+    * *merged*: one weight ``W_0 + alpha A B^T`` in the forward and one in the backward, or
+    * *beside*: the thin products ``(x B) A^T`` and ``(dy A) B^T``, added to the base's own results.
+
+    The thin products of the backward are (rank, ...) matrices: BLAS forms them several times faster than (..., rank).
+
+    Args:
+        x: (..., n).
+        weight: (m, n), frozen, of the dtype of ``x``; or the transpose of one that lies so.
+        bias: (m,), of the dtype of ``x``.
+        factors: U (m, w), S (w, w), V (n, w), K (m, w) and L (n, w), of any floating dtype.
+        alpha: Scale of the update.
+
+    Returns:
+        (..., m).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    merged = pays_to_merge(rows, weight, factors[0])
+    # Autograd lets nobody change a view that a function of its own made, so that the shape is given here.
+    y = FusedLinear.apply(rows, weight, bias, *factors, alpha, merged)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
+
+
+def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
+    r"""Whether one merged weight a pass is cheaper than the update beside it, and as exact.
+
+    For T rows the update takes ``4 w m n`` operations a pass merged and ``4 w T (m + n)`` beside, of which in the
+    backward a quarter, ``dy U``, is needed either way; ``benchmarks/products.py`` measures both. In low precision the
+    small update would be rounded away in the sum, and a GPU may form float32 products in TF32.
+    """
+    m, n = weight.shape
+    exact = rows.dtype == torch.float64 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
+    return exact and U.dtype == rows.dtype and len(rows) * (m + n) > m * n
+
+
+class FusedLinear(torch.autograd.Function):
+    """The forms of :func:`fused_linear` for rows (T, n); the last argument chooses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        U: Tensor,
+        S: Tensor,
+        V: Tensor,
+        K: Tensor,
+        L: Tensor,
+        alpha: float,
+        merged: bool,
+    ) -> Tensor:
+        """(T, m)."""
+        A, B = (factor.to(rows.dtype) for factor in factored(U, S, V, K, L))
+        ctx.save_for_backward(rows, weight, U, S, V, K, L, A, B)
+        ctx.alpha, ctx.merged = alpha, merged
+        if merged:
+            return F.linear(rows, _merge(weight, A, B, alpha), bias)
+        return F.linear(rows, weight, bias).addmm_(rows @ B, A.mT, alpha=alpha)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the rows, of bias, K and L."""
+        (dy,) = grad_outputs
+        rows, weight, U, S, V, K, L, A, B = ctx.saved_tensors
+        w, alpha, merged = U.shape[1], ctx.alpha, ctx.merged
+        needs_rows, _, needs_bias, *_, needs_K, needs_L, _, _ = ctx.needs_input_grad
+        of_rows = of_bias = of_K = of_L = None
+        with without_autocast(rows.device):  # a backward pass may be run inside autocast
+            if torch.is_grad_enabled():  # the gradients are differentiable themselves, of L again without its part in V
+                A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
+            beside = needs_rows and not merged
+            U_, V_ = (U, V) if merged else (A[:, w:], B[:, :w])  # in the dtype of the rows
+            x_parts, dy_parts = _in_parts(rows), _in_parts(dy)
+            # Thin products come first, while dy is in the cache, into which the layer after this one has just put it.
+            if beside or needs_L:
+                coordinates = _thin(A if beside else U_, dy_parts)  # the last w of them are U^T dy^T
+            if needs_L:
+                of_L = project_out(_sum_of_parts(coordinates[..., -w:, :] @ x_parts, alpha, L), V)
+            if needs_K:
+                of_K = _sum_of_parts(_thin(V_, x_parts) @ dy_parts, alpha, K)
+            if needs_rows and merged:
+                of_rows = dy @ _merge(weight, A, B, alpha)
+            elif needs_rows:
+                of_rows = (dy @ weight).addmm_(coordinates.mT.reshape(len(dy), 2 * w), B.mT, alpha=alpha)
+            if needs_bias:
+                of_bias = dy.sum(0)
+        return of_rows, None, of_bias, None, None, None, of_K, of_L, None, None
+
+
+def _merge(weight: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """``weight + alpha A B^T``, laid out as the weight, for a copy into the other layout costs as much again."""
+    if weight.is_contiguous():
+        return torch.addmm(weight, A, B.mT, alpha=alpha)
+    return torch.addmm(weight.mT, B, A.mT, alpha=alpha).mT
+
+
+def _in_parts(rows: Tensor) -> Tensor:
+    """Rows (T, n), for several cores as (parts, T / parts, n): BLAS shares a batch out to them, but no thin product."""
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or torch.get_num_threads() == 1:
+        return rows  # compiled, T may be a symbol, which has no divisors
+    parts = math.gcd(len(rows), 8)
+    return rows.reshape(parts, len(rows) // parts, rows.shape[-1])
+
+
+def _thin(basis: Tensor, x: Tensor) -> Tensor:
+    """Coordinates (..., w, rows) of the rows of x (..., rows, n) in a basis (n, w)."""
+    return basis.mT @ x.mT if x.dim() == 2 else torch.bmm(basis.mT.expand(len(x), -1, -1), x.mT)
+
+
+def _sum_of_parts(products: Tensor, alpha: float, like: Tensor) -> Tensor:
+    """A gradient (n, w), of the dtype of K or L, from what its parts (..., w, n) are."""
+    gradient = (products if products.dim() == 2 else products.sum(0)).to(like.dtype).mT
+    return gradient if alpha == 1 else alpha * gradient  # a call is what the default saves

@@ -1,0 +1,34 @@
+"""The command line: a command imports what it needs, and those about a checkpoint alone do without Lightning."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: What to parse instead of ``sys.argv[1:]``.
+    """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] in (["export"], ["ranks"]):
+        import geolora_pl.lightning.export
+
+        geolora_pl.lightning.export.main(given)
+        return
+    if isinstance(given, list) and given[:1] == ["report"]:
+        import geolora_pl.report.write
+
+        geolora_pl.report.write.main(given[1:])
+        return
+    import geolora_pl.cli.train
+
+    # Lightning 2.6 asks torch 2.13 something in a way that is deprecated there: nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch")
+    geolora_pl.cli.train.run(args)

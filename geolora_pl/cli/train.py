@@ -1,0 +1,165 @@
+"""The commands that train, test and predict: LightningCLI with the callback always there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich import get_console
+
+from geolora_pl.cli.messages import OneSentenceParser, own_defaults
+from geolora_pl.lazy import import_class
+from geolora_pl.lightning.callback import GeoLoRACallback
+from geolora_pl.lightning.checks import CheckLast, CheckTestSplit, check_trainer
+from geolora_pl.lightning.hyperparameters import from_checkpoint
+from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.lightning.predictions import PredictionWriter
+from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
+from geolora_pl.storage.checkpoint import read_checkpoint
+
+_LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Save the configuration of a fit beside the run; a later test in the same folder leaves it alone."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save for ``fit`` only, and never over the file that the configuration was read from."""
+        target = Path(trainer.log_dir or ".") / self.config_filename
+        sources = [Path(str(source)) for source in self.config.get("config") or []]
+        if stage == "fit" and not any(source.resolve() == target.resolve() for source in sources):
+            super().setup(trainer, pl_module, stage)
+
+
+class GeoLoRACLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for modules and data modules given by class path."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--geolora.*``, ``--test_after_fit`` and ``--output``."""
+        parser.add_lightning_class_args(GeoLoRACallback, "geolora")
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether a fit ends with a test.")
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="File for what predict finds: .csv, .jsonl."
+        )
+
+    def before_predict(self) -> None:
+        """Write the predictions to ``--output``."""
+        if (output := self.config["predict"]["output"]) is not None:
+            self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Let classes keep to their own defaults, and refuse a seed out of range before anything is made."""
+        with own_defaults():
+            super().parse_arguments(parser, args)
+        if (seed := self.config[self.config["subcommand"]]["seed_everything"]) is not True and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a broken checkpoint, and complete the settings of a task by what its own checkpoint knows.
+
+        That is for one the classes of its data. The class of the module, and whatever a file must not decide, stay as
+        the configuration says. For a fit all settings do, and what does not fit is refused when the file is loaded.
+        """
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        path = config.get("ckpt_path")
+        if not path or _is_left_to_lightning(path, config):
+            return
+        checkpoint = read_checkpoint(path, mmap=True)
+        module_class = import_class(config.model.class_path)
+        if subcommand != "fit" and issubclass(module_class, GeoLoRAModule):
+            taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
+            model = {"class_path": config.model.class_path, "init_args": taken}
+            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:  # of the trainer
+            raise ValueError(str(error)) from error
+        except ValueError as error:
+            raise _without_types(error) from error.__cause__
+        subcommand = self.config["subcommand"]
+        if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":
+            self.trainer.callbacks.append(CheckLast())  # type: ignore[attr-defined]
+
+    def before_fit(self) -> None:
+        """Refuse what would show only in training, or after it."""
+        check_trainer(self.trainer)
+        if self.config["fit"]["test_after_fit"]:
+            self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
+
+    def after_fit(self) -> None:
+        """Test if asked to, and say what came of it and how to look closer."""
+        self._print_ranks()
+        results: dict[str, float] = {}
+        if self.config["fit"]["test_after_fit"]:
+            tested = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            results = {name: value for of_loader in tested for name, value in of_loader.items()}
+        self._print_results(results)
+
+    @rank_zero_only
+    def _print_ranks(self) -> None:
+        """They are what the command was run for, also where the callback was told to be quiet."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next(callback.monitor for callback in callbacks if isinstance(callback, GeoLoRACallback))
+        if monitor is not None and not wants_tables(self.trainer):
+            print_summary(*end_summary(self.trainer, self.model, monitor))
+
+    @rank_zero_only
+    def _print_results(self, results: dict[str, float]) -> None:
+        lines = [f"{name}: {value:.4f}" for name, value in results.items()]
+        for loggers, hint in (
+            ((TensorBoardLogger,), "look closer: tensorboard --logdir"),
+            ((TensorBoardLogger, CSVLogger), "a page of it: python -m geolora_pl report --run"),
+        ):
+            folders = [logger.log_dir for logger in self.trainer.loggers if isinstance(logger, loggers)]
+            lines += [f"{hint} {folder}" for folder in folders[:1]]
+        print_lines(lines, get_console())
+
+
+def _is_left_to_lightning(path: str, config: Namespace) -> bool:
+    """Whether a checkpoint is somewhere else, looked for by its name, of several files, or trusted as it is."""
+    by_name = "://" in path or path.partition(":")[0] in _LOOKED_UP
+    return by_name or (Path(path) / ".metadata").is_file() or config.get("weights_only") is False
+
+
+def _without_types(error: ValueError) -> ValueError:
+    """The error of a class that jsonargparse could not make, which it wraps in all the types that it tried."""
+    while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
+    return error
+
+
+def run(args: ArgsType = None) -> None:
+    """Run a command.
+
+    Args:
+        args: What to parse instead of ``sys.argv[1:]``.
+    """
+    no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
+    GeoLoRACLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_class=OneSentenceParser,
+        parser_kwargs={
+            **no_abbreviations,
+            **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
+            "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
+            "'report' --help for a page about runs.",
+        },
+        args=args,
+    )

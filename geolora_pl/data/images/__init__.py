@@ -1,0 +1,5 @@
+"""Sources of images."""
+
+from geolora_pl.data.images.base import ArrayImages, ImageDataModule
+
+__all__ = ["ArrayImages", "ImageDataModule"]

@@ -1,0 +1,64 @@
+"""Images to predict: the files of one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from geolora_pl.data.images.base import ImageDataModule, Sample
+
+
+class UnlabelledImages(ImageDataModule):
+    """The images of a folder, in the order of their names, for ``predict`` alone.
+
+    Args:
+        folder: The folder; what lies in folders inside it is left out, and so are files that are no images by their
+            endings.
+        batch_size: Images a step and process, at least 1.
+        num_workers: As of :class:`ImageDataModule`.
+
+    Raises:
+        ValueError: There is no such folder, or no image in it.
+    """
+
+    def __init__(self, folder: str, batch_size: int = 64, num_workers: int | None = None) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        if not Path(folder).is_dir():
+            raise ValueError(f"folder={folder!r} is no folder (from {Path.cwd()})")
+        self.files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        if not self.files:
+            raise ValueError(f"folder={folder!r} holds no image: their endings are {', '.join(IMG_EXTENSIONS)}")
+
+    @property
+    def class_names(self) -> list[str]:
+        """None: the model knows them."""
+        return []
+
+    @property
+    def predict_inputs(self) -> dict[str, list[str]]:
+        """The names of the files, to write beside the predictions."""
+        return {"file": [path.name for path in self.files]}
+
+    def load_splits(self) -> dict[str, Dataset[Sample]]:
+        """List the images, each with the label -1."""
+        return {"predict": _Files(self.files)}
+
+
+class _Files(Dataset[Sample]):
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image, -1
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} is no image that can be read: mend or remove it ({error})") from error

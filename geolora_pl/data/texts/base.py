@@ -1,0 +1,215 @@
+"""What every source of token ids shares: splits, tokenizing with the model's own tokenizer, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from geolora_pl.data.settings import settle_num_workers
+from geolora_pl.data.texts.sampler import ShuffledSampler
+from geolora_pl.data.texts.token_cache import tokenizer_hash
+
+
+class TokenDataModule(L.LightningDataModule):
+    """The base of the text sources: a subclass loads texts, tokenizes them and collates batches.
+
+    Texts are tokenized by the tokenizer of the model that is trained on them, which the task offers as ``tokenizer``,
+    and ``max_positions`` beside it where the model has only so many: once, before training, and from then on read from
+    a cache on disk that notices when a text, the tokenizer or a setting changes. A batch is padded to its longest text.
+
+    Args:
+        batch_size: Texts or pairs a step and process, at least 1.
+        max_length: Tokens that a text or pair is cut to, special ones included; by default the limit of the tokenizer.
+        val_fraction: The share of the training texts held out for validation where the source has no split of its
+            own, in (0, 1).
+        seed: Seed of the splits and of the order of the training texts.
+        num_workers: Loader processes; by default as many as there are cores beyond the first two, at most 8, so that
+            a small machine is left to the training.
+        cache_dir: Where the token ids are kept; by default beside the cache of ``datasets``. It may be deleted.
+        group_by_length: Whether the training texts of a batch are of similar length, which saves padding.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+        group_by_length: bool = True,
+    ) -> None:
+        super().__init__()
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
+        self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
+        self.group_by_length = group_by_length
+        self.splits: dict[str, datasets.Dataset] = {}
+        self.predict_inputs: dict[str, list[str]] = {}  # by column, to write beside the predictions
+        self._made_with: tuple[str, int] | None = None
+
+    def load_splits(self) -> dict[str, datasets.Dataset]:
+        """Read the texts; needs no trainer.
+
+        Returns:
+            Data sets by name: ``train``, and where the source has them ``val``, ``test`` and ``predict``; of ``val``
+            and ``predict`` there may be several, as ``val`` and ``val_other``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must load its texts")
+
+    def prepare_data(self) -> None:
+        """Tokenize in one process, so that the others find the cache."""
+        self.setup("fit")
+
+    def setup(self, stage: str) -> None:
+        """Load the texts, hold out a part of ``train`` where there is no ``val``, and tokenize."""
+        tokenizer = self.tokenizer()
+        limit = self._limit(tokenizer)
+        if self._made_with == (made_with := (tokenizer_hash(tokenizer), limit)):
+            return
+        splits = self.load_splits()
+        self.check_limit(splits, tokenizer, limit)
+        if "train" in splits and not _of_kind("val", splits):
+            splits |= self.hold_out(splits["train"])
+        predicted = _predicted(splits)
+        if len(predicted) == 1 and self.a_sample_is_a_text:
+            texts = splits[predicted[0]]
+            self.predict_inputs = {name: texts[name][:] for name in texts.column_names if name != "label"}
+        self.splits = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
+        self._made_with = made_with
+
+    def _limit(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        limit = self.max_length or tokenizer.model_max_length
+        if limit > 1_000_000:  # what tokenizers that know of no limit answer
+            raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give it")
+        positions = getattr(self._module(), "max_positions", None)
+        if positions is not None and limit > positions:
+            raise ValueError(f"max_length={limit} is more than the {positions} positions of the model")
+        return limit
+
+    def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
+        """Split training texts into ``train`` and ``val``."""
+        count = round(self.val_fraction * len(texts))
+        stratify = self.stratify_by(texts)
+        try:
+            parts = texts.train_test_split(count, seed=self.seed, stratify_by_column=stratify, keep_in_memory=True)
+        except ValueError as error:
+            raise ValueError(
+                f"val_fraction={self.val_fraction} of {len(texts)} texts is {count}, and that split cannot be made: "
+                f"{error} Choose another fraction, or give texts for validation"
+            ) from error
+        return {"train": parts["train"], "val": parts["test"]}
+
+    @property
+    def a_sample_is_a_text(self) -> bool:
+        """Whether every sample is one text: predictions are then written beside it."""
+        return True
+
+    def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Raise a ValueError if so few tokens leave no room for a text."""
+        raise NotImplementedError(f"{type(self).__name__} must check its limit")
+
+    def tokenize(
+        self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
+    ) -> datasets.Dataset:
+        """Replace the texts of a split by columns of token ids and their number, ``length``."""
+        raise NotImplementedError(f"{type(self).__name__} must tokenize")
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Callable[[list[Any]], Any]:
+        """What makes a batch of samples, padded to a multiple of so many tokens."""
+        raise NotImplementedError(f"{type(self).__name__} must collate")
+
+    def stratify_by(self, texts: datasets.Dataset) -> str | None:
+        """The column whose values keep their shares in what is held out, if there is one."""
+        return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the module that is trained.
+
+        Raises:
+            ValueError: It has none.
+        """
+        tokenizer = getattr(self._module(), "tokenizer", None)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"{type(self._module()).__name__} has no tokenizer: give it one, "
+                "tokenizer = transformers.AutoTokenizer.from_pretrained(...), so that texts become what it expects"
+            )
+        return tokenizer
+
+    def _module(self) -> L.LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def splits_of(self, kind: str) -> list[str]:
+        """Names of the splits of a kind: ``splits_of("val")`` may be ``["val", "val_mismatched"]``."""
+        return _of_kind(kind, self.splits)
+
+    def _split(self, name: str) -> datasets.Dataset:
+        if name not in self.splits:
+            raise ValueError(f"{type(self).__name__} has no {name} texts: it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def _loader(self, name: str) -> DataLoader[Any]:
+        tokens = self._split(name)
+        samples = tokens.remove_columns("length")
+        sampler = None
+        if name == "train":
+            lengths = tokens["length"][:] if self.group_by_length else None
+            assert self.trainer is not None
+            processes: dict[str, int] = self.trainer.distributed_sampler_kwargs or {}  # none with one process
+            sampler = ShuffledSampler(samples, self.batch_size, lengths, self.seed, **processes)
+        on_gpu, tokenizer = torch.cuda.is_available(), self.tokenizer()
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self.collator(tokenizer, 8 if on_gpu and self._limit(tokenizer) % 8 == 0 else None),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=on_gpu,
+        )
+
+    def _loaders(self, names: Sequence[str]) -> Any:
+        loaders = [self._loader(name) for name in names]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training texts, in a new order each epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> Any:
+        """Validation texts in their order; a list where there are several sets."""
+        return self._loaders(self.splits_of("val") or ["val"])
+
+    def test_dataloader(self) -> Any:
+        """Test texts in their order."""
+        return self._loaders(self.splits_of("test") or ["test"])
+
+    def predict_dataloader(self) -> Any:
+        """Texts to predict in their order, or those of the test where there are none."""
+        return self._loaders(_predicted(self.splits) or ["test"])
+
+
+def _of_kind(kind: str, names: Sequence[str] | dict[str, Any]) -> list[str]:
+    return [name for name in names if name == kind or name.startswith(f"{kind}_")]
+
+
+def _predicted(names: Sequence[str] | dict[str, Any]) -> list[str]:
+    return _of_kind("predict", names) or _of_kind("test", names)

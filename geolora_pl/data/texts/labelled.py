@@ -1,0 +1,88 @@
+"""What the sources of texts with labels share: classes or numbers, one text or a pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from geolora_pl.data.texts.base import TokenDataModule
+from geolora_pl.data.texts.token_cache import tokenize
+
+
+class TextDataModule(TokenDataModule):
+    """The base of the sources of labelled texts: a subclass names its classes and loads its texts.
+
+    Columns are ``text``, ``text_pair`` for pairs, and ``label``, a class index or a number, where labels are known.
+    Every class keeps its share in what is held out for validation. The arguments are those of
+    :class:`TokenDataModule`.
+    """
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices; none in a regression."""
+        raise NotImplementedError(f"{type(self).__name__} must name its classes")
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are numbers to predict rather than classes."""
+        return not self.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, which is the number of outputs of a model: 1 for a regression."""
+        return len(self.class_names) or 1
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that are usual for these data."""
+        return ["pearson", "spearman"] if self.is_regression else ["accuracy"]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """How often each class occurs among the training texts, once they are set up."""
+        labels = np.asarray(self._split("train")["label"][:])
+        return np.bincount(labels, minlength=self.num_classes).tolist()  # type: ignore[no-any-return]
+
+    def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Refuse a limit that the special tokens alone reach."""
+        special = tokenizer.num_special_tokens_to_add(
+            any("text_pair" in texts.column_names for texts in splits.values())
+        )
+        if limit <= special:
+            raise ValueError(
+                f"max_length={limit} leaves no room for a text beside the tokenizer's {special} special tokens"
+            )
+
+    def tokenize(
+        self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
+    ) -> datasets.Dataset:
+        """Texts or pairs, cut to the limit."""
+        return tokenize(texts, tokenizer, limit, self.cache_dir, name)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Any:
+        """A batch padded to its longest text."""
+        return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+
+    def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
+        """Split training texts into ``train`` and ``val``; plain indices will do as classes."""
+        if not self.is_regression and not isinstance(texts.features["label"], datasets.ClassLabel):
+            texts = texts.cast_column("label", datasets.ClassLabel(names=self.class_names))
+        return super().hold_out(texts)
+
+    def stratify_by(self, texts: datasets.Dataset) -> str | None:
+        """The labels, where they are classes.
+
+        Raises:
+            ValueError: A class has one text.
+        """
+        if self.is_regression:
+            return None
+        if 1 in (counts := np.bincount(texts["label"][:]).tolist()):
+            raise ValueError(
+                f"class {self.class_names[counts.index(1)]!r} has one text, which cannot be both in training and held "
+                "out: drop the class, or give texts for validation"
+            )
+        return "label"

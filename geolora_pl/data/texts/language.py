@@ -1,0 +1,174 @@
+"""Texts, or prompts and their completions, to train a language model on: from files or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from geolora_pl.data.texts.base import TokenDataModule
+from geolora_pl.data.texts.hub import check_split_names, load_hub, select
+from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack
+from geolora_pl.data.texts.tables import read_table
+from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
+
+
+class LanguageDataModule(TokenDataModule):
+    """The base of the sources for language models: a subclass reads tables.
+
+    Every text ends with the tokenizer's end-of-text token, and starts as the tokenizer starts one. Of a prompt and its
+    completion, which follows it as it stands (begin it with a space if the model is to write one), only the completion
+    and the end are learnt. A sequence is
+
+    - *packed*: all texts one after the other, cut into blocks of ``max_length``, so that nothing is padded and nothing
+      lost; a token then sees texts before its own. All token ids of a split are held in memory;
+    - or a text by itself: one that is too long loses its end, and of a pair the beginning of the prompt first.
+
+    Args:
+        text_column: The column of texts, where there are no prompts.
+        prompt_column: The column of prompts, for pairs.
+        completion_column: The column of completions, for pairs.
+        packed: Whether sequences are packed; by default texts are and pairs are not.
+        **kwargs: Arguments of :class:`TokenDataModule`; ``batch_size`` counts sequences.
+
+    Raises:
+        ValueError: One of ``prompt_column`` and ``completion_column`` is missing, or they are the same.
+    """
+
+    def __init__(
+        self,
+        text_column: str = "text",
+        prompt_column: str | None = None,
+        completion_column: str | None = None,
+        packed: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if (prompt_column is None) != (completion_column is None) or prompt_column == completion_column is not None:
+            raise ValueError(
+                f"prompt_column={prompt_column!r} and completion_column={completion_column!r} must be two columns, or "
+                "both left out"
+            )
+        self.pairs = prompt_column is not None
+        named = {"prompt": prompt_column, "completion": completion_column} if self.pairs else {"text": text_column}
+        self.columns: dict[str, str] = {ours: theirs for ours, theirs in named.items() if theirs is not None}
+        self.packed = not self.pairs if packed is None else packed
+
+    @property
+    def a_sample_is_a_text(self) -> bool:
+        """A block of packed texts is not."""
+        return not self.packed
+
+    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+        """Read the tables: where each comes from and what it holds, by split."""
+        raise NotImplementedError(f"{type(self).__name__} must read its tables")
+
+    def load_splits(self) -> dict[str, datasets.Dataset]:
+        """Read the tables; columns are ``text``, or ``prompt`` and ``completion``."""
+        return {split: self._texts(table, source) for split, (source, table) in self.read().items()}
+
+    def _texts(self, table: pa.Table, source: object) -> datasets.Dataset:
+        columns = {ours: table[theirs].cast(pa.string()).fill_null("") for ours, theirs in self.columns.items()}
+        texts = pa.table(columns)
+        last = texts.column_names[-1]
+        empty = pc.equal(pc.utf8_trim_whitespace(texts[last]), "")
+        if count := pc.sum(empty).as_py():
+            if count == len(texts):
+                raise ValueError(f"{source}: {self.columns[last]} is empty in every row: name another column")
+            rank_zero_info(f"{source}: rows left out, where {self.columns[last]} is empty: {count}")
+        return datasets.Dataset(texts.filter(pc.invert(empty)))
+
+    def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Refuse a limit that leaves nothing to predict, and a tokenizer that cannot end a text."""
+        if limit < 2:
+            raise ValueError(f"max_length={limit} leaves no token to predict from another: it must be at least 2")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token, with which a text ends: give it one and save it")
+
+    def tokenize(
+        self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
+    ) -> datasets.Dataset:
+        """Sequences of ``input_ids``; with ``labels`` beside them where not every token is learnt."""
+        cut = None if self.packed else limit
+        encode = encode_pairs if self.pairs else encode_texts
+        ends = (str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))
+        tokens = cached(
+            texts,
+            lambda batch: encode(batch, tokenizer, cut),
+            (encode.__name__, tokenizer_hash(tokenizer), *ends, str(cut)),
+            self.cache_dir,
+            name,
+        )
+        return pack(tokens, limit) if self.packed else tokens
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Sequences:
+        """A batch padded to its longest sequence, with labels."""
+        return Sequences(tokenizer, multiple)
+
+
+class LanguageFiles(LanguageDataModule):
+    r"""Texts from files: ``.csv``, ``.tsv`` (in which quotes are data), ``.jsonl`` or ``.parquet``.
+
+    Args:
+        train_file: The training texts.
+        val_file: The validation texts; by default a part of the training texts is held out.
+        test_file: The test texts.
+        **kwargs: Arguments of :class:`LanguageDataModule`.
+
+    Raises:
+        ValueError: A file is missing, empty, broken or of another kind, or a column is not there or empty.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "answers.jsonl")
+        >>> _ = file.write_text('{"question": "Is it good?", "answer": " Yes."}\n')
+        >>> LanguageFiles(str(file), prompt_column="question", completion_column="answer").load_splits()["train"][0]
+        {'prompt': 'Is it good?', 'completion': ' Yes.'}
+    """
+
+    def __init__(
+        self, train_file: str, val_file: str | None = None, test_file: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        files = {"train": train_file, "val": val_file, "test": test_file}
+        self.files = {split: file for split, file in files.items() if file is not None}
+
+    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+        """Read the files."""
+        return {split: (file, read_table(file, list(self.columns.values()))) for split, file in self.files.items()}
+
+
+class LanguageHub(LanguageDataModule):
+    """Texts from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
+
+    Args:
+        dataset: Its name, or the folder.
+        subset: Name of the subset, where it has several.
+        splits: Its split for each of ours, such as ``{train: train, val: validation}``; by default those of the usual
+            names ``train``, ``validation`` and ``test`` that it has.
+        **kwargs: Arguments of :class:`LanguageDataModule`.
+
+    Raises:
+        ValueError: The data set, a split or a column is not there.
+    """
+
+    def __init__(
+        self, dataset: str, subset: str | None = None, splits: dict[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        check_split_names(splits)
+        self.dataset = dataset
+        self.subset = subset
+        self.named_splits = splits
+
+    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+        """Fetch the data set, or take it from the cache of ``datasets``."""
+        return {
+            split: (source, select(texts, list(self.columns.values()), source))
+            for split, (source, texts) in load_hub(self.dataset, self.subset, self.named_splits).items()
+        }

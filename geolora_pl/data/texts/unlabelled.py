@@ -1,0 +1,86 @@
+"""Texts to predict: the lines of a file, or a column of a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from geolora_pl.data.texts.labelled import TextDataModule
+from geolora_pl.data.texts.labels import to_dataset
+from geolora_pl.data.texts.tables import read_table
+
+
+class UnlabelledTexts(TextDataModule):
+    r"""The texts of a file, in their order, for ``predict`` alone.
+
+    Args:
+        file: A ``.txt`` with a text a line, or a table: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+        text_column: The column of texts in a table.
+        pair_column: The column of the second texts, for pairs; not in a ``.txt``.
+        batch_size: Texts or pairs a step and process, at least 1.
+        max_length: As of :class:`TextDataModule`: give what the model was trained with.
+        num_workers: As of :class:`TextDataModule`.
+        cache_dir: As of :class:`TextDataModule`.
+
+    Raises:
+        ValueError: The file is missing, empty, broken or of another kind, or a column is not there.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp(), "reviews.txt")
+        >>> _ = file.write_text("good\nbad\n")
+        >>> UnlabelledTexts(str(file)).load_splits()["predict"]["text"][:]
+        ['good', 'bad']
+    """
+
+    def __init__(
+        self,
+        file: str,
+        text_column: str = "text",
+        pair_column: str | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, max_length, num_workers=num_workers, cache_dir=cache_dir)
+        self.file = Path(file)
+        self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
+        if self.file.suffix == ".txt" and pair_column is not None:
+            raise ValueError(f"pair_column={pair_column!r} is for a table, and {file} is one of lines: leave it out")
+
+    @property
+    def class_names(self) -> list[str]:
+        """None: the model knows them."""
+        return []
+
+    @property
+    def num_classes(self) -> None:  # type: ignore[override]  # nobody knows it here
+        """Unknown: the model knows it."""
+        return None
+
+    @property
+    def metrics(self) -> list[str]:
+        """None: there are no labels."""
+        return []
+
+    def load_splits(self) -> dict[str, datasets.Dataset]:
+        """Read the file."""
+        if self.file.suffix == ".txt":
+            table = pa.table({self.text_columns[0]: self._lines()})
+        else:
+            table = read_table(self.file, self.text_columns)
+        return {"predict": to_dataset(table, self.text_columns, None, {}, self.file)}
+
+    def _lines(self) -> list[str]:
+        if not self.file.is_file():
+            raise ValueError(f"{self.file} is no file (from {Path.cwd()})")
+        try:
+            text = self.file.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.file} is no text in UTF-8: {error}") from error
+        if not text:
+            raise ValueError(f"{self.file} is empty")
+        return text.removesuffix("\n").split("\n")  # not splitlines, which splits at form feeds, too

@@ -1,0 +1,71 @@
+"""Checkpoint files of Lightning, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from torch import nn
+
+from geolora_pl.storage.checkpoint import complete, read_checkpoint
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's checkpoint files, written to a temporary name beside the target, flushed and renamed.
+
+    A process that dies in mid-write leaves the earlier file as it was. (Lightning's own writes to the system's
+    temporary folder, and where that is another disk, the file is copied in place.) Remote paths are left to Lightning.
+
+    Args:
+        module: Rebuilds the base of a small checkpoint that is loaded.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: It cannot be written; the target is as it was.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.part")  # what a process that died left there is written over
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            # Torch's own writer tells of a full disk by a RuntimeError.
+            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+                raise OSError(
+                    f"{target} cannot be written ({error}): free space or choose another folder; what was there before "
+                    "is as it was"
+                ) from error
+            raise
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, and complete a small one.
+
+        Raises:
+            ValueError: The file is no whole checkpoint, or its base is another one.
+        """
+        if "://" in str(path) or weights_only is False:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only)
+        else:
+            checkpoint = read_checkpoint(path)
+        complete(checkpoint, self._module)
+        return checkpoint

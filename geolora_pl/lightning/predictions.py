@@ -1,0 +1,133 @@
+"""Predictions to a file: labels and probabilities in the order of the inputs, whatever the number of processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from geolora_pl.storage.atomic import atomic
+
+Row = dict[str, Any]
+SUFFIXES = (".csv", ".jsonl")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write what ``predict`` finds, a row an input, in the order of the inputs.
+
+    A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
+    file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
+    in a regression. The classes are named by the module's ``class_names``, else by the data's, else by their index.
+
+    Args:
+        output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
+
+    Attributes:
+        rows: The rows of the last prediction, in the main process.
+
+    Raises:
+        ValueError: The file's ending is another, or ``predict_step`` gives no probabilities.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=PredictionWriter("predictions.csv"), logger=False)
+    """
+
+    def __init__(self, output: str | Path | None) -> None:
+        super().__init__(write_interval="epoch")
+        self.output = None if output is None else Path(output)
+        if self.output is not None and self.output.suffix not in SUFFIXES:
+            raise ValueError(f"output={str(output)!r} must end in {' or '.join(SUFFIXES)}")
+        self.rows: list[Row] = []
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Gather the predictions of all processes and write them."""
+        by_set = predictions if len(batch_indices) > 1 else [predictions]
+        mine: dict[tuple[int, int], Tensor] = {}
+        for number, (batches, indices_of_batches) in enumerate(zip(by_set, batch_indices, strict=True)):
+            for batch, indices in zip(batches, indices_of_batches, strict=True):
+                if not isinstance(batch, Tensor) or batch.dim() not in (1, 2) or len(batch) != len(indices):
+                    raise ValueError(
+                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes) or "
+                        "numbers (batch,) for the predictions to be written"
+                    )
+                for index, prediction in zip(indices, batch.detach().float().cpu(), strict=True):
+                    mine[number, index] = prediction
+        everything = [mine]
+        if trainer.world_size > 1:
+            everything = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(everything, mine)
+        if trainer.is_global_zero:
+            found = {key: prediction for of_process in everything for key, prediction in of_process.items()}
+            self.rows = _rows(found, pl_module, getattr(trainer, "datamodule", None), len(by_set))
+            if self.output is not None:
+                _write(self.rows, self.output)
+
+
+def predict(
+    module: L.LightningModule, data: L.LightningDataModule, output: str | Path | None = None, **trainer: Any
+) -> list[Row]:
+    """Predict what a data module gives, in one process.
+
+    Args:
+        module: A trained module, as from ``ImageClassification.load_from_checkpoint("last.ckpt")``.
+        data: Such as ``UnlabelledImages("folder")`` or ``UnlabelledTexts("texts.txt")`` of ``geolora_pl.data``.
+        output: A file to write as well, ``.csv`` or ``.jsonl``.
+        **trainer: Arguments of ``lightning.Trainer``, such as ``accelerator`` or ``precision``.
+
+    Returns:
+        The rows of :class:`PredictionWriter`, in the order of the inputs.
+
+    Raises:
+        ValueError: As of :class:`PredictionWriter`.
+    """
+    writer = PredictionWriter(output)
+    settings = {"logger": False, "devices": 1, "enable_checkpointing": False, **trainer}
+    L.Trainer(callbacks=writer, **settings).predict(module, datamodule=data, return_predictions=False)
+    return writer.rows
+
+
+def _rows(found: dict[tuple[int, int], Tensor], module: object, data: object, sets: int) -> list[Row]:
+    names: Sequence[str] = getattr(module, "class_names", None) or getattr(data, "class_names", None) or ()
+    inputs: dict[str, list[str]] = (getattr(data, "predict_inputs", None) or {}) if sets == 1 else {}
+    if len(set(names)) < len(names):
+        raise ValueError(f"class_names={list(names)} must differ: their probabilities could not be told apart")
+    rows = []
+    for (number, index), prediction in sorted(found.items(), key=lambda item: item[0]):
+        row: Row = ({"set": number} if sets > 1 else {}) | {"index": index}
+        row |= {column: values[index] for column, values in inputs.items()}
+        if prediction.dim() == 0:
+            rows.append(row | {"prediction": prediction.item()})
+            continue
+        probabilities = prediction.tolist()
+        if names and len(names) != len(probabilities):
+            raise ValueError(f"class_names={list(names)} must name the {len(probabilities)} classes of the predictions")
+        of_class = dict(zip(names or map(str, range(len(probabilities))), probabilities, strict=True))
+        rows.append(row | {"label": max(of_class, key=of_class.__getitem__), "probabilities": of_class})
+    return rows
+
+
+def _write(rows: list[Row], output: Path) -> None:
+    with atomic(output) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        if output.suffix == ".jsonl":
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return
+        flat = [_flat(row) for row in rows]
+        writer = csv.DictWriter(file, list(flat[0]) if flat else [])
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(row: Row) -> Row:
+    probabilities: dict[str, float] = row.get("probabilities", {})
+    single = {column: value for column, value in row.items() if column != "probabilities"}
+    return single | {f"p_{name}": value for name, value in probabilities.items()}

@@ -1,0 +1,205 @@
+"""What a fit prints: a table of what is adapted before it, a table of the ranks found after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from rich import get_console
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
+from geolora_pl.adapters.inject import adapter_parameters
+from geolora_pl.lightning.monitor import RankMonitor
+
+_WHOLE = ("adapter_params",)  # what a progress bar shows without decimals
+
+
+def wants_tables(trainer: L.Trainer) -> bool:
+    """Whether this process prints, which Lightning's ``enable_model_summary=False`` forbids."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+    return trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks)
+
+
+def show_whole_numbers(bar: ProgressBar | None) -> None:
+    """Let a progress bar show a number of parameters as 25,664, and not as 25664.000 as it shows every number."""
+    if bar is None:
+        return
+    get_metrics = type(bar).get_metrics
+
+    def with_whole_numbers(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = get_metrics(bar, trainer, pl_module)
+        whole = {name: value for name in _WHOLE if isinstance(value := metrics.get(name), (int, float))}  # no strings
+        return {**metrics, **{name: f"{value:,.0f}" for name, value in whole.items()}}
+
+    bar.get_metrics = with_whole_numbers  # type: ignore[method-assign]
+
+
+def print_summary(table: Table, lines: Sequence[str], console: Console | None = None) -> None:
+    """Print a table and the lines below it, which a narrow terminal or a file must not cut short.
+
+    Args:
+        table: Printed first.
+        lines: Of plain text.
+        console: That of the progress bar by default, so that the two do not disturb each other.
+    """
+    console = console or get_console()
+    if not console.is_terminal:  # a file is as wide as it must be
+        needed = console.measure(table, options=console.options.update_width(1000)).maximum
+        console = Console(file=console.file, width=max(console.width, needed))
+    console.print(table)
+    print_lines(lines, console)
+
+
+def print_lines(lines: Iterable[str], console: Console) -> None:
+    """Print lines whole and as they are: a name in brackets is no markup."""
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
+    """What is adapted, which parameters are trained, and how much memory weights and gradients take."""
+    adapters = monitor.integrator.adapters
+    active = adapter_parameters(adapters)
+    table = Table(title="adapters", title_justify="left", show_footer=True)
+    table.add_column("layers", "all", overflow="fold")
+    for title, footer in (
+        ("number", str(len(adapters))),
+        ("out x in", ""),
+        ("rank", _span(layer.rank for layer in adapters.values())),
+        ("at most", _span(layer.max_rank for layer in adapters.values())),
+        ("parameters", f"{active:,}"),
+    ):
+        table.add_column(title, footer, justify="right")
+    for kind in monitor.map.kinds:
+        layers = {name: adapters[name] for name in monitor.map.of_kind(kind)}
+        shapes = dict.fromkeys(f"{layer.out_features} x {layer.in_features}" for layer in layers.values())
+        table.add_row(
+            Text(kind),
+            str(len(layers)),
+            next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+            _span(layer.rank for layer in layers.values()),
+            _span(layer.max_rank for layer in layers.values()),
+            f"{adapter_parameters(layers):,}",
+        )
+    factors, own = _factors(adapters), _own(model, adapters)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    in_full = _count(p for p in own if p.requires_grad)
+    largest = sum(layer.max_rank * (layer.in_features + layer.out_features) for layer in adapters.values())
+    lines = [
+        f"trainable: {active + in_full:,} parameters, {active:,} in adapters (at most {largest:,}) and {in_full:,} of "
+        f"the {_count(own):,} of the model itself",
+        f"memory: {_size(own)} of weights, {_size(factors)} of adapters, {_size(trained)} of gradients, besides the "
+        "optimizer's state",
+    ]
+    return table, lines
+
+
+def rank_table(monitor: RankMonitor) -> Table:
+    """Ranks by kind of layer (rows) and depth, their mean before and after, and the parameters."""
+    adapters, before, ranks = monitor.integrator.adapters, monitor.before, monitor.integrator.ranks()
+    table = Table(title="ranks found, by depth", title_justify="left", show_footer=True)
+    table.add_column("layers", "all", overflow="fold")
+    table.add_column("ranks", "")
+    table.add_column("mean rank", _moved(before.values(), ranks.values()), justify="right", no_wrap=True)
+    table.add_column("parameters", f"{adapter_parameters(adapters):,}", justify="right")
+    for kind in monitor.map.kinds:
+        names = monitor.map.of_kind(kind)
+        table.add_row(
+            Text(kind),
+            " ".join(str(ranks[name]) for name in names),
+            _moved([before[name] for name in names], [ranks[name] for name in names]),
+            f"{adapter_parameters({name: adapters[name] for name in names}):,}",
+        )
+    return table
+
+
+def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
+    """Ranks found and how they moved, scores, time, and where the files are; the model may be merged by then."""
+    adapters = monitor.integrator.adapters
+    table = rank_table(monitor)
+    active, total = adapter_parameters(adapters), _count(_own(model, adapters))
+    lines = [f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)"]
+    capped = sum(layer.rank == layer.max_rank for layer in adapters.values())
+    if capped:
+        lines.append(f"at max_rank: {capped} of {len(adapters)} adapters; if these are many, a larger one may help")
+    own = monitor.numbers(monitor.shown)
+    lines += [f"{name}: {float(value):.4f}" for name, value in trainer.callback_metrics.items() if name not in own]
+    adapting = monitor.clock.total()
+    lines.append(
+        f"time: {_duration(monitor.seconds)}, {_duration(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
+        f"{monitor.clock.count} adaptations of the ranks"
+    )
+    device = monitor.clock.device
+    if device.type == "cuda":
+        lines.append(f"memory: {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB at most on {device}")
+    lines += _files(trainer)
+    return table, lines
+
+
+def _files(trainer: L.Trainer) -> list[str]:
+    lines = []
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None) or logger.save_dir
+        if folder and f"logs: {folder}" not in lines:
+            lines.append(f"logs: {folder}")
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.monitor and callback.best_model_score is not None:
+            score = f"{callback.monitor} {float(callback.best_model_score):.4f}"
+            lines.append(f"best checkpoint: {_relative(callback.best_model_path)} ({score})")
+        if last := callback.last_model_path or ("" if callback.monitor else callback.best_model_path):
+            lines.append(f"last checkpoint: {_relative(last)}")
+    return lines
+
+
+def _relative(path: str) -> str:
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _factors(adapters: Mapping[str, GeoLoRALayer]) -> list[nn.Parameter]:
+    return [getattr(layer, name) for layer in adapters.values() for name in FACTORS]
+
+
+def _own(model: nn.Module, adapters: Mapping[str, GeoLoRALayer]) -> list[nn.Parameter]:
+    factors = {id(factor) for factor in _factors(adapters)}
+    return [p for p in model.parameters() if id(p) not in factors]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _span(values: Iterable[int]) -> str:
+    low, high = min(found := list(values)), max(found)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _moved(before: Iterable[int], after: Iterable[int]) -> str:
+    mean_before, mean_after = (sum(values) / len(values) for values in (list(before), list(after)))
+    return f"{mean_before:.1f} -> {mean_after:.1f}"
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> str:
+    size = float(sum(p.numel() * p.element_size() for p in parameters))
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

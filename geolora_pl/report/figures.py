@@ -1,0 +1,291 @@
+"""The pictures of a report: curves, rank maps and ranks over time, as matplotlib's figures and as SVG for a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, PathPatch, Rectangle
+from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from geolora_pl.report.rank_map import RankMap, depth_label
+from geolora_pl.report.runs import Curve
+
+# Colours for a light page; a page replaces each by the variable of that name, so that it can be dark as well.
+COLOURS = {
+    "ink": "#1f2328",
+    "faint": "#59626c",
+    "line": "#d5dae0",
+    "paper": "#fdfdfe",
+    "s0": "#2368b5",
+    "s1": "#bf5318",
+    "s2": "#24815c",
+    "s3": "#8748ae",
+    "s4": "#96700d",
+    "s5": "#b93a72",
+    "s6": "#14808c",
+    "s7": "#5b6470",
+    "on-low": "#15202b",
+    "on-high": "#fffffe",
+    "r0": "#cfe0f2",
+    "r1": "#b9d2ec",
+    "r2": "#9fc1e4",
+    "r3": "#84aedb",
+    "r4": "#699bd0",
+    "r5": "#588ec9",
+    "r6": "#3a70b0",
+    "r7": "#285997",
+    "r8": "#184277",
+}
+_SERIES = [colour for name, colour in COLOURS.items() if name.startswith("s")]
+_RAMP = [colour for name, colour in COLOURS.items() if re.fullmatch(r"r\d", name)]
+_POINTS = 400
+_BARS = 20_000  # of ranks by adapter: more is a page that takes long to make and to show
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["faint"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["faint"],
+    "ytick.labelcolor": COLOURS["faint"],
+    "legend.frameon": False,
+    "legend.labelcolor": COLOURS["ink"],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = (4.4, 2.9)) -> Figure:
+    """Values over steps, a line each.
+
+    Args:
+        series: By their labels.
+        title: Of the figure.
+        size: In inches.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, size)
+        lines: dict[str, Line2D] = {}
+        for i, (label, curve) in enumerate(series.items()):
+            steps, values = zip(*thin(curve), strict=True)
+            marker = "o" if len(steps) == 1 else ""
+            if max(values) >= 1000:
+                ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            (lines[label],) = ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], linestyle=_dashes(i))
+        _finish(figure, ax, lines)
+    return figure
+
+
+def ranks_over_steps(ranks: Mapping[str, Curve], title: str, size: tuple[float, float] = (4.4, 2.9)) -> Figure:
+    """The mean rank of every kind of layer over steps.
+
+    Args:
+        ranks: By adapter.
+        title: Of the figure.
+        size: In inches.
+    """
+    places = RankMap.of(ranks)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, size)
+        lines: dict[str, Line2D] = {}
+        for i, (kind, label) in enumerate(places.short_kinds().items()):
+            steps, mean = zip(*_mean([ranks[name] for name in places.of_kind(kind)]), strict=True)
+            (lines[label],) = ax.step(steps, mean, where="post", color=_SERIES[i % 8], linestyle=_dashes(i))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _finish(figure, ax, lines)
+    return figure
+
+
+def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
+    """The ranks by kind of layer (rows) and depth (columns).
+
+    Args:
+        ranks: By adapter.
+        title: Of the figure.
+    """
+    places = RankMap.of(ranks)
+    labels = places.short_kinds()
+    rows, columns = len(places.kinds), len(places.depths)
+    width = 0.35 + 0.075 * max(map(len, labels.values())) + (0.42 if columns <= 12 else 0.32) * columns
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (max(width, 2.6), 0.75 + 0.36 * rows))
+        low, high = min(ranks.values()), max(ranks.values())
+        for name, (kind, depth) in places.places.items():
+            i, j, level = places.kinds.index(kind), places.depths.index(depth), _level(ranks[name], low, high)
+            ax.add_patch(_cell(j, i, level))
+            ink = COLOURS["on-high" if level >= 6 else "on-low"]
+            ax.text(j, i, str(ranks[name]), color=ink, ha="center", va="center")
+        ax.set_xlim(-0.5, columns - 0.5)
+        ax.set_ylim(rows - 0.5, -0.5)
+        ax.set_xticks(range(columns), [depth_label(depth) for depth in places.depths])
+        ax.set_yticks(range(rows), list(labels.values()))
+        if any(places.depths):
+            ax.set_xlabel("depth")
+        _bare(ax)
+    return figure
+
+
+def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
+    """The rank of every adapter (rows) over steps.
+
+    Args:
+        ranks: By adapter.
+        title: Of the figure.
+    """
+    places = RankMap.of(ranks)
+    labels = places.short_names()
+    values = [value for curve in ranks.values() for _, value in curve]
+    low, high, last = min(values), max(values), max(curve[-1][0] for curve in ranks.values())
+    height = 0.19 if len(ranks) <= 64 else 9 / len(ranks)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (6.6, 0.95 + height * len(ranks)))
+        bars: list[list[Any]] = [[] for _ in _RAMP]
+        every = -(-sum(map(len, ranks.values())) // _BARS)
+        for i, name in enumerate(places.places):
+            first, *others = ranks[name]
+            curve = _changes([first, *others[::-every][::-1]])
+            ends = [step for step, _ in curve[1:]] + [last]
+            for (step, rank), end in zip(curve, ends, strict=True):
+                right, top, bottom = max(end, step + last / 500), i - 0.43, i + 0.43
+                bars[_level(rank, low, high)].append([(step, bottom), (right, bottom), (right, top), (step, top)])
+        for colour, of_level in zip(_RAMP, bars, strict=True):
+            if of_level:  # one shape: thousands of patches take minutes
+                shape = Path.make_compound_path_from_polys(np.array(of_level, float))
+                ax.add_patch(PathPatch(shape, color=colour, linewidth=0))
+        levels = range(round(low), round(high) + 1, max(1, round((high - low) / 6)))
+        legend = [Patch(color=_RAMP[_level(rank, low, high)], label=str(rank), linewidth=0) for rank in levels]
+        labelled = labels.keys() if len(ranks) <= 64 else places.firsts()
+        shown = {i: label for i, (name, label) in enumerate(labels.items()) if name in labelled}
+        ax.set_yticks(list(shown), list(shown.values()))
+        ax.set_ylim(len(ranks) - 0.5, -0.5)
+        ax.set_xlim(0, max(last, 1))
+        ax.set_xlabel("step")
+        _bare(ax)
+        figure.legend(
+            handles=legend, loc="outside lower left", ncols=8, handlelength=1, handleheight=1, columnspacing=1
+        )
+    return figure
+
+
+def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """The singular values of every update in descending order, a line an adapter, a colour a kind of layer.
+
+    Args:
+        sigmas: By adapter, descending.
+        title: Of the figure.
+    """
+    places = RankMap.of(sigmas)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (4.4, 2.9))
+        lines: dict[str, Line2D] = {}
+        for i, (kind, label) in enumerate(places.short_kinds().items()):
+            for name in places.of_kind(kind):
+                sigma = [value for value in sigmas[name] if value > 0]
+                (lines[label],) = ax.plot(range(1, len(sigma) + 1), sigma)
+                lines[label].set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _finish(figure, ax, lines, "index of the singular value")
+    return figure
+
+
+def svg(figure: Figure, alt: str, salt: str) -> str:
+    """A figure as an element of a page whose style defines the variables of ``COLOURS``.
+
+    Args:
+        figure: To draw.
+        alt: What it shows, in words.
+        salt: Unique on the page, for the names inside.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = re.search(r"<svg.*</svg>", file.getvalue(), re.S)
+    assert text is not None
+    drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", text[0], flags=re.S)
+    drawn = re.sub(r"<!--.*?-->\s*", "", drawn, flags=re.S)
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
+    drawn = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawn)
+    for name, colour in COLOURS.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:.0f}" role="img" aria-label="{alt}"'
+    return re.sub(r"<svg[^>]*", lambda _: head, drawn, count=1)
+
+
+def thin(curve: Curve) -> Curve:
+    """At most some hundred points of a curve, each the mean of its neighbours.
+
+    Example:
+        >>> len(thin([(step, 1.0) for step in range(10_000)])) <= 400
+        True
+    """
+    size = -(-len(curve) // _POINTS)
+    parts = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def _axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_title(title)
+    return figure, ax
+
+
+def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step") -> None:
+    ax.set_xlabel(xlabel)
+    ax.tick_params(length=0)
+    if len(lines) > 1:
+        columns = max(1, min(len(lines), 56 // (max(map(len, lines)) + 5)))
+        figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(lines) // columns) - 1))  # a line of it is no loss
+        # By name: matplotlib leaves out labels that begin with an underscore, unless it is given them.
+        figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=columns, columnspacing=1.2)
+
+
+def _dashes(i: int) -> str:
+    return ("-", "--")[i // 8 % 2]  # there are eight colours
+
+
+def _bare(ax: Axes) -> None:
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _cell(x: int, y: int, level: int) -> Rectangle:
+    return Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=_RAMP[level], linewidth=0)
+
+
+def _level(value: float, low: float, high: float) -> int:
+    return round((value - low) / (high - low) * (len(_RAMP) - 1)) if high > low else len(_RAMP) // 2
+
+
+def _changes(curve: Curve) -> Curve:
+    return [point for i, point in enumerate(curve) if i == 0 or point[1] != curve[i - 1][1]]
+
+
+def _mean(of_kind: Sequence[Curve]) -> Curve:
+    """The mean of curves at the steps that they have in common."""
+    tables = [dict(reversed(curve)) for curve in of_kind]  # of two points at step 0 the start
+    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]

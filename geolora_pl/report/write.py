@@ -1,0 +1,77 @@
+"""The command ``report``: a page about one run, or about several side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from geolora_pl.lazy import import_extra
+from geolora_pl.report.runs import read_runs
+from geolora_pl.storage.atomic import atomic
+
+
+def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write one page of HTML about runs: learning curves, ranks over depth and time, parameters, and how they compare.
+
+    It needs no network and no other file, and is light or dark as its reader likes. An earlier report is replaced;
+    any other file is not.
+
+    Args:
+        runs: Folders of runs, one or several, as a CSV or TensorBoard logger of Lightning left them.
+        output: The file to write; by default ``report.html`` in the first folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: A folder holds no run, something else is at ``output`` or nothing can be, or matplotlib is missing.
+    """
+    page = import_extra("geolora_pl.report.page", "a report")
+    found = read_runs(runs)
+    target = Path(output or found[0].folder / "report.html")
+    with _refused_by_the_system(target):
+        foreign = target.exists() and not (target.is_file() and page.GENERATOR.encode() in target.read_bytes()[:2000])
+    if foreign:
+        raise ValueError(f"output='{target}' is there already and is no report: name another file")
+    text = page.page(found)
+    with _refused_by_the_system(target), atomic(target) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return target
+
+
+@contextmanager
+def _refused_by_the_system(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"output='{target}' cannot be written ({error.strerror}): name another file") from error
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``report``.
+
+    Args:
+        args: Its arguments.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m geolora_pl report", allow_abbrev=False, description="Write a page about one run or several."
+    )
+    parser.add_argument(
+        "--run",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FOLDER",
+        help="The folder of a run, with metrics.csv or TensorBoard's events; several are compared.",
+    )
+    parser.add_argument("--output", metavar="FILE", help="By default report.html in the first folder.")
+    given = parser.parse_args(args)
+    try:
+        target = write_report(given.run, given.output)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    Console().print(f"{target}: open it in a browser", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,1 @@
+"""Adapters and checkpoints as values and as files."""

@@ -1,0 +1,171 @@
+"""Adapter files: what was trained, at the live ranks, with all that is needed to put it back on its base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.storage.adapter_state import AdapterState, Factors, apply, capture, check
+from geolora_pl.storage.atomic import atomic
+
+_FORMAT, _VERSION = "geolora_pl.adapter", 1
+_KINDS = ("adapters", "trained", "buffers")  # the first component of a tensor's name in the file
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write the adapters and whatever else was trained to one safetensors file.
+
+    An adapter of rank r takes ``U (m, r), S (r, r), V (n, r)``, whatever ``max_rank`` is. Pending increments are
+    folded into the copy that is written; the model stays as it is. Beside them the file holds the configuration, the
+    name of the base, a hash of its frozen weights and a checksum. A file that is there already is replaced, in one
+    step.
+
+    Args:
+        model: A model with adapters.
+        path: The file, as a rule ``.safetensors``.
+
+    Raises:
+        ValueError: The model has no adapters, or a value in them is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> from geolora_pl import inject_adapters
+        >>> model, file = nn.Sequential(nn.Linear(8, 6)), Path(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> _ = inject_adapters(model)
+        >>> save_adapter(model, file)
+        >>> load_adapter(model, file)
+    """
+    write_adapter(capture(model), path)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Load a file of :func:`save_adapter` into its base, plain or with fresh adapters; training can go on from it.
+
+    The file is checked as a whole before the model is touched. A plain model gets the adapters of the file, and what
+    was trained with them is trainable again; adapters that are there keep their own dropout and ``max_rank``. Load
+    before the optimizer is made: it knows nothing of the new values.
+
+    Args:
+        model: The base that the adapter was trained on, in any precision.
+        path: The file.
+
+    Raises:
+        ValueError: The file is missing, broken, of a newer version or no adapter, or the model is another than its
+            base; nothing is loaded then.
+
+    Example:
+        See :func:`save_adapter`.
+    """
+    state = read_adapter(path)
+    try:
+        check(model, state)
+        apply(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+
+
+def write_adapter(state: AdapterState, path: str | Path) -> None:
+    """Write a state to a file.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    tensors = {f"trained/{name}": tensor for name, tensor in state.trained.items()}
+    tensors |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
+    for name, factors in state.factors.items():
+        tensors |= {f"adapters/{name}/{letter}": factor for letter, factor in factors._asdict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if problem := _not_finite(tensors):
+        raise ValueError(f"{problem} is not finite, so the adapter is not saved: go back to a checkpoint before it")
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "config": json.dumps(asdict(state.config)),
+        "base_name": json.dumps(state.base_name),
+        "base_hash": state.base_hash,
+    }
+    metadata["checksum"] = _checksum(metadata, tensors)
+    with atomic(path) as unfinished:
+        save_file(tensors, unfinished, metadata)
+
+
+def read_adapter(path: str | Path) -> AdapterState:
+    """Read and check a file of :func:`save_adapter`, as far as it can be checked without its base.
+
+    Raises:
+        ValueError: It is missing, broken, of a newer version or no adapter.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file (from {Path.cwd()})")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} is no adapter of geolora_pl: import_peft loads a folder of PEFT")
+            if not metadata.get("version", "").isdecimal():
+                raise ValueError(f"{path} is corrupt: it has no version; fetch or save it anew")
+            if (version := int(metadata["version"])) > _VERSION:
+                raise ValueError(
+                    f"{path} is of version {version}, and this geolora_pl reads up to {_VERSION}: update geolora_pl"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is corrupt or no safetensors file ({error}): fetch or save it anew") from error
+    if metadata.pop("checksum", None) != _checksum(metadata, tensors):
+        raise ValueError(f"{path} is corrupt: its checksum does not fit its contents; fetch or save it anew")
+    try:
+        return _state(metadata, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no well-formed adapter ({error}): save it anew") from error
+
+
+def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AdapterState:
+    if problem := _not_finite(tensors):
+        raise ValueError(f"{problem} is not finite")
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        found[kind][rest] = tensor
+    names = sorted({name.rpartition("/")[0] for name in found["adapters"]})
+    if not names or len(found["adapters"]) != 3 * len(names):
+        raise ValueError("an adapter is U, S and V, and there is one at least")
+    factors = {name: Factors(*(found["adapters"][f"{name}/{letter}"] for letter in "USV")) for name in names}
+    state = AdapterState(
+        config=AdapterConfig(**json.loads(metadata["config"])),
+        factors=factors,
+        trained=found["trained"],
+        buffers=found["buffers"],
+        base_name=json.loads(metadata["base_name"]),
+        base_hash=metadata["base_hash"],
+    )
+    for name, max_rank in state.max_ranks.items():
+        U, S, V = factors[name]
+        r = U.shape[-1]
+        if not (U.dim() == V.dim() == 2 and S.shape == (r, r) and V.shape[1] == r <= max_rank):
+            raise ValueError(f"{name} has U {tuple(U.shape)}, S {tuple(S.shape)}, V {tuple(V.shape)}")
+        if not all(factor.dtype in (torch.float32, torch.float64) for factor in (U, S, V)):
+            raise ValueError(f"{name} has factors that are neither float32 nor float64")
+        if r and not ((U != 0).any(0).all() and (V != 0).any(0).all()):
+            raise ValueError(f"{name} has a column of zeros")
+    return state
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

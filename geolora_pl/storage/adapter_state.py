@@ -1,0 +1,232 @@
+"""All that training has changed in a model, apart from it: taken from one model, checked, put into another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from geolora_pl.adapters.base import GeoLoRALayer
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.math.decomposition import decompose, ranks_by_tau, resolution
+from geolora_pl.math.precision import exact_products
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
+
+
+class Factors(NamedTuple):
+    """One adapter at its live rank r: U (m, r), S (r, r), V (n, r)."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What training has changed in a model, without the model.
+
+    Attributes:
+        config: Puts the same adapters into the base: it names each layer with its ``max_rank``.
+        factors: The adapters by name.
+        trained: What else was trained, by name in the base.
+        buffers: The base's own buffers, such as running means, which training moves as well.
+        base_name: What the base is called, if it says so.
+        base_hash: From :func:`geolora_pl.storage.fingerprint.base_hash`, without ``trained``.
+    """
+
+    config: AdapterConfig
+    factors: Mapping[str, Factors]
+    trained: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    base_name: str | None
+    base_hash: str
+
+    @property
+    def max_ranks(self) -> dict[str, int]:
+        """Columns allocated for each adapter."""
+        return {name: self.config.rank_pattern[exactly(name)] for name in self.factors}
+
+
+def exactly(name: str) -> str:
+    """The regular expression that means one module and no other."""
+    return f"^{re.escape(name)}$"
+
+
+def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float = 0.0) -> AdapterConfig:
+    """The configuration that adapts just these layers.
+
+    Example:
+        >>> config_of({"0": 4}).target_modules
+        '(0)'
+    """
+    return AdapterConfig(
+        init_rank=1,
+        max_rank=1,  # what counts is the rank that the pattern gives each layer
+        target_modules=f"({'|'.join(map(re.escape, max_ranks))})",
+        alpha=alpha,
+        dropout=dropout,
+        rank_pattern={exactly(name): rank for name, rank in max_ranks.items()},
+    )
+
+
+@torch.no_grad()
+def retracted(layer: GeoLoRALayer) -> Factors:
+    """An adapter with its pending increments folded in; the layer stays as it is.
+
+    The point alone is copied to the bit. With increments it is decomposed anew, and of more than ``max_rank``
+    directions the leading ones are kept, as in a retraction of the integrator.
+    """
+    if not (layer.K.any() or layer.L.any()):
+        r = layer.rank
+        return Factors(layer.U[:, :r].clone(), layer.S[:r, :r].clone(), layer.V[:, :r].clone())
+    with exact_products(layer.U.device):
+        step = decompose(layer.U, layer.S, layer.V, layer.K, layer.L)
+        return leading(step.U, step.sigma, step.V)
+
+
+def leading(U: Tensor, sigma: Tensor, V: Tensor) -> Factors:
+    """Of singular triplets U (m, R), sigma (at least R), V (n, R) those that are no rounding."""
+    m, n, R = len(U), len(V), U.shape[1]
+    r = int(ranks_by_tau(sigma, 0.0, resolution(m, n, sigma.dtype), 0, R))
+    return Factors(U[:, :r].contiguous(), torch.diag(sigma[:r]), V[:, :r].contiguous())
+
+
+def capture(model: nn.Module) -> AdapterState:
+    """Copy what training has changed in a model.
+
+    Raises:
+        ValueError: The model has no adapters, or they differ in ``alpha`` or ``dropout``.
+    """
+    adapters = find_adapters(model)
+    if not adapters:
+        raise ValueError("the model holds no adapters: there is nothing to save; inject_adapters(model) first")
+    kinds = {(layer.scaling, getattr(layer.dropout, "p", 0.0)) for layer in adapters.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"the adapters differ in (alpha, dropout), {sorted(kinds)}: give all of them the same")
+    ((alpha, dropout),) = kinds
+    names = trained_names(model)
+    parameters = base_parameters(model)
+    # A layer that the model holds under several names, or one of several that share a weight, is adapted under each.
+    everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
+    config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout)
+    return AdapterState(
+        config=replace(config, target_modules=f"({'|'.join(map(re.escape, everywhere))})"),
+        factors={name: retracted(layer) for name, layer in adapters.items()},
+        trained={name: parameters[name].detach().clone() for name in names},
+        buffers={name: buffer.detach().clone() for name, buffer in base_buffers(model).items()},
+        base_name=base_name(model),
+        base_hash=base_hash(model, names),
+    )
+
+
+def check(model: nn.Module, state: AdapterState) -> None:
+    """Refuse a state that does not belong to a model; the model stays as it is.
+
+    Raises:
+        ValueError: Another base, another layer, or another shape.
+    """
+    if has_adapters(model):
+        if problem := misfit(model, state):
+            raise ValueError(problem)
+    else:
+        modules = dict(model.named_modules())
+        if absent := [name for name in state.factors if name not in modules]:
+            raise ValueError(f"the model has no layer {absent[0]}, which the adapter is for: take the base it is of")
+    there: dict[str, Tensor] = {**base_parameters(model), **base_buffers(model)}
+    for name, tensor in {**state.trained, **state.buffers}.items():
+        if name not in there:
+            raise ValueError(f"the model has no {name}, which was trained with the adapter: take the base it is of")
+        if tensor.shape != there[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} in the adapter and {tuple(there[name].shape)} in the model: build "
+                "the model with the same head (number of classes)"
+            )
+    if base_hash(model, state.trained) != state.base_hash:
+        raise ValueError(
+            f"the adapter is of another base, {state.base_name or 'one without a name'}, than this model: their frozen "
+            "weights differ; load the base that it was trained on"
+        )
+
+
+def misfit(model: nn.Module, state: AdapterState) -> str | None:
+    """Why the adapters that a model has cannot take up a state, if they cannot."""
+    adapters = find_adapters(model)
+    if differ := sorted(set(adapters) ^ set(state.factors)):
+        where = "in the model" if differ[0] in adapters else "in the file"
+        return f"{differ[0]} has an adapter {where} alone ({len(differ)} such): inject none, and loading puts them in"
+    for name, (U, _, V) in state.factors.items():
+        layer = adapters[name]
+        if (len(U), len(V)) != (len(layer.U), len(layer.V)):
+            return f"{name} is {len(U)} x {len(V)} in the file and {len(layer.U)} x {len(layer.V)} in the model"
+        if U.shape[1] > layer.max_rank:
+            return f"{name} has rank {U.shape[1]} in the file and max_rank={layer.max_rank} in the model: raise it"
+        if layer.scaling != state.config.alpha:
+            return f"alpha={layer.scaling} does not fit the file, which has {state.config.alpha}: set it to that"
+    return None
+
+
+@torch.no_grad()
+def apply(model: nn.Module, state: AdapterState) -> None:
+    """Put a state into a model, which :func:`check` has passed: all of it or nothing.
+
+    A plain model gets the adapters, and what was trained is trainable again; in a model with adapters the
+    parameters stay the same objects.
+
+    Raises:
+        ValueError: A layer cannot be adapted, or has another shape.
+    """
+    if has_adapters(model):
+        if problem := misfit(model, state):
+            raise ValueError(problem)
+    else:
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        inject_adapters(model, replace(state.config, train_bias=False, modules_to_save=()))
+        if problem := misfit(model, state):
+            remove_adapters(model)
+            for parameter, required in requires_grad:
+                parameter.requires_grad_(required)
+            raise ValueError(problem)
+    parameters = base_parameters(model)
+    for name in state.trained:
+        parameters[name].requires_grad_(True)
+    for name, layer in find_adapters(model).items():
+        U, S, V = state.factors[name]
+        r = U.shape[1]
+        for factor in (layer.U, layer.S, layer.V, layer.K, layer.L):
+            factor.zero_()
+        layer.U[:, :r], layer.S[:r, :r], layer.V[:, :r] = U.to(layer.U), S.to(layer.U), V.to(layer.U)
+        layer.rank = r
+    write(model, {**state.trained, **state.buffers})
+
+
+@torch.no_grad()
+def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors over parameters and buffers of the base, by name."""
+    there: dict[str, Tensor] = {**base_parameters(model), **base_buffers(model)}
+    for name, tensor in tensors.items():
+        there[name].copy_(tensor)
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers outside adapters that a state dict holds."""
+    within = tuple(f"{name}." for name in find_adapters(model))
+    saved = model.state_dict()
+    return {
+        name: buffer for name, buffer in model.named_buffers() if name in saved and not name.startswith(within or "\0")
+    }
+
+
+def base_name(model: nn.Module) -> str | None:
+    """What transformers or timm call a model, or the model inside a wrapper."""
+    for module in (model, *model.children()):
+        if isinstance(name := getattr(module, "name_or_path", None), str) and name:
+            return name
+        config = getattr(module, "pretrained_cfg", None)
+        if isinstance(config, Mapping) and config.get("architecture"):
+            return ".".join(filter(None, (config["architecture"], config.get("tag"))))
+    return None

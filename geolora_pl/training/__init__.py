@@ -1,0 +1,1 @@
+"""The optimizer's step and the retraction after it, in plain torch."""

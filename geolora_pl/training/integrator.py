@@ -1,0 +1,298 @@
+"""The rank-adaptive integrator: after the optimizer's step, retract, truncate, transport."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from geolora_pl.adapters.inject import adapter_parameters, find_adapters
+from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.math import decomposition as functional
+from geolora_pl.math.precision import exact_products
+from geolora_pl.training.moments import transport_moments
+from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
+from geolora_pl.training.steps import OnNonfinite, StepWatch
+
+_REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
+_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
+
+
+class RankAdaptiveIntegrator:
+    r"""Move the factors of all adapters after the optimizer's step (GeoLoRA, Algorithm 1, steps 3 to 5).
+
+    Every ``adapt_every`` optimizer steps the pending tangent step of each adapter is folded into its factors: augment
+    the bases, take the SVD of the small core, choose the rank, rotate. K and L return to zero, and the optimizer's
+    moments are carried to the new bases. Between two such steps the increments stay pending; they are part of the
+    forward and of the state.
+
+    ``weight_decay`` of the parameter groups that hold K and L is decoupled decay of the update: the optimizer decays
+    the pending increments, and the integrator multiplies S by ``1 - lr * weight_decay`` for every step, with the lr of
+    that step, at the retraction.
+
+    A step whose gradients are not all finite is skipped whole, head and moments included (or refused, with
+    ``on_nonfinite="raise"``): just before the optimizer's step the gradients of all its parameters are set to
+    ``None``, or on a GPU :class:`~geolora_pl.RiemannianAdam` leaves it out by itself. The integrator sees the steps of
+    any torch optimizer that holds its adapters, from the first one on, without being told.
+
+    Where several processes train together (``torch.distributed`` is initialised), rank 0 decides every retraction and
+    sends ranks and factors to the others in one message, so that all stay the same to the bit. They must hold the same
+    adapters and gradients that are already reduced, as with DDP.
+
+    The defaults are Algorithm 1; those of :class:`~geolora_pl.GeoLoRACallback` are what was measured best.
+
+    Attributes:
+        adapters: The adapters by name.
+        growing: Whether the ranks still grow: ``tau`` has not judged yet.
+        rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
+        steps: Optimizer steps since the last retraction.
+        total_steps: Optimizer steps in all.
+        adaptations: Retractions so far.
+        truncation_error: Relative Frobenius norm of what the last retraction dropped, over all adapters that it moved.
+
+    Args:
+        model: A model with adapters.
+        tau: Relative truncation tolerance in the Frobenius norm, in [0, 1): the dropped tail of an adapter is at most
+            ``tau`` times the norm of its update, unless ``max_rank`` or the budget binds.
+        budget: Adapter parameters allowed in all, ``sum(rank * (in + out))``, or ``None`` for no limit but
+            ``max_rank``.
+        min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them
+            and drop nothing but what ``max_rank`` and the budget ask for, so that a rank may double each time; only
+            then ``tau`` judges. Later a rank hardly grows, for beside a large S a new direction is as small as the
+            square of a step divided by S.
+        on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
+
+    Raises:
+        ValueError: An argument is out of range, the model has no adapters, or the budget is below what ``min_rank``
+            asks for.
+        FloatingPointError: From the optimizer's step with ``on_nonfinite="raise"``; nothing has changed then.
+
+    Example:
+        >>> from geolora_pl import inject_adapters
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> adapters = inject_adapters(model)
+        >>> integrator = RankAdaptiveIntegrator(model, tau=0.1)
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        >>> model(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> integrator.step(optimizer)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tau: float = 0.1,
+        budget: int | None = None,
+        min_rank: int = 1,
+        adapt_every: int = 1,
+        grow: bool = False,
+        on_nonfinite: OnNonfinite = "skip",
+    ) -> None:
+        check_settings(tau, budget, min_rank, adapt_every, grow, on_nonfinite)
+        self.adapters = find_adapters(model)
+        if not self.adapters:
+            raise ValueError("the model has no adapters: inject_adapters(model, config) first")
+        for layer in self.adapters.values():
+            layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
+        if min_rank > (largest := max(layer.max_rank for layer in self.adapters.values())):
+            raise ValueError(f"min_rank={min_rank} is above the largest max_rank, {largest}: lower it")
+        self.tau = tau
+        self.budget = budget
+        self.min_rank = min_rank
+        self.adapt_every = adapt_every
+        self.growing = grow
+        self.rank_changes = True
+        self.steps = 0
+        self.total_steps = 0
+        self.adaptations = 0
+        self.truncation_error = 0.0
+        self._reset_keys: set[str] = set()  # optimizer state already named
+        floors = [min(min_rank, layer.max_rank) for layer in self.adapters.values()]
+        costs = [layer.in_features + layer.out_features for layer in self.adapters.values()]
+        least = sum(floor * cost for floor, cost in zip(floors, costs, strict=True))
+        if budget is not None and budget < least:
+            raise ValueError(
+                f"budget={budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
+                "lower min_rank"
+            )
+        self._watch = StepWatch(model, self.adapters, on_nonfinite)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped because a gradient was not finite."""
+        return self._watch.skipped_steps
+
+    def ranks(self) -> dict[str, int]:
+        """The live rank of every adapter by name."""
+        return {name: layer.rank for name, layer in self.adapters.items()}
+
+    def adapter_parameters(self) -> int:
+        """Active adapter parameters, ``sum(rank * (in + out))``."""
+        return adapter_parameters(self.adapters)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Call after ``optimizer.step()``: retract when it is time.
+
+        Args:
+            optimizer: The optimizer that just stepped; its moments are carried along.
+
+        Returns:
+            Whether the factors were retracted. A step that was skipped does not count.
+
+        Raises:
+            ValueError: The optimizer does not hold K and L of the adapters.
+        """
+        self.check_optimizer(optimizer)
+        new_steps = self._watch.take()
+        if not new_steps and not self.steps and self._anything_pending():
+            new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
+        self.steps += new_steps
+        self.total_steps += new_steps
+        if self.steps >= self._interval():
+            self.settle()
+        if self.steps < self._interval():
+            return False
+        self._fold(optimizer, grow=self.growing and self.total_steps < self.adapt_every)
+        return True
+
+    def _interval(self) -> int:
+        """Steps from the last retraction to the next; while the ranks grow, as many as were taken before the last."""
+        return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.growing else self.adapt_every
+
+    def settle(self) -> None:
+        """Take back the steps that a device, as is known only now, has skipped; waits for it."""
+        skipped = self._watch.settle()
+        uncounted = min(skipped, self._watch.new_steps)
+        self._watch.new_steps -= uncounted
+        self.steps -= skipped - uncounted
+        self.total_steps -= skipped - uncounted
+
+    def require_gradients(self) -> None:
+        """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
+        self._watch.every_adapter_needs_a_gradient = True
+
+    def close(self) -> None:
+        """Stop watching the optimizer; the integrator is of no use after it."""
+        self._watch.close()
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
+        if isinstance(optimizer, _REFUSED):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
+                "optimizer of the Adam family, or SGD"
+            )
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self.adapters.items():
+            if layer.K.requires_grad != layer.L.requires_grad:
+                raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
+            for factor in (layer.K, layer.L):
+                if factor.requires_grad and id(factor) not in held:
+                    raise ValueError(
+                        f"the optimizer does not hold the factors of the adapter {name}: make it after "
+                        "inject_adapters(model), from all parameters that require gradients"
+                    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and pending decay; factors and ranks are in the model's own state."""
+        self.settle()
+        state = {name: getattr(self, name) for name in _STATE}
+        return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self._watch.forget()
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self._watch.skipped_steps = state["skipped_steps"]
+        self._watch.decay = dict(state["decay"])
+
+    def retract(self, optimizer: Optimizer | None = None) -> None:
+        """Fold every pending increment into its factors now, whatever the cadence.
+
+        An adapter with nothing pending keeps its factors to the bit, for a relative ``tau`` would erode it; only the
+        budget may still take ranks from it, and the first ``tau`` after the ranks have grown.
+
+        Args:
+            optimizer: Whose moments are carried along; ``None`` if there is none any more.
+        """
+        self._fold(optimizer, grow=False)
+
+    @torch.no_grad()
+    def _fold(self, optimizer: Optimizer | None, grow: bool) -> None:
+        self.settle()
+        tau = None if not self.rank_changes else 0.0 if grow else self.tau
+        with exact_products(next(iter(self.adapters.values())).U.device):
+            self._retract(tau, optimizer, whole=self.growing and not grow)  # what has grown is judged, pending or not
+        self.growing = grow
+
+    def _retract(self, tau: float | None, optimizer: Optimizer | None, whole: bool) -> None:
+        plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank, whole)
+        try:
+            for group in plan.groups:
+                self._move(group, optimizer)
+                self._watch.forget_decay(group.names)
+            ranks, self.truncation_error = plan.on_host()
+        except BaseException:  # ranks are those of the factors, however many of them have moved
+            for layer in self.adapters.values():
+                layer.read_rank()
+            raise
+        for name, rank in ranks.items():
+            self.adapters[name].rank = rank
+        self.steps = 0
+        self.adaptations += 1
+
+    def _anything_pending(self) -> bool:
+        return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))
+
+    def _move(self, group: GroupPlan, optimizer: Optimizer | None) -> None:
+        """Write the truncated factors of adapters of one shape and carry their moments along."""
+        layers = [self.adapters[name] for name in group.names]
+        columns = group.step.U.shape[-1]
+        U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
+        moves = group.moves[:, None, None]
+        U_new, S_new, V_new = functional.truncate(group.step, group.ranks)
+        for new, old in ((U_new, U), (S_new, S), (V_new, V)):
+            torch.where(moves, new, old, out=new)
+        if optimizer is not None:
+            self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
+        # The columns beyond were zero and stay so.
+        torch._foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
+        torch._foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
+        torch._foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
+        torch._foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
+
+    def _report_reset(self, keys: set[str]) -> None:
+        if new := keys - self._reset_keys:
+            self._reset_keys |= new
+            warnings.warn(
+                f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: it is "
+                "set to zero for the adapters that move at a retraction; raise adapt_every, or use an optimizer of the "
+                "Adam family or SGD",
+                GeoLoRAWarning,
+                stacklevel=2,
+            )
+
+
+def check_settings(
+    tau: float, budget: int | None, min_rank: int, adapt_every: int, grow: bool, on_nonfinite: str
+) -> None:
+    """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
+    if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
+        raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
+    for name, value, least in (("min_rank", min_rank, 0), ("adapt_every", adapt_every, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
+    if not isinstance(grow, bool):
+        raise ValueError(f"grow={grow!r} must be True or False: it is whether the ranks grow first")
+    if on_nonfinite not in get_args(OnNonfinite):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")

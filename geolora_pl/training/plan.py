@@ -1,0 +1,174 @@
+"""What a retraction does, worked out before anything is changed: where every adapter goes, and at which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
+from geolora_pl.math import decomposition as functional
+from geolora_pl.math.precision import summing_dtype
+from geolora_pl.training.distributed import broadcast_packed, decides, processes
+
+Adapters = Mapping[str, GeoLoRALayer]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A retraction of B adapters of one shape, on their device.
+
+    Attributes:
+        names: Of the adapters.
+        step: The point plus the pending step of each, decomposed; no more singular vectors than any of them may keep.
+        ranks: (B,), int64, the new ranks.
+        moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
+    """
+
+    names: Sequence[str]
+    step: functional.Decomposition
+    ranks: Tensor
+    moves: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A retraction of all adapters.
+
+    Attributes:
+        groups: All adapters, those of one shape together.
+        truncation_error: (), relative Frobenius norm of what is dropped, over all adapters that move.
+    """
+
+    groups: Sequence[GroupPlan]
+    truncation_error: Tensor
+
+    def on_host(self) -> tuple[dict[str, int], float]:
+        """The new rank of every adapter, and the truncation error; all in one transfer, which waits for the device."""
+        names = [name for group in self.groups for name in group.names]
+        ranks = [group.ranks.to(self.truncation_error) for group in self.groups]
+        *on_host, error = torch.cat([*ranks, self.truncation_error[None]]).tolist()
+        return {name: int(rank) for name, rank in zip(names, on_host, strict=True)}, error
+
+
+def plan_retraction(
+    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
+) -> Plan:
+    """Plan a retraction; where several processes train together, all have the plan of rank 0, from one message.
+
+    Args:
+        adapters: By name.
+        decay: Factor of S of each adapter, in [0, 1].
+        tau: Relative truncation tolerance, or ``None`` to leave every rank as it is.
+        budget: Adapter parameters allowed in all, or ``None``.
+        min_rank: Least rank, at least 0.
+        whole: Whether adapters with nothing pending move as well.
+    """
+    if processes() == 1:
+        return _decide(adapters, decay, tau, budget, min_rank, whole)
+    plan = _decide(adapters, decay, tau, budget, min_rank, whole) if decides() else _blank(adapters, min_rank)
+    return _agree(plan)
+
+
+def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -> Tensor:
+    """The leading columns of a factor of adapters of one shape; of S the leading rows, too."""
+    tensors = [getattr(adapters[name], factor) for name in names]
+    return torch.stack([t[:columns, :columns] if factor == "S" else t[:, :columns] for t in tensors])
+
+
+def _columns(adapters: Adapters, names: Sequence[str], min_rank: int) -> tuple[int, int]:
+    """Columns of the adapters of one shape to compute with, and how many may be live afterwards: twice as many."""
+    max_rank = adapters[names[0]].max_rank
+    before = functional.computed_columns(max(min_rank, *(adapters[name].rank for name in names)), max_rank)
+    return before, min(2 * before, max_rank)
+
+
+def _group_by_shape(adapters: Adapters) -> list[list[str]]:
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, layer in adapters.items():
+        key = (layer.out_features, layer.in_features, layer.max_rank, layer.U.dtype, layer.U.device)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _decide(
+    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
+) -> Plan:
+    """The new ranks: by tau or as they are, then by the budget. No number is read from a device."""
+    groups = [_decide_group(adapters, names, decay, tau, min_rank, whole) for names in _group_by_shape(adapters)]
+    if budget is not None:
+        groups = _within_budget(adapters, groups, budget, min_rank)
+    return Plan(groups, _truncation_error(groups))
+
+
+def _decide_group(
+    adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], tau: float | None, min_rank: int, whole: bool
+) -> GroupPlan:
+    layer = adapters[names[0]]
+    columns, columns_after = _columns(adapters, names, min_rank)
+    U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
+    factors = [decay[name] for name in names]
+    if any(factor != 1 for factor in factors):  # for a copy from the host may wait for a GPU
+        S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
+    step = functional.decompose(U, S, V, K, L, columns_after)
+    pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
+    ranks = (U != 0).any(-2).sum(-1)  # as they are, without such a copy
+    if tau is not None:
+        resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
+        floor = min(min_rank, layer.max_rank)
+        ranks = torch.where(pending, functional.ranks_by_tau(step.sigma, tau, resolution, floor, layer.max_rank), ranks)
+    return GroupPlan(names, step, ranks, pending)
+
+
+def _within_budget(adapters: Adapters, groups: Sequence[GroupPlan], budget: int, min_rank: int) -> list[GroupPlan]:
+    """Less rank where the budget asks for it, also for adapters with nothing pending."""
+    layers = [adapters[group.names[0]] for group in groups]
+    within = functional.ranks_by_budget(
+        [group.step.sigma for group in groups],
+        [group.ranks for group in groups],
+        [layer.in_features + layer.out_features for layer in layers],
+        budget,
+        [group.ranks.clamp_max(min(min_rank, layer.max_rank)) for group, layer in zip(groups, layers, strict=True)],
+    )
+    return [
+        replace(group, ranks=ranks, moves=group.moves | (ranks != group.ranks))
+        for group, ranks in zip(groups, within, strict=True)
+    ]
+
+
+def _truncation_error(groups: Sequence[GroupPlan]) -> Tensor:
+    device = groups[0].ranks.device
+    sums = []
+    for group in groups:
+        sigma, moves = group.step.sigma, group.moves[:, None]
+        beyond = torch.arange(sigma.shape[-1], device=sigma.device) >= group.ranks[:, None]
+        energy = sigma.to(summing_dtype(sigma.device)).square() * moves
+        sums.append(torch.stack([(energy * beyond).sum(), energy.sum()]).to(device))
+    dropped, total = torch.stack(sums).sum(0).unbind()
+    return (dropped / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
+
+
+def _blank(adapters: Adapters, min_rank: int) -> Plan:
+    """Room for the plan of rank 0."""
+    groups = []
+    for names in _group_by_shape(adapters):
+        layer, B = adapters[names[0]], len(names)
+        _, columns = _columns(adapters, names, min_rank)
+        U, V = (basis.new_empty(B, len(basis), columns) for basis in (layer.U, layer.V))
+        step = functional.Decomposition(U, U.new_empty(B, columns), V)
+        groups.append(GroupPlan(names, step, *(U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))))
+    device = groups[0].ranks.device
+    return Plan(groups, torch.empty((), dtype=summing_dtype(device), device=device))
+
+
+def _agree(plan: Plan) -> Plan:
+    """The plan of rank 0 in every process: linear algebra may differ between machines in its last bit."""
+    tensors = [plan.truncation_error]
+    for group in plan.groups:
+        U, sigma, V = group.step
+        tensors += group.ranks, group.moves, U, sigma[:, : U.shape[-1]], V
+    broadcast_packed(tensors)
+    return plan

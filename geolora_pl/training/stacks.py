@@ -1,0 +1,67 @@
+"""Which K and L an optimizer steps as one matrix, and how many of their columns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from geolora_pl.adapters.base import GeoLoRALayer
+from geolora_pl.math.decomposition import computed_columns
+
+# Measured on one core for 72 adapters of 768 and 3072 rows.
+_CACHED = 2**18  # entries; from 2**15 to all
+_WORTH_LEAVING_OUT = 32  # zero columns; fewer cost less than memory in pieces
+
+
+class Stack(NamedTuple):
+    """K and L of adapters, side by side, and the number of their columns that may not be zero."""
+
+    factors: list[Tensor]
+    columns: int
+
+
+def stacks(pairs: Iterable[tuple[Tensor, Tensor]], adapters: Mapping[int, GeoLoRALayer]) -> Iterator[Stack]:
+    """Put those adapters together that have as many columns; on a CPU about as much as its cache holds.
+
+    Args:
+        pairs: K and L of each adapter.
+        adapters: By the identity of K; of one that is not among them all columns are taken.
+    """
+    groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    entries: dict[tuple[Any, ...], int] = defaultdict(int)
+    for K, L in pairs:
+        columns = _columns(K, adapters.get(id(K)))
+        key = (columns, K.dtype, K.device)
+        groups[key] += K, L
+        entries[key] += columns * (K.shape[0] + L.shape[0])
+        if K.device.type == "cpu" and entries[key] > _CACHED:
+            del entries[key]
+            yield Stack(groups.pop(key), columns)
+    for (columns, *_), factors in groups.items():
+        yield Stack(factors, columns)
+
+
+def _columns(K: Tensor, adapter: GeoLoRALayer | None) -> int:
+    """The live ones where that pays; a GPU takes many matrices in one launch only if they are whole."""
+    whole = K.shape[1]
+    if adapter is None or K.device.type != "cpu":
+        return whole
+    live = computed_columns(adapter.rank, whole)
+    return live if whole - live >= _WORTH_LEAVING_OUT else whole
+
+
+def leading(matrices: Sequence[Tensor], columns: int) -> list[Tensor]:
+    """The leading columns of each matrix."""
+    return [matrix if matrix.shape[1] == columns else matrix[:, :columns] for matrix in matrices]
+
+
+@lru_cache(maxsize=16)
+def owners(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of every row of all adapters the number of its adapter."""
+    with torch.inference_mode(False):  # it is kept
+        return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)
