@@ -25,7 +25,7 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
-from geolora_pl.training.schedule import usual_cadence
+from geolora_pl.math.ranks import usual_cadence
 
 Settings = Mapping[str, Any]
 _CHANGES_NO_RESULT = ("on_nonfinite", "small_checkpoints", "adapter")  # of the callback's arguments

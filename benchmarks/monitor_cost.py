@@ -25,7 +25,8 @@ from sweep import RESULTS
 
 from geolora_pl import GeoLoRACallback
 from geolora_pl.cli.dispatch import main
-from geolora_pl.lightning.monitor import DeviceClock, RankMonitor
+from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.training.clock import DeviceClock
 
 ROOT = Path(__file__).parents[1]
 PARTS = {

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from sweep import RESULTS
 
-from geolora_pl.training.schedule import usual_cadence
+from geolora_pl.math.ranks import usual_cadence
 
 WHAT = ("step", "memory", "loss", "event", "growth")
 OVER = {"bound": "frozen", "lora": "LoRA", "adalora": "AdaLoRA"}

@@ -15,7 +15,7 @@ from random_models import Setup
 from tasks import Batch, Task, on
 from torch import nn
 
-from geolora_pl.training.schedule import usual_cadence
+from geolora_pl.math.ranks import usual_cadence
 
 PARTS = ("forward", "backward", "optimizer", "adaptation")
 BASES = ("bound", "lora", "adalora", "full")  # what the others are measured by

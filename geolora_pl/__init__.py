@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from geolora_pl.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from geolora_pl.adapters.base import GeoLoRALayer, GeoLoRALinear
+    from geolora_pl.adapters.base import GeoLoRALayer
     from geolora_pl.adapters.config import AdapterConfig
-    from geolora_pl.adapters.inject import inject_adapters, merge_adapters, remove_adapters
-    from geolora_pl.adapters.kinds import register_adapter
-    from geolora_pl.adapters.merge import MergedAdapters
+    from geolora_pl.adapters.inject import inject_adapters, remove_adapters
+    from geolora_pl.adapters.kinds import GeoLoRALinear
+    from geolora_pl.adapters.merge import MergedAdapters, merge_adapters
+    from geolora_pl.adapters.registry import register_adapter
     from geolora_pl.errors import GeoLoRAWarning
     from geolora_pl.lightning.callback import GeoLoRACallback
     from geolora_pl.lightning.module import GeoLoRAModule
@@ -52,20 +53,21 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "adapters.base": ["GeoLoRALayer", "GeoLoRALinear"],
-        "lightning.callback": ["GeoLoRACallback"],
+        "adapters.base": ["GeoLoRALayer"],
         "adapters.config": ["AdapterConfig"],
+        "adapters.inject": ["inject_adapters", "remove_adapters"],
+        "adapters.kinds": ["GeoLoRALinear"],
+        "adapters.merge": ["MergedAdapters", "merge_adapters"],
+        "adapters.registry": ["register_adapter"],
         "errors": ["GeoLoRAWarning"],
-        "storage.adapter_file": ["load_adapter", "save_adapter"],
-        "adapters.inject": ["inject_adapters", "merge_adapters", "remove_adapters"],
-        "training.integrator": ["RankAdaptiveIntegrator"],
-        "adapters.kinds": ["register_adapter"],
-        "storage.library": ["AdapterLibrary"],
-        "adapters.merge": ["MergedAdapters"],
+        "lightning.callback": ["GeoLoRACallback"],
         "lightning.module": ["GeoLoRAModule"],
-        "training.optim": ["RiemannianAdam", "parameter_groups"],
-        "storage.peft": ["export_peft", "import_peft"],
         "lightning.predictions": ["PredictionWriter", "predict"],
+        "storage.adapter_file": ["load_adapter", "save_adapter"],
+        "storage.library": ["AdapterLibrary"],
+        "storage.peft": ["export_peft", "import_peft"],
+        "training.integrator": ["RankAdaptiveIntegrator"],
+        "training.optim": ["RiemannianAdam", "parameter_groups"],
         "training.schedule": ["warmup_cosine"],
     },
 )

@@ -17,9 +17,10 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from geolora_pl import GeoLoRACallback, functional, inject_adapters
+from geolora_pl import GeoLoRACallback, inject_adapters
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.math import decomposition
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,13 +157,13 @@ class Perturbed(Callback):
 
     def on_fit_start(self, trainer, module):
         if trainer.global_rank == 1:
-            exact = functional.decompose
+            exact = decomposition.decompose
 
             def decompose(*factors):
                 step = exact(*factors)
-                return functional.Decomposition(-step.U * (1 + 1e-7), step.sigma * (1 + 1e-7), -step.V)
+                return decomposition.Decomposition(-step.U * (1 + 1e-7), step.sigma * (1 + 1e-7), -step.V)
 
-            functional.decompose = decompose
+            decomposition.decompose = decompose
             with torch.no_grad():
                 for layer in find_adapters(module).values():
                     layer.U.mul_(1 + 1e-6)  # as after a retraction that differs

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from geolora_pl import AdapterConfig, GeoLoRALinear
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.fused import pays_to_merge
-from geolora_pl.adapters.kinds import adapter_class_of
+from geolora_pl.adapters.registry import adapter_class_of
 
 FEW, MANY = (3,), (4, 50)  # rows of x for a layer of 24 x 16: update beside the base, merged weight
 

@@ -318,7 +318,7 @@ def test_embeddings_that_share_a_table_share_the_adapter():
 
 
 def test_a_layer_without_a_weight_is_adapted_once_it_is_registered(monkeypatch):
-    monkeypatch.setattr("geolora_pl.adapters.kinds._ADAPTERS", {})
+    monkeypatch.setattr("geolora_pl.adapters.registry._ADAPTERS", {})
     model, x = nn.Sequential(Packed(7, 6)), torch.randn(5, 7)
     expected = model(x)
     with pytest.raises(ValueError, match="the model has none at all"):
@@ -334,7 +334,7 @@ def test_a_layer_without_a_weight_is_adapted_once_it_is_registered(monkeypatch):
 
 
 def test_a_subclass_has_the_adapter_of_its_nearest_class(monkeypatch):
-    monkeypatch.setattr("geolora_pl.adapters.kinds._ADAPTERS", {nn.Linear: GeoLoRALinear})
+    monkeypatch.setattr("geolora_pl.adapters.registry._ADAPTERS", {nn.Linear: GeoLoRALinear})
     scaled = type("Scaled", (nn.Linear,), {})
     adapter = type("OfScaled", (GeoLoRALinear,), {})
     register_adapter(scaled, adapter)

@@ -5,7 +5,7 @@ from tolerance import close
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
-from geolora_pl.math.decomposition import transport_first_moment, transport_second_moment
+from geolora_pl.math.transport import transport_first_moment, transport_second_moment
 
 
 def step(adapter, optimizer, integrator, seed):

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.lightning.monitor import DeviceClock, RankMonitor, largest_defect
+from geolora_pl.lightning.monitor import RankMonitor, largest_defect
 from geolora_pl.math.decomposition import orthonormality_defect
+from geolora_pl.training.clock import DeviceClock
 
 NUMBERS = {
     "rank/mean",

@@ -23,11 +23,11 @@ from geolora_pl import (
     export_peft,
     inject_adapters,
     save_adapter,
-    state,
 )
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.merge import MergedAdapters
 from geolora_pl.math.precision import exact_products, summing_dtype
+from geolora_pl.storage import adapter_state as state
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -12,7 +12,8 @@ from reference import bought_one_by_one, orthonormal, padded, tangent_projection
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
-from geolora_pl import functional as F
+from geolora_pl.math import decomposition, transport
+from geolora_pl.math import ranks as rank_rules
 
 SCALES = st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e30])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -55,7 +56,7 @@ def points(draw, m=None, n=None):
 def rounding(m, n, dtype, W):
     """What a retraction may be off by, in the Frobenius norm."""
     norm = float(torch.linalg.matrix_norm(W)) + torch.finfo(dtype).tiny
-    return 4 * F.resolution(m, n, dtype) * math.sqrt(min(m, n)) * norm
+    return 4 * rank_rules.resolution(m, n, dtype) * math.sqrt(min(m, n)) * norm
 
 
 @given(points())
@@ -63,7 +64,7 @@ def test_the_decomposition_is_that_of_the_dense_sum(point):
     U, _, V, *_ = point
     (m, R), n, dtype = U.shape, len(V), U.dtype
     W = dense(*point)
-    step = F.decompose(*point)
+    step = decomposition.decompose(*point)
     for factor in step:
         assert factor.isfinite().all()
     torch.testing.assert_close(
@@ -71,7 +72,7 @@ def test_the_decomposition_is_that_of_the_dense_sum(point):
     )
     assert (step.sigma.diff() <= 0).all()
     for basis in (step.U, step.V):
-        assert F.orthonormality_defect(basis) <= 4 * R * F.resolution(m, n, dtype)
+        assert decomposition.orthonormality_defect(basis) <= 4 * R * rank_rules.resolution(m, n, dtype)
 
 
 @given(points(), st.data())
@@ -80,7 +81,7 @@ def test_a_truncation_is_the_best_there_is_at_its_rank(point, data):
     (m, R), n, dtype = U.shape, len(V), U.dtype
     W = dense(*point)
     rank = data.draw(st.integers(0, R))
-    U, S, V = F.truncate(F.decompose(*point), torch.tensor(rank))
+    U, S, V = decomposition.truncate(decomposition.decompose(*point), torch.tensor(rank))
     error = torch.linalg.matrix_norm(W - U.double() @ S.double() @ V.double().mT)
     tail = torch.linalg.svdvals(W)[rank:].norm()
     assert abs(error - tail) <= rounding(m, n, dtype, W)
@@ -93,8 +94,8 @@ def test_a_second_truncation_to_the_same_rank_changes_nothing(point, data):
     U, _, V, K, L = point
     (m, R), n = U.shape, len(V)
     rank = torch.tensor(data.draw(st.integers(0, R)))
-    U, S, V = F.truncate(F.decompose(*point), rank)
-    again = F.truncate(F.decompose(U, S, V, 0 * K, 0 * L), rank)
+    U, S, V = decomposition.truncate(decomposition.decompose(*point), rank)
+    again = decomposition.truncate(decomposition.decompose(U, S, V, 0 * K, 0 * L), rank)
     zero = torch.zeros(())
     W = dense(U, S, V, zero.expand_as(K), zero.expand_as(L))
     U2, S2, V2 = (factor.double() for factor in again)
@@ -112,8 +113,8 @@ def test_the_rank_by_tau_is_the_least_that_keeps_to_it(sigma, tau, dtype, data):
     values = torch.tensor(sigma, dtype=dtype)
     cap = data.draw(st.integers(0, len(sigma)))
     floor = data.draw(st.integers(0, cap))
-    resolution = F.resolution(80, 80, dtype)
-    rank = int(F.ranks_by_tau(values, tau, resolution, floor, cap))
+    resolution = rank_rules.resolution(80, 80, dtype)
+    rank = int(rank_rules.ranks_by_tau(values, tau, resolution, floor, cap))
     assert floor <= rank <= cap
     exact = values.double() / max(float(values[0]), 1e-300)  # squares of 1e-30 are not lost beside 1e30 either
     if rank < cap:  # nothing bound it: the dropped tail obeys tau, or is rounding
@@ -140,7 +141,7 @@ def groups(draw):
 def test_the_budget_buys_what_one_purchase_after_the_other_would(made, left):
     costs, sigmas, ranks, floors = zip(*made, strict=True)
     floors_cost = sum(cost * sum(floor) for cost, floor in zip(costs, floors, strict=True))
-    chosen = F.ranks_by_budget(
+    chosen = rank_rules.ranks_by_budget(
         [torch.tensor(s, dtype=torch.float64) for s in sigmas],
         [torch.tensor(r) for r in ranks],
         costs,
@@ -216,7 +217,9 @@ def test_an_adaptation_keeps_to_tau_budget_and_floors(made, tau, budget, min_ran
         error = torch.linalg.matrix_norm(W - layer.delta_weight().double())
         assert abs(error - torch.linalg.svdvals(W)[layer.rank :].norm()) <= slack
         for basis in (layer.U, layer.V):
-            assert F.orthonormality_defect(basis.detach()) <= 4 * 12 * F.resolution(m, n, basis.dtype)
+            assert decomposition.orthonormality_defect(basis.detach()) <= 4 * 12 * rank_rules.resolution(
+                m, n, basis.dtype
+            )
         bound = layer.rank == layer.max_rank or costs[name] > left
         if rank_changes and pending and not bound:
             assert layer.rank >= floors[name]
@@ -270,12 +273,12 @@ def moves(draw):
 @given(moves(), st.floats(-3, 0))
 def test_transport_is_the_nearest_tangent_vector_there_is(move, exponent):
     K, L, U, V, U_new, V_new = move
-    new_K, new_L = F.transport_first_moment(*move)
+    new_K, new_L = transport.transport_first_moment(*move)
     U, V, U_new, V_new = (basis.double() for basis in (U, V, U_new, V_new))
     xi = K.double() @ V.mT + U @ L.double().mT
     moved = new_K.double() @ V_new.mT + U_new @ new_L.double().mT
     norm = float(torch.linalg.matrix_norm(K.double()) + torch.linalg.matrix_norm(L.double()))
-    slack = 8 * F.resolution(len(K), len(L), K.dtype) * norm
+    slack = 8 * rank_rules.resolution(len(K), len(L), K.dtype) * norm
     torch.testing.assert_close(moved, tangent_projection(xi, U_new, V_new), rtol=0, atol=slack)
     assert (V_new.mT @ new_L.double()).abs().max() <= slack
     for moment, basis in ((new_K, V_new), (new_L, U_new)):  # unused columns stay zero
@@ -289,7 +292,7 @@ def test_transport_is_the_nearest_tangent_vector_there_is(move, exponent):
 def test_second_moments_stay_non_negative_and_zero_in_unused_columns(move):
     K, _, _, V, _, V_new = move
     v = K.abs() * (torch.arange(K.shape[1]) % 2)  # of any scale from 1e-30 to 1e30, and zero in live columns, too
-    moved = F.transport_second_moment(v, V, V_new)
+    moved = transport.transport_second_moment(v, V, V_new)
     assert moved.isfinite().all()
     assert (moved >= 0).all()
     assert not moved[:, (V_new == 0).all(0)].any()

@@ -5,18 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geolora_pl.adapters.config import AdapterConfig
-from geolora_pl.adapters.fused import fused_linear, tangent_factored
+from geolora_pl.adapters.fused import tangent_factored
 from geolora_pl.math.decomposition import computed_columns
-from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast, working_dtype
+from geolora_pl.math.precision import without_autocast, working_dtype
 
-_LINEAR = nn.Linear.forward  # of torch itself, should somebody patch the class
 FACTORS = ("U", "S", "V", "K", "L")
 
 
@@ -209,95 +208,3 @@ class GeoLoRALayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"max_rank={self.max_rank}, scaling={self.scaling}"
         )
-
-
-class GeoLoRALinear(GeoLoRALayer):
-    r"""A linear layer with a low-rank update in tangent coordinates.
-
-    .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
-
-    The weight of the base may be quantised: all that is used of it is its forward, and ``in_features``,
-    ``out_features`` and ``bias``. Merged, such a layer becomes a plain ``nn.Linear`` that is no longer quantised.
-
-    Args:
-        base: The layer to adapt, an ``nn.Linear`` or alike.
-        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``.
-
-    Example:
-        >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
-        >>> layer.rank, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
-        (2, (6, 4), (6, 8))
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (..., in)."""
-        if not self._is_fusible():
-            return super().forward(x)
-        weight, bias, dtype = self.to_matrix(self.base.weight), self.base.bias, autocast_dtype(x)
-        if dtype is not None:
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with without_autocast(x.device):
-            return fused_linear(x, weight, bias, self._live_factors(), self.scaling)
-
-    @staticmethod
-    def to_matrix(weight: Tensor) -> Tensor:
-        """The weight of the layer as a matrix (out, in), not copied; overridden together with ``from_matrix``."""
-        return weight
-
-    @staticmethod
-    def _has_known_forward(base: nn.Module) -> bool:
-        """Whether the forward of the class is ``W x + b``, and none that a subclass or a patch put there."""
-        return type(base).forward is _LINEAR
-
-    def _is_fusible(self) -> bool:
-        """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
-        base = self.base
-        return (
-            self._has_known_forward(base)
-            and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and not base.weight.requires_grad
-            and not (self.training and isinstance(self.dropout, nn.Dropout))
-            and not self._is_quantised(base)
-        )
-
-    @classmethod
-    def _is_quantised(cls, base: nn.Module) -> bool:
-        """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
-        weight = getattr(base, "weight", None)
-        return (
-            not _is_plain(weight)
-            or weight.dim() != 2
-            or cls.to_matrix(weight).shape != cls.matrix_shape(base)
-            or type(weight).dequantize is not Tensor.dequantize
-        )
-
-    def base_weight(self) -> Tensor:
-        """The frozen weight as it lies in the layer; of a quantised one what its forward makes of the unit vectors.
-
-        No library of quantised layers needs to be known for that.
-        """
-        if not self._is_quantised(self.base):
-            return super().base_weight()
-        if (reason := self.refusal(self.base)) is not None:  # it was none when the adapter was put there
-            raise ValueError(f"the layer {reason}")
-        weight = getattr(self.base, "weight", None)
-        like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
-        dtype = torch.get_default_dtype() if like is None else like.dtype
-        with torch.no_grad(), exact_products(self.U.device):
-            columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
-            return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
-
-    def plain(self, weight: Tensor) -> nn.Module:
-        """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
-        if not self._is_quantised(self.base):
-            return super().plain(weight)
-        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.bias.requires_grad)
-        return layer.train(self.training)
-
-
-def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
-    return tensor is not None and tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

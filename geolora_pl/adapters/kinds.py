@@ -1,15 +1,107 @@
-"""The kinds of layers that can be adapted, and the registry through which others join them."""
+"""The kinds of layers that can be adapted: linear layers, Conv1D, convolutions and embeddings."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geolora_pl.adapters.base import GeoLoRALayer, GeoLoRALinear
+from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.fused import fused_linear
+from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast
+
+_LINEAR = nn.Linear.forward  # of torch itself, should somebody patch the class
+
+
+class GeoLoRALinear(GeoLoRALayer):
+    r"""A linear layer with a low-rank update in tangent coordinates.
+
+    .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
+
+    The weight of the base may be quantised: all that is used of it is its forward, and ``in_features``,
+    ``out_features`` and ``bias``. Merged, such a layer becomes a plain ``nn.Linear`` that is no longer quantised.
+
+    Args:
+        base: The layer to adapt, an ``nn.Linear`` or alike.
+        config: Ranks, ``alpha``, ``dropout`` and ``train_bias``.
+
+    Example:
+        >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
+        >>> layer.rank, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
+        (2, (6, 4), (6, 8))
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., in)."""
+        if not self._is_fusible():
+            return super().forward(x)
+        weight, bias, dtype = self.to_matrix(self.base.weight), self.base.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with without_autocast(x.device):
+            return fused_linear(x, weight, bias, self._live_factors(), self.scaling)
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """The weight of the layer as a matrix (out, in), not copied; overridden together with ``from_matrix``."""
+        return weight
+
+    @staticmethod
+    def _has_known_forward(base: nn.Module) -> bool:
+        """Whether the forward of the class is ``W x + b``, and none that a subclass or a patch put there."""
+        return type(base).forward is _LINEAR
+
+    def _is_fusible(self) -> bool:
+        """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
+        base = self.base
+        return (
+            self._has_known_forward(base)
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not base.weight.requires_grad
+            and not (self.training and isinstance(self.dropout, nn.Dropout))
+            and not self._is_quantised(base)
+        )
+
+    @classmethod
+    def _is_quantised(cls, base: nn.Module) -> bool:
+        """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
+        weight = getattr(base, "weight", None)
+        return (
+            not _is_plain(weight)
+            or weight.dim() != 2
+            or cls.to_matrix(weight).shape != cls.matrix_shape(base)
+            or type(weight).dequantize is not Tensor.dequantize
+        )
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight as it lies in the layer; of a quantised one what its forward makes of the unit vectors.
+
+        No library of quantised layers needs to be known for that.
+        """
+        if not self._is_quantised(self.base):
+            return super().base_weight()
+        if (reason := self.refusal(self.base)) is not None:  # it was none when the adapter was put there
+            raise ValueError(f"the layer {reason}")
+        weight = getattr(self.base, "weight", None)
+        like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        with torch.no_grad(), exact_products(self.U.device):
+            columns: Tensor = self.base(torch.eye(self.in_features, dtype=dtype, device=self.U.device))
+            return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
+        if not self._is_quantised(self.base):
+            return super().plain(weight)
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.bias.requires_grad)
+        return layer.train(self.training)
 
 
 class GeoLoRAConv1D(GeoLoRALinear):
@@ -135,56 +227,6 @@ class GeoLoRAEmbedding(GeoLoRALayer):
         return F.linear(coordinates, A.to(dtype))
 
 
-# By class, or by the full name of one whose library is not imported here.
-_ADAPTERS: dict[type[nn.Module] | str, type[GeoLoRALayer]] = {
-    nn.Linear: GeoLoRALinear,
-    nn.Conv2d: GeoLoRAConv2d,
-    nn.Embedding: GeoLoRAEmbedding,
-    "transformers.pytorch_utils.Conv1D": GeoLoRAConv1D,
-}
-
-
-def register_adapter(layer_class: type[nn.Module], adapter_class: type[GeoLoRALayer]) -> None:
-    """Say which adapter a class of layers gets, and its subclasses that have none of their own.
-
-    Args:
-        layer_class: The layers.
-        adapter_class: Their adapter, a subclass of :class:`GeoLoRALayer`; for layers with ``in_features``,
-            ``out_features`` and a forward ``W x + b`` it is :class:`GeoLoRALinear`.
-
-    Raises:
-        ValueError: One of them is no such class.
-
-    Example:
-        >>> class Projection(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.in_features, self.out_features = 8, 6
-        ...         self.weight = nn.Parameter(torch.randn(6, 8))
-        ...     def forward(self, x):
-        ...         return x @ self.weight.T
-        >>> register_adapter(Projection, GeoLoRALinear)
-        >>> adapter_class_of(Projection()).__name__
-        'GeoLoRALinear'
-    """
-    for argument, given, wanted in (
-        ("layer_class", layer_class, nn.Module),
-        ("adapter_class", adapter_class, GeoLoRALayer),
-    ):
-        if not (isinstance(given, type) and issubclass(given, wanted)):
-            raise ValueError(f"{argument}={given!r} must be a subclass of {wanted.__name__}")
-    _ADAPTERS[layer_class] = adapter_class
-
-
-def adapter_class_of(layer: nn.Module) -> type[GeoLoRALayer] | None:
-    """The adapter for a layer, by the nearest of its classes that has one; ``None`` if it cannot be adapted."""
-    for layer_class in type(layer).__mro__:
-        for key in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}"):
-            if key in _ADAPTERS:
-                return _ADAPTERS[key]
-    return None
-
-
 def _refuse_own_forward(base: nn.Module, known: type[nn.Module], *methods: str) -> str | None:
     """An update beside the forward of a subclass might not be one of its weight: it may scale, pad or normalise."""
     if all(getattr(type(base), method) is getattr(known, method) for method in methods):
@@ -193,3 +235,7 @@ def _refuse_own_forward(base: nn.Module, known: type[nn.Module], *methods: str) 
         f"is a {type(base).__name__} with a forward of its own, which the adapter of {known.__name__} does not know: "
         f"leave it out of target_modules, or register_adapter({type(base).__name__}, ...)"
     )
+
+
+def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

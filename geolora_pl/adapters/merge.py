@@ -1,4 +1,4 @@
-"""Merge adapters for a while, and come back from it to the bit."""
+"""Merge adapters into the weights, for good or for a while, from where they come back to the bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from geolora_pl.adapters.base import GeoLoRALayer
-from geolora_pl.adapters.inject import find_adapters, merge_adapters
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.targets import (
+    _all_names,
+)
 from geolora_pl.math.precision import exact_products
 
 _INPUTS = 8  # random inputs on which a layer is compared before and after
@@ -98,3 +101,50 @@ def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
         generator = torch.Generator().manual_seed(0)  # the user's random numbers are none of our business
         inputs = torch.randn(n, _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
         return float((matrix @ inputs).abs().max())
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> dict[str, float]:
+    """Fold every adapter into its base weight, in place, and put the plain layers back.
+
+    The sum is formed in the precision of the factors and rounded once to that of the base. Pending increments count.
+    A quantised layer becomes a plain one of more bits.
+    The merged weight is a new tensor, so a weight that was tied to one outside the adapters stays as it was there.
+
+    Args:
+        model: A model with adapters; plain again afterwards.
+
+    Returns:
+        The Frobenius norm of each layer's change relative to its base weight, by name.
+
+    Raises:
+        ValueError: The model has no adapters, or an update is not finite (nothing is merged then).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject_adapters(model)
+        >>> merge_adapters(model)
+        {'0': 0.0}
+    """
+    adapters = find_adapters(model)
+    if not adapters or isinstance(model, GeoLoRALayer):
+        raise ValueError("the model holds no adapters: there is nothing to merge in it")
+    merged: dict[str, Tensor] = {}
+    changes: dict[str, float] = {}
+    for name, layer in adapters.items():
+        with exact_products(layer.U.device):
+            base, delta = layer.base_weight(), layer.delta_weight()
+        merged[name] = layer.updated(base, delta)
+        if not merged[name].isfinite().all():
+            raise ValueError(
+                f"the merged weight of {name} is not finite in {merged[name].dtype}: go back to a checkpoint before "
+                "the update broke, or cast the model to a wider type"
+            )
+        norm = torch.linalg.vector_norm(base, dtype=layer.U.dtype)
+        changes[name] = float(torch.linalg.vector_norm(delta) / norm.clamp_min(1e-30))
+    names = _all_names(model)
+    for name, layer in adapters.items():
+        plain = layer.plain(merged[name])
+        for alias in names[id(layer)]:
+            model.set_submodule(alias, plain)
+    return changes

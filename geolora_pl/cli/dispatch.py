@@ -17,15 +17,10 @@ def main(args: ArgsType = None) -> None:
         args: What to parse instead of ``sys.argv[1:]``.
     """
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] in (["export"], ["ranks"]):
-        import geolora_pl.lightning.export
+    if isinstance(given, list) and given[:1] in (["export"], ["ranks"], ["report"]):
+        import geolora_pl.cli.commands
 
-        geolora_pl.lightning.export.main(given)
-        return
-    if isinstance(given, list) and given[:1] == ["report"]:
-        import geolora_pl.report.write
-
-        geolora_pl.report.write.main(given[1:])
+        geolora_pl.cli.commands.main(given)
         return
     import geolora_pl.cli.train
 

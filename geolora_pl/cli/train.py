@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
+from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_trainer
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.callback import GeoLoRACallback
-from geolora_pl.lightning.checks import CheckLast, CheckTestSplit, check_trainer
 from geolora_pl.lightning.hyperparameters import from_checkpoint
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.predictions import PredictionWriter

@@ -22,11 +22,10 @@ from geolora_pl.lightning.checks import check_company
 from geolora_pl.lightning.exact_resume import TrainingPosition
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
+from geolora_pl.math.ranks import OnNonfinite, check_settings, usual_cadence
 from geolora_pl.storage.checkpoint import describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
-from geolora_pl.training.integrator import RankAdaptiveIntegrator, check_settings
-from geolora_pl.training.schedule import usual_cadence
-from geolora_pl.training.steps import OnNonfinite
+from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
 
 def run_length(trainer: L.Trainer) -> float:

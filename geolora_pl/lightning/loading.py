@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import instantiate_module
 
-import geolora_pl.tasks
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.storage.checkpoint import read_checkpoint
 
-_TASKS = "geolora_pl.tasks."  # the classes that a checkpoint may name by itself
+_TASKS = "geolora_pl.tasks"  # the classes that a checkpoint may name by itself
 
 
 def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAModule:
@@ -53,10 +53,11 @@ def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule
     """The task of this package that a checkpoint names."""
     class_path = checkpoint.get("hyper_parameters", {}).get("_class_path")
     name = str(class_path).rpartition(".")[2]
-    if not str(class_path).startswith(_TASKS) or name not in geolora_pl.tasks.__all__:
+    tasks = import_module(_TASKS)  # by its name: the folder lies above this one
+    if not str(class_path).startswith(f"{_TASKS}.") or name not in tasks.__all__:
         what = "does not name its module" if class_path is None else f"is of {class_path}, which is no task of ours"
         raise ValueError(f"ckpt_path={str(path)!r} {what}: give the run's configuration with --config")
-    task: type[GeoLoRAModule] = getattr(geolora_pl.tasks, name)
+    task: type[GeoLoRAModule] = getattr(tasks, name)
     return task
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from geolora_pl.lightning.export import checkpoint_spectra
 from geolora_pl.report import figures
 from geolora_pl.report.rank_map import RankMap, depth_label
 from geolora_pl.report.runs import Curve, Run
+from geolora_pl.storage.spectra import checkpoint_spectra
 
 GENERATOR = "geolora_pl report"  # by which a report knows another
 _FIGURES = 24  # of learning curves, a quarter of a second each; the rest are in a table

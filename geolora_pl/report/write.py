@@ -1,13 +1,10 @@
-"""The command ``report``: a page about one run, or about several side by side."""
+"""Write the page about one run, or about several side by side."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
 
 from geolora_pl.lazy import import_extra
 from geolora_pl.report.runs import read_runs
@@ -49,29 +46,3 @@ def _refused_by_the_system(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"output='{target}' cannot be written ({error.strerror}): name another file") from error
-
-
-def main(args: Sequence[str]) -> None:
-    """Run ``report``.
-
-    Args:
-        args: Its arguments.
-    """
-    parser = argparse.ArgumentParser(
-        "python -m geolora_pl report", allow_abbrev=False, description="Write a page about one run or several."
-    )
-    parser.add_argument(
-        "--run",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="FOLDER",
-        help="The folder of a run, with metrics.csv or TensorBoard's events; several are compared.",
-    )
-    parser.add_argument("--output", metavar="FILE", help="By default report.html in the first folder.")
-    given = parser.parse_args(args)
-    try:
-        target = write_report(given.run, given.output)
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-    Console().print(f"{target}: open it in a browser", soft_wrap=True, markup=False, highlight=False)

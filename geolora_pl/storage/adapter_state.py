@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
-from geolora_pl.math.decomposition import decompose, ranks_by_tau, resolution
+from geolora_pl.math.decomposition import decompose
 from geolora_pl.math.precision import exact_products
+from geolora_pl.math.ranks import ranks_by_tau, resolution
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from geolora_pl.adapters.inject import find_adapters, has_adapters
-from geolora_pl.adapters.kinds import GeoLoRAConv1D, adapter_class_of
+from geolora_pl.adapters.kinds import GeoLoRAConv1D
+from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.math.decomposition import svd, svd_of_product
 from geolora_pl.math.precision import exact_products, working_dtype
 from geolora_pl.storage.adapter_state import (

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from geolora_pl.adapters.kinds import adapter_class_of
+from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.lightning.hyperparameters import check_sizes
 
 _PACKAGE = "pkg://"

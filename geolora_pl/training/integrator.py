@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters.inject import adapter_parameters, find_adapters
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.math import decomposition as functional
+from geolora_pl.math import decomposition
 from geolora_pl.math.precision import exact_products
+from geolora_pl.math.ranks import OnNonfinite, check_settings
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
-from geolora_pl.training.steps import OnNonfinite, StepWatch
+from geolora_pl.training.steps import StepWatch
 
 _REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
 _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
@@ -258,7 +259,7 @@ class RankAdaptiveIntegrator:
         columns = group.step.U.shape[-1]
         U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
         moves = group.moves[:, None, None]
-        U_new, S_new, V_new = functional.truncate(group.step, group.ranks)
+        U_new, S_new, V_new = decomposition.truncate(group.step, group.ranks)
         for new, old in ((U_new, U), (S_new, S), (V_new, V)):
             torch.where(moves, new, old, out=new)
         if optimizer is not None:
@@ -279,20 +280,3 @@ class RankAdaptiveIntegrator:
                 GeoLoRAWarning,
                 stacklevel=2,
             )
-
-
-def check_settings(
-    tau: float, budget: int | None, min_rank: int, adapt_every: int, grow: bool, on_nonfinite: str
-) -> None:
-    """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
-    if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
-        raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
-    for name, value, least in (("min_rank", min_rank, 0), ("adapt_every", adapt_every, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-        raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
-    if not isinstance(grow, bool):
-        raise ValueError(f"grow={grow!r} must be True or False: it is whether the ranks grow first")
-    if on_nonfinite not in get_args(OnNonfinite):
-        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geolora_pl.adapters.base import GeoLoRALayer
-from geolora_pl.math.decomposition import transport_first_moment, transport_second_moment
+from geolora_pl.math.transport import transport_first_moment, transport_second_moment
 
 _FIRST = ("exp_avg", "momentum_buffer")
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq")

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from geolora_pl.adapters.base import adapter_of_factor
-from geolora_pl.math.decomposition import resolution, svd
+from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import without_autocast
+from geolora_pl.math.ranks import resolution
 from geolora_pl.training.stacks import Stack, leading, owners, stacks
 
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
-from geolora_pl.math import decomposition as functional
+from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
+from geolora_pl.math.ranks import ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
 Adapters = Mapping[str, GeoLoRALayer]
@@ -29,7 +30,7 @@ class GroupPlan:
     """
 
     names: Sequence[str]
-    step: functional.Decomposition
+    step: decomposition.Decomposition
     ranks: Tensor
     moves: Tensor
 
@@ -82,7 +83,7 @@ def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -
 def _columns(adapters: Adapters, names: Sequence[str], min_rank: int) -> tuple[int, int]:
     """Columns of the adapters of one shape to compute with, and how many may be live afterwards: twice as many."""
     max_rank = adapters[names[0]].max_rank
-    before = functional.computed_columns(max(min_rank, *(adapters[name].rank for name in names)), max_rank)
+    before = decomposition.computed_columns(max(min_rank, *(adapters[name].rank for name in names)), max_rank)
     return before, min(2 * before, max_rank)
 
 
@@ -113,20 +114,20 @@ def _decide_group(
     factors = [decay[name] for name in names]
     if any(factor != 1 for factor in factors):  # for a copy from the host may wait for a GPU
         S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
-    step = functional.decompose(U, S, V, K, L, columns_after)
+    step = decomposition.decompose(U, S, V, K, L, columns_after)
     pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
     ranks = (U != 0).any(-2).sum(-1)  # as they are, without such a copy
     if tau is not None:
-        resolution = functional.resolution(layer.out_features, layer.in_features, step.sigma.dtype)
+        least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
         floor = min(min_rank, layer.max_rank)
-        ranks = torch.where(pending, functional.ranks_by_tau(step.sigma, tau, resolution, floor, layer.max_rank), ranks)
+        ranks = torch.where(pending, ranks_by_tau(step.sigma, tau, least, floor, layer.max_rank), ranks)
     return GroupPlan(names, step, ranks, pending)
 
 
 def _within_budget(adapters: Adapters, groups: Sequence[GroupPlan], budget: int, min_rank: int) -> list[GroupPlan]:
     """Less rank where the budget asks for it, also for adapters with nothing pending."""
     layers = [adapters[group.names[0]] for group in groups]
-    within = functional.ranks_by_budget(
+    within = ranks_by_budget(
         [group.step.sigma for group in groups],
         [group.ranks for group in groups],
         [layer.in_features + layer.out_features for layer in layers],
@@ -158,7 +159,7 @@ def _blank(adapters: Adapters, min_rank: int) -> Plan:
         layer, B = adapters[names[0]], len(names)
         _, columns = _columns(adapters, names, min_rank)
         U, V = (basis.new_empty(B, len(basis), columns) for basis in (layer.U, layer.V))
-        step = functional.Decomposition(U, U.new_empty(B, columns), V)
+        step = decomposition.Decomposition(U, U.new_empty(B, columns), V)
         groups.append(GroupPlan(names, step, *(U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))))
     device = groups[0].ranks.device
     return Plan(groups, torch.empty((), dtype=summing_dtype(device), device=device))

@@ -46,18 +46,3 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
     marked = [group.get("adapters", False) for group in optimizer.param_groups]
     lengths = [warmup if mark or not any(marked) else head_warmup for mark in marked]
     return LambdaLR(optimizer, [schedule(length) for length in lengths])
-
-
-def usual_cadence(steps: float) -> int:
-    """Optimizer steps from one retraction to the next in a run of so many steps: 10, fewer in less than 100.
-
-    Between two retractions a new direction gathers what several gradients say of it before it is judged.
-
-    Args:
-        steps: May be infinite.
-
-    Example:
-        >>> usual_cadence(5), usual_cadence(50), usual_cadence(5000)
-        (1, 5, 10)
-    """
-    return 10 if steps >= 100 else max(1, int(steps // 10))

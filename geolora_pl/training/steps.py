@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
+from geolora_pl.math.ranks import OnNonfinite
 from geolora_pl.training.distributed import anywhere, is_sharded
 from geolora_pl.training.optim import RiemannianAdam
-
-OnNonfinite = Literal["skip", "raise"]
 
 
 class StepWatch:

@@ -3,7 +3,7 @@ import torch
 from reference import best_of_rank, orthonormal, padded
 from tolerance import EXACT, close, is_orthonormal
 
-from geolora_pl.math import decomposition as functional
+from geolora_pl.math import decomposition, ranks, transport
 
 
 def random_point(m, n, r, R, dtype=torch.float64, scale=1.0):
@@ -26,11 +26,11 @@ SHAPES = [(1, 1, 1, 1), (5, 1, 1, 1), (1, 7, 1, 1), (8, 8, 3, 4), (40, 6, 3, 6),
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_decompose_is_the_svd_of_the_dense_sum(m, n, r, R, scale):
     point = random_point(m, n, r, R, scale=scale)
-    step = functional.decompose(*point)
+    step = decomposition.decompose(*point)
     full = dense(*point)
     k = min(m, n, 2 * R)
     close(step.sigma / scale, (torch.linalg.svdvals(full) / scale)[:k], m * n)
-    U, S, V = functional.truncate(step, torch.tensor(R))
+    U, S, V = decomposition.truncate(step, torch.tensor(R))
     close((U @ S @ V.mT) / scale, best_of_rank(full / scale, R), within=EXACT)
     for basis in (U, V):
         assert is_orthonormal(basis)
@@ -39,10 +39,10 @@ def test_decompose_is_the_svd_of_the_dense_sum(m, n, r, R, scale):
 def test_decompose_is_batched_over_leading_dimensions():
     points = [[random_point(9, 7, 2, 4) for _ in range(3)] for _ in range(2)]
     batched = [torch.stack([torch.stack([p[i] for p in row]) for row in points]) for i in range(5)]
-    together = functional.truncate(functional.decompose(*batched), torch.tensor([[1, 2, 3], [4, 1, 2]]))
+    together = decomposition.truncate(decomposition.decompose(*batched), torch.tensor([[1, 2, 3], [4, 1, 2]]))
     for i, row in enumerate(points):
         for j, point in enumerate(row):
-            alone = functional.truncate(functional.decompose(*point), torch.tensor([[1, 2, 3], [4, 1, 2]])[i, j])
+            alone = decomposition.truncate(decomposition.decompose(*point), torch.tensor([[1, 2, 3], [4, 1, 2]])[i, j])
             for a, b in zip(together, alone, strict=True):
                 close(a[i, j].abs(), b.abs(), within=EXACT)
 
@@ -55,12 +55,12 @@ def test_the_work_is_done_in_float32_or_float64():
         (torch.float64, torch.float64),
     ]:
         point = [x.to(dtype) for x in random_point(8, 6, 2, 4)]
-        assert functional.decompose(*point).sigma.dtype == expected
+        assert decomposition.decompose(*point).sigma.dtype == expected
 
 
 def test_columns_beyond_the_rank_are_exactly_zero():
-    step = functional.decompose(*random_point(12, 9, 3, 6))
-    U, S, V = functional.truncate(step, torch.tensor(2))
+    step = decomposition.decompose(*random_point(12, 9, 3, 6))
+    U, S, V = decomposition.truncate(step, torch.tensor(2))
     for zeros in (U[:, 2:], V[:, 2:], S[2:], S[:, 2:]):
         assert torch.count_nonzero(zeros) == 0
     assert torch.count_nonzero(S) == 2
@@ -74,8 +74,8 @@ def test_dependent_directions_are_no_directions(dtype, scale):
     K[:, :3] = U[:, :3] @ torch.randn(3, 3, dtype=dtype) * scale
     new = orthonormal(48, 1, dtype)
     L[:, :3] = scale * new @ torch.ones(1, 3, dtype=dtype)
-    sigma = functional.decompose(U, S, V, K, L).sigma
-    rank = functional.ranks_by_tau(sigma, 0.0, functional.resolution(64, 48, dtype), 1, 8)
+    sigma = decomposition.decompose(U, S, V, K, L).sigma
+    rank = ranks.ranks_by_tau(sigma, 0.0, ranks.resolution(64, 48, dtype), 1, 8)
     assert rank == torch.linalg.matrix_rank(dense(U, S, V, K, L).double() / scale, rtol=1e-5)
     assert rank <= 4
 
@@ -84,14 +84,14 @@ def test_dependent_directions_are_no_directions(dtype, scale):
 def test_ranks_by_tau_is_the_smallest_rank_within_tau(tau):
     for _ in range(50):
         sigma = (torch.rand(8, dtype=torch.float64).pow(4) + 1e-3).sort(descending=True).values
-        rank = int(functional.ranks_by_tau(sigma, tau, 1e-14, 0, 8))
+        rank = int(ranks.ranks_by_tau(sigma, tau, 1e-14, 0, 8))
         assert sigma[rank:].norm() <= tau * sigma.norm()
         assert rank == 0 or sigma[rank - 1 :].norm() > tau * sigma.norm()
 
 
 def test_ranks_by_tau_keeps_to_its_bounds():
     sigma = torch.tensor([[1.0, 1e-3, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    assert functional.ranks_by_tau(sigma, 0.1, 1e-6, 2, 3).tolist() == [2, 3, 2]
+    assert ranks.ranks_by_tau(sigma, 0.1, 1e-6, 2, 3).tolist() == [2, 3, 2]
 
 
 def brute_force_budget(sigmas, ranks, costs, budget, floors):
@@ -107,7 +107,7 @@ def test_budget_is_never_exceeded_and_keeps_most_energy_at_equal_costs():
     for _ in range(30):
         sigma = torch.rand(3, 4, generator=generator).sort(descending=True).values
         floors, ranks, costs = [1, 0, 1], [4, 3, 4], [10, 10, 10]
-        (chosen,) = functional.ranks_by_budget([sigma], [torch.tensor(ranks)], [10], 60, [torch.tensor(floors)])
+        (chosen,) = ranks.ranks_by_budget([sigma], [torch.tensor(ranks)], [10], 60, [torch.tensor(floors)])
         chosen, sigmas = chosen.tolist(), sigma.tolist()
         assert sum(r * c for r, c in zip(chosen, costs, strict=True)) <= 60
         assert all(f <= c <= r for f, c, r in zip(floors, chosen, ranks, strict=True))
@@ -118,7 +118,7 @@ def test_budget_is_never_exceeded_and_keeps_most_energy_at_equal_costs():
 def bought(sigmas, costs, budget):
     """Of adapters of which each has a cost of its own, and no floor; all of their ranks are for sale."""
     most, least = ([torch.tensor([end(len(sigma), 0)]) for sigma in sigmas] for end in (max, min))
-    return [int(r) for r in functional.ranks_by_budget([torch.tensor([s]) for s in sigmas], most, costs, budget, least)]
+    return [int(r) for r in ranks.ranks_by_budget([torch.tensor([s]) for s in sigmas], most, costs, budget, least)]
 
 
 def test_budget_prefers_energy_per_parameter():
@@ -144,7 +144,7 @@ def test_transport_is_the_best_approximation_of_the_tangent_vector(m, n, r, r_ne
     m_K, m_L = torch.zeros(m, R).double(), torch.zeros(n, R).double()
     m_K[:, :r], m_L[:, :r] = torch.randn(m, r).double(), torch.randn(n, r).double()
     xi = m_K @ V.T + U @ m_L.T
-    new_K, new_L = functional.transport_first_moment(m_K, m_L, U, V, U_new, V_new)
+    new_K, new_L = transport.transport_first_moment(m_K, m_L, U, V, U_new, V_new)
     moved = new_K @ V_new.T + U_new @ new_L.T
     projected = U_new @ U_new.T @ xi + xi @ V_new @ V_new.T - U_new @ U_new.T @ xi @ V_new @ V_new.T
     close(moved, projected, m * n)
@@ -154,19 +154,19 @@ def test_transport_is_the_best_approximation_of_the_tangent_vector(m, n, r, r_ne
 
 def test_transport_to_the_same_bases_changes_nothing():
     U, V = orthonormal(9, 3), orthonormal(7, 3)
-    m_K, m_L = torch.randn(9, 3).double(), functional.project_out(torch.randn(7, 3).double(), V)
-    new_K, new_L = functional.transport_first_moment(m_K, m_L, U, V, U, V)
+    m_K, m_L = torch.randn(9, 3).double(), decomposition.project_out(torch.randn(7, 3).double(), V)
+    new_K, new_L = transport.transport_first_moment(m_K, m_L, U, V, U, V)
     close(new_K, m_K)
     close(new_L, m_L)
     v = torch.rand(9, 3).double()
-    close(functional.transport_second_moment(v, V, V), v)
+    close(transport.transport_second_moment(v, V, V), v)
 
 
 def test_second_moments_of_new_columns_are_of_the_size_of_their_row():
     basis = padded(orthonormal(30, 3), 6)
     both = torch.linalg.qr(torch.cat([basis[:, :3], torch.randn(30, 2).double()], 1)).Q
     v = padded(torch.rand(8, 3).double() + 0.5, 6)
-    moved = functional.transport_second_moment(v, basis, padded(both, 6))
+    moved = transport.transport_second_moment(v, basis, padded(both, 6))
     close(moved[:, :3], v[:, :3])
     close(moved[:, 3], v[:, :3].mean(1))
     assert torch.count_nonzero(moved[:, 5]) == 0
@@ -174,7 +174,7 @@ def test_second_moments_of_new_columns_are_of_the_size_of_their_row():
 
 def test_svd_falls_back_before_it_gives_up(monkeypatch):
     calls = []
-    real = functional._svd
+    real = decomposition._svd
 
     def failing(matrix, driver=None):
         calls.append(matrix.dtype)
@@ -182,9 +182,9 @@ def test_svd_falls_back_before_it_gives_up(monkeypatch):
             raise torch.linalg.LinAlgError("did not converge")
         return real(matrix, driver)
 
-    monkeypatch.setattr(functional, "_svd", failing)
+    monkeypatch.setattr(decomposition, "_svd", failing)
     matrix = torch.randn(5, 4)
-    P, sigma, Qh = functional.svd(matrix)
+    P, sigma, Qh = decomposition.svd(matrix)
     assert calls == [torch.float32, torch.float64]
     assert sigma.dtype == torch.float32
     close((P * sigma) @ Qh, matrix)
@@ -192,11 +192,11 @@ def test_svd_falls_back_before_it_gives_up(monkeypatch):
 
 def test_svd_of_what_is_not_finite_raises():
     with pytest.raises(torch.linalg.LinAlgError):
-        functional.svd(torch.full((3, 3), float("nan")))
+        decomposition.svd(torch.full((3, 3), float("nan")))
 
 
 def test_orthonormality_defect_sees_a_defect():
     basis = padded(orthonormal(10, 3), 5)
     assert is_orthonormal(basis)
     basis[:, 1] *= 1.01
-    assert functional.orthonormality_defect(basis) > 0.02
+    assert decomposition.orthonormality_defect(basis) > 0.02

@@ -1,0 +1,112 @@
+"""The commands about checkpoints and runs that train nothing: export, ranks, report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from geolora_pl.lightning.export import FORMATS, export
+from geolora_pl.math.ranks import ranks_by_tau
+from geolora_pl.report.write import write_report
+from geolora_pl.storage.checkpoint import read_checkpoint
+from geolora_pl.storage.spectra import spectra
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def ranks_table(ckpt_path: str | Path) -> Table:
+    """Ranks, parameters and spectra of the adapters in a checkpoint.
+
+    Raises:
+        ValueError: It cannot be read, or has no adapters.
+    """
+    adapters = spectra(read_checkpoint(ckpt_path)["state_dict"])
+    if not adapters:
+        raise ValueError(f"ckpt_path={str(ckpt_path)!r} holds no adapters: it is of another run, or merged")
+    table = Table(title=str(ckpt_path), title_justify="left", show_footer=True)
+    total = sum(size * rank for size, rank, _ in adapters.values())
+    table.add_column("adapter", "all", overflow="fold")
+    table.add_column("rank", str(sum(rank for _, rank, _ in adapters.values())), justify="right")
+    table.add_column("parameters", f"{total:,}", justify="right")
+    table.add_column("99% energy", justify="right")  # the rank that would keep so much
+    table.add_column("largest", justify="right")
+    table.add_column("singular values")
+    for name, (size, rank, sigma) in adapters.items():
+        enough = int(ranks_by_tau(sigma, 0.1, 0.0, 0, len(sigma))) if len(sigma) else 0
+        largest = float(sigma[0]) if len(sigma) else 0.0
+        table.add_row(Text(name), str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma))
+    return table
+
+
+def _sparkline(sigma: Tensor) -> str:
+    heights = sigma / sigma[:1].clamp_min(torch.finfo(sigma.dtype).tiny)
+    return "".join(_BARS[round(float(height) * (len(_BARS) - 1))] for height in heights)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``export``, ``ranks`` or ``report``.
+
+    Args:
+        args: The command and its arguments.
+    """
+    parser = _parser()
+    given = vars(parser.parse_args(args))
+    command = given.pop("command")
+    try:
+        if command == "ranks":
+            Console().print(ranks_table(**given))
+            return
+        said = export(**given) if command == "export" else _report(**given)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    Console().print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+def _report(run: Sequence[str], output: str | None) -> str:
+    return f"{write_report(run, output)}: open it in a browser"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m geolora_pl", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, said: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, allow_abbrev=False, help=said, description=said)
+
+    export = add("export", "Write the model of a checkpoint for others.")
+    ranks = add("ranks", "Show the adapters of a checkpoint.")
+    for command in (export, ranks):
+        command.add_argument("--ckpt_path", required=True, help="The checkpoint of a run.")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="adapter: one file for load_adapter. peft: a folder for the PEFT library and servers. merged: the plain "
+        "model, for from_pretrained or timm.create_model.",
+    )
+    export.add_argument("--output", required=True, help="The file (adapter) or folder to write.")
+    export.add_argument(
+        "--config",
+        help="The run's configuration: for modules of your own, small checkpoints, and tokenizers from the hub.",
+    )
+    export.add_argument("--compact", action="store_true", help="peft: each adapter at its own rank, none of rank 0.")
+    export.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+
+    report = add("report", "Write a page about one run or several.")
+    report.add_argument(
+        "--run",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FOLDER",
+        help="The folder of a run, with metrics.csv or TensorBoard's events; several are compared.",
+    )
+    report.add_argument("--output", metavar="FILE", help="By default report.html in the first folder.")
+    return parser

@@ -1,0 +1,58 @@
+"""The memory of an optimizer, carried from the old bases to the new ones."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from geolora_pl.math.decomposition import project_out
+
+
+def transport_first_moment(
+    m_K: Tensor, m_L: Tensor, U: Tensor, V: Tensor, U_new: Tensor, V_new: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Carry a tangent vector to new bases by orthogonal projection onto the new tangent space.
+
+    The pair is one vector ``xi = m_K V^T + U m_L^T``. In the new coordinates
+
+    .. math::
+        m_K' = m_K (V^T V') + U (m_L^T V'), \qquad
+        m_L' = (I - V' V'^T) \left( m_L (U^T U') + V (m_K^T U') \right),
+
+    which is the best approximation of xi there is in the tangent space at U', V'.
+
+    Args:
+        m_K: (..., m, R), coordinates in V.
+        m_L: (..., n, R), coordinates in U.
+        U: (..., m, R), the old basis.
+        V: (..., n, R), the old basis.
+        U_new: (..., m, R).
+        V_new: (..., n, R).
+
+    Returns:
+        m_K' (..., m, R) and m_L' (..., n, R).
+    """
+    new_K = m_K @ (V.mT @ V_new) + U @ (m_L.mT @ V_new)
+    new_L = m_L @ (U.mT @ U_new) + V @ (m_K.mT @ U_new)
+    return new_K, project_out(new_L, V_new)
+
+
+def transport_second_moment(v: Tensor, basis: Tensor, basis_new: Tensor) -> Tensor:
+    r"""Carry elementwise second moments to a new basis of their columns.
+
+    A column of the new basis is a combination of the old ones with coefficients ``C = basis^T basis_new``; for
+    uncorrelated entries its second moment is ``v (C * C)``. What a new direction does not inherit,
+    ``1 - sum_a C_aj^2``, it takes from the mean of its row, so that it neither starts at zero (a step of many lr)
+    nor at a constant of another scale.
+
+    Args:
+        v: (..., d, R), at least 0; zero in unused columns.
+        basis: (..., e, R), old, orthonormal columns, then zeros.
+        basis_new: (..., e, R).
+
+    Returns:
+        (..., d, R), at least 0 and zero in the unused columns of the new basis.
+    """
+    inherited = (basis.mT @ basis_new).square()
+    live, live_new = (b.square().sum(-2, keepdim=True) for b in (basis, basis_new))  # 1 for a live column, else 0
+    seed = v.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp_min(1)
+    return v @ inherited + seed * (live_new - inherited.sum(-2, keepdim=True)).clamp_min(0)

@@ -1,0 +1,39 @@
+"""The singular values of the adapters in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from geolora_pl.adapters.base import FACTORS
+from geolora_pl.math.decomposition import decompose
+from geolora_pl.storage.checkpoint import read_checkpoint
+
+
+def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tensor]]:
+    """The adapters in a state dict: out + in features, rank, and the singular values of the update by name.
+
+    Pending increments count; ``alpha`` does not.
+    """
+    found: dict[str, tuple[int, int, Tensor]] = {}
+    for key in state_dict:
+        name = key.removesuffix(".U")
+        if name == key or any(f"{name}.{factor}" not in state_dict for factor in FACTORS):
+            continue
+        U, S, V, K, L = (state_dict[f"{name}.{factor}"] for factor in FACTORS)
+        rank = int((U != 0).any(0).sum())
+        sigma = decompose(U, S, V, K, L).sigma
+        found[name] = (len(U) + len(V), rank, sigma[: max(rank, int((sigma > 1e-6 * sigma[:1]).sum()))])
+    return found
+
+
+def checkpoint_spectra(ckpt_path: str | Path) -> dict[str, list[float]]:
+    """The singular values of each adapter in a checkpoint by name; of another kind of checkpoint there are none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    found = spectra(read_checkpoint(ckpt_path, mmap=True).get("state_dict", {}))
+    return {name: sigma.tolist() for name, (_, _, sigma) in found.items()}
