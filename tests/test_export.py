@@ -223,7 +223,7 @@ def test_ranks_shows_every_adapter(image, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     module, ckpt = image
     layers = find_adapters(module)
-    layers["model.blocks.0.attn.qkv"].S.data[:4, :4] = torch.diag(torch.tensor([8.0, 4.0, 0.1, 0.0]))
+    layers["model.blocks.0.attn.qkv"].S.data[:4, :4] = torch.diag(torch.tensor([8.0, 3.4, 0.1, 0.0]))
     main(["ranks", "--ckpt_path", save(module, ckpt)])
     out = capsys.readouterr().out
     assert all(name in out for name in layers)
