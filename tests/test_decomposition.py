@@ -3,7 +3,8 @@ import torch
 from reference import best_of_rank, orthonormal, padded
 from tolerance import EXACT, close, is_orthonormal
 
-from geolora_pl.math import decomposition, ranks, transport
+from geolora_pl.math import decomposition, transport
+from geolora_pl.math import ranks as rank_rules
 
 
 def random_point(m, n, r, R, dtype=torch.float64, scale=1.0):
@@ -75,7 +76,7 @@ def test_dependent_directions_are_no_directions(dtype, scale):
     new = orthonormal(48, 1, dtype)
     L[:, :3] = scale * new @ torch.ones(1, 3, dtype=dtype)
     sigma = decomposition.decompose(U, S, V, K, L).sigma
-    rank = ranks.ranks_by_tau(sigma, 0.0, ranks.resolution(64, 48, dtype), 1, 8)
+    rank = rank_rules.ranks_by_tau(sigma, 0.0, rank_rules.resolution(64, 48, dtype), 1, 8)
     assert rank == torch.linalg.matrix_rank(dense(U, S, V, K, L).double() / scale, rtol=1e-5)
     assert rank <= 4
 
@@ -84,14 +85,14 @@ def test_dependent_directions_are_no_directions(dtype, scale):
 def test_ranks_by_tau_is_the_smallest_rank_within_tau(tau):
     for _ in range(50):
         sigma = (torch.rand(8, dtype=torch.float64).pow(4) + 1e-3).sort(descending=True).values
-        rank = int(ranks.ranks_by_tau(sigma, tau, 1e-14, 0, 8))
+        rank = int(rank_rules.ranks_by_tau(sigma, tau, 1e-14, 0, 8))
         assert sigma[rank:].norm() <= tau * sigma.norm()
         assert rank == 0 or sigma[rank - 1 :].norm() > tau * sigma.norm()
 
 
 def test_ranks_by_tau_keeps_to_its_bounds():
     sigma = torch.tensor([[1.0, 1e-3, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    assert ranks.ranks_by_tau(sigma, 0.1, 1e-6, 2, 3).tolist() == [2, 3, 2]
+    assert rank_rules.ranks_by_tau(sigma, 0.1, 1e-6, 2, 3).tolist() == [2, 3, 2]
 
 
 def brute_force_budget(sigmas, ranks, costs, budget, floors):
@@ -107,7 +108,7 @@ def test_budget_is_never_exceeded_and_keeps_most_energy_at_equal_costs():
     for _ in range(30):
         sigma = torch.rand(3, 4, generator=generator).sort(descending=True).values
         floors, ranks, costs = [1, 0, 1], [4, 3, 4], [10, 10, 10]
-        (chosen,) = ranks.ranks_by_budget([sigma], [torch.tensor(ranks)], [10], 60, [torch.tensor(floors)])
+        (chosen,) = rank_rules.ranks_by_budget([sigma], [torch.tensor(ranks)], [10], 60, [torch.tensor(floors)])
         chosen, sigmas = chosen.tolist(), sigma.tolist()
         assert sum(r * c for r, c in zip(chosen, costs, strict=True)) <= 60
         assert all(f <= c <= r for f, c, r in zip(floors, chosen, ranks, strict=True))
@@ -118,7 +119,7 @@ def test_budget_is_never_exceeded_and_keeps_most_energy_at_equal_costs():
 def bought(sigmas, costs, budget):
     """Of adapters of which each has a cost of its own, and no floor; all of their ranks are for sale."""
     most, least = ([torch.tensor([end(len(sigma), 0)]) for sigma in sigmas] for end in (max, min))
-    return [int(r) for r in ranks.ranks_by_budget([torch.tensor([s]) for s in sigmas], most, costs, budget, least)]
+    return [int(r) for r in rank_rules.ranks_by_budget([torch.tensor([s]) for s in sigmas], most, costs, budget, least)]
 
 
 def test_budget_prefers_energy_per_parameter():
