@@ -26,7 +26,9 @@ MAX_BYTES_A_STEP = 16.0  # a single float kept a step in a list takes 32
 MAX_GROWTH = 2.0  # of the defect from the first tenth to the last
 WARM_UP = 0.2  # part of the steps in which allocators and caches still fill
 SIZE, MAX_RANK = 32, 12
-MAX_DEFECT = 16 * torch.finfo(torch.float32).eps * (SIZE * MAX_RANK) ** 0.5  # rounding, as in tests/tolerance.py
+MAX_DEFECT = (
+    16 * torch.finfo(torch.float32).eps * (SIZE * MAX_RANK) ** 0.5
+)  # rounding, as in tests/support/tolerance.py
 
 
 def resident_bytes() -> int:

@@ -1,7 +1,7 @@
 """Run the tests as other machines would: with other kernels, threads, seeds and orders, and beside other processes.
 
     python tools/test_matrix.py
-    python tools/test_matrix.py --cells least crowded -- tests/test_peft.py
+    python tools/test_matrix.py --cells least crowded -- tests/storage/test_peft.py
 
 A cell is one run of the whole suite and takes as long as one; all of them take hours. What stands behind ``--`` is for
 pytest. A line a cell says how it went, what failed is shown, and the exit status is 1 if anything did.

@@ -1,0 +1,168 @@
+import lightning as L
+import pytest
+import torch
+from foreign import Endless, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
+from small import Small
+from torch import nn
+from torch.utils.data import DataLoader
+
+from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
+from geolora_pl.training.schedule import warmup_cosine
+
+
+def test_a_subclass_needs_only_its_model_and_steps():
+    module = Small()
+    trainer(GeoLoRACallback(), max_epochs=3).fit(module, loader())
+    assert module.model[0].rank > 0
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {
+        *(f"model.{i}.{f}" for i in (0, 2) for f in "KL"),
+        "model.4.weight",
+        "model.4.bias",
+    }
+
+
+def test_a_trainer_without_the_callback_gets_one_and_one_with_keeps_its_own():
+    for callbacks in ([], [GeoLoRACallback(tau=0.3)]):
+        runs = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=callbacks)
+        module = Small()
+        runs.fit(module, loader())
+        (callback,) = (c for c in runs.callbacks if isinstance(c, GeoLoRACallback))
+        assert callback.integrator.adaptations == 6
+        assert callback.tau == (0.3 if callbacks else 0.2)
+
+
+def test_a_parameter_of_the_module_itself_is_trained():
+    class Tempered(Small):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.model(batch[0]) * self.temperature, batch[1])
+
+    module = Tempered()
+    trainer(GeoLoRACallback()).fit(module, loader())
+    assert module.temperature != 1
+
+
+def test_configure_model_is_idempotent():
+    module = Small()
+    module.configure_model()
+    model = module.model
+    module.configure_model()
+    assert module.model is model
+
+
+def test_new_modules_join_modules_to_save():
+    module = Small(adapter=AdapterConfig(target_modules=["0"], modules_to_save=["3"]))
+    module.configure_model()
+    assert {name.split(".")[1] for name, p in module.named_parameters() if p.requires_grad} == {"0", "3", "4"}
+
+
+def test_only_trained_parameters_reach_the_optimizer_with_their_own_lr_and_decay():
+    module = Small(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2), head_lr=0.01, warmup=0)
+    trainer(GeoLoRACallback(), max_steps=0).fit(module, loader())
+    optimizer = module.optimizers()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in module.parameters() if p.requires_grad
+    }
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.1, 0.2), (0.01, 0.2), (0.01, 0.0)]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.25, 3), (3, 3), (0, 0)])
+@pytest.mark.parametrize(("head_warmup", "head_steps"), [(1 / 12, 1), (2, 2)])
+def test_by_default_riemannian_adam_warms_up_behind_the_head_and_ends_at_zero(warmup, steps, head_warmup, head_steps):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    module = Small(warmup=warmup, head_warmup=head_warmup)
+    trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, loader())
+    assert isinstance(module.optimizers(), RiemannianAdam)
+    of_groups = [[row[i] for row in rates] for i in range(3)]
+    assert of_groups[1] == of_groups[2]
+    for of_group, lr, length in zip(of_groups, (0.3, 0.001), (steps, head_steps), strict=False):
+        assert of_group[:length] == pytest.approx([lr * (t + 1) / length for t in range(length)])
+        assert max(of_group) == pytest.approx(lr)
+        assert of_group[length:] == sorted(of_group[length:], reverse=True)
+        assert of_group[-1] < 0.1 * lr
+
+
+def test_a_run_of_unknown_length_still_learns():
+    module = Small(warmup=2)
+    before = {}
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            before["head"] = module.model[4].weight.clone()
+
+    trainer(GeoLoRACallback(), Watch(), max_epochs=2).fit(module, DataLoader(Endless(), batch_size=8))
+    assert not torch.equal(module.model[4].weight, before["head"])
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.3)
+
+
+def test_parameters_that_are_not_marked_as_adapters_warm_up_as_they_do():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = warmup_cosine(optimizer, warmup=4, total_steps=10, head_warmup=2)
+    assert schedule.get_last_lr() == [0.25]
+
+
+def test_a_run_without_an_end_stays_at_its_lr():
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "adapters": True}], lr=1.0)
+    schedule = warmup_cosine(optimizer, 2, float("inf"))
+    rates = []
+    for _ in range(4):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_schedulers_step_every_optimizer_step_and_plateau_every_epoch():
+    module = Small(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=12))
+    trainer(GeoLoRACallback(), max_epochs=2).fit(module, loader())
+    assert module.lr_schedulers().last_epoch == 12
+    module = Small(lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val_loss", patience=0))
+    trainer(GeoLoRACallback(), max_epochs=2).fit(module, loader(), loader())
+
+
+def test_load_from_checkpoint_at_changed_ranks(tmp_path):
+    config = AdapterConfig(init_rank=1, max_rank=4, target_modules=["0", "2"], rank_pattern={"0": 2})
+    module = Small(width=14, adapter=config)
+    trainer(GeoLoRACallback(tau=0.01), ModelCheckpoint(tmp_path, save_last=True), max_epochs=2).fit(module, loader())
+    loaded = Small.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert loaded.adapter == config
+    assert [loaded.model[i].rank for i in (0, 2)] == [module.model[i].rank for i in (0, 2)]
+    x = torch.randn(3, 10)
+    assert torch.equal(loaded.model(x), module.model(x))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    trainer(GeoLoRACallback(), ModelCheckpoint(tmp_path, save_last=True)).fit(Small(), loader())
+    with pytest.raises(ValueError, match=r"the weights do not fit this Small: model\.0"):
+        Small.load_from_checkpoint(tmp_path / "last.ckpt", width=9)
+    with pytest.raises(ValueError, match=r"model\.0\.U is \(12, 10\) there and \(12, 3\) here"):
+        Small.load_from_checkpoint(tmp_path / "last.ckpt", adapter=AdapterConfig(init_rank=1, max_rank=3))
+    for other, message in (({"max_rank": 3, "init_rank": 1}, "max_rank=3"), ({"alpha": 2.0}, "alpha=2.0")):
+        resumed = Small(adapter=AdapterConfig(**other))
+        with pytest.raises(ValueError, match=rf"adapter.{message} does not fit the checkpoint, which was made with 1"):
+            trainer(GeoLoRACallback(), max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_without_build_model_the_message_says_what_to_write():
+    class Nothing(GeoLoRAModule):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Nothing must define build_model\(\)"):
+        Nothing().configure_model()
+
+
+def test_learning_rates_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="warmup=-1"):
+        Small(warmup=-1)
+    with pytest.raises(ValueError, match="head_lr=0"):
+        Small(head_lr=0)

@@ -1,0 +1,170 @@
+"""A run that is resumed equals the run that was never interrupted, to the bit."""
+
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from foreign import ADAPTER, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from recorded import BATCHES, Noisy, Recorded
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from geolora_pl import GeoLoRACallback, GeoLoRAWarning
+from geolora_pl.lightning.exact_resume import TrainingPosition, random_state, set_random_state
+
+# A shuffled validation draws random numbers, and those must not count.
+pytestmark = pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled:UserWarning")
+
+
+def run(folder, ckpt_path=None, module=None, seed=0, **settings):
+    """Fit from scratch or go on, from another random state than the first time."""
+    L.seed_everything(seed, verbose=False)
+    module = module or Recorded()
+    checkpoint = {"every_n_epochs": 0, **settings.pop("checkpoint", {})}
+    callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=settings.pop("adapt_every", 2))
+    saved = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **checkpoint)
+    runs = trainer(callback, saved, **{"max_epochs": 3, **settings})
+    runs.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return module, callback, runs
+
+
+def everything(module, callback, runs):
+    optimizer = runs.optimizers[0].state_dict()["state"]
+    moments = {(i, key): value for i, state in optimizer.items() for key, value in state.items()}
+    return {**module.state_dict(), **moments}, callback.integrator.state_dict(), callback.integrator.ranks()
+
+
+def assert_same(resumed, whole):
+    assert {step: whole[0].losses[step] for step in resumed[0].losses} == resumed[0].losses
+    (tensors, state, ranks), (expected, expected_state, expected_ranks) = everything(*resumed), everything(*whole)
+    assert ranks == expected_ranks
+    assert state == expected_state
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+EVERY = {f"after step {n}": {"checkpoint": {"every_n_train_steps": n}} for n in (1, 4, 5, 6, 8)}
+AT_THE_END = {
+    "after the epoch": {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
+    "after the validation": {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": False}},
+    "after a validation in mid-epoch": {
+        "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+        "val_check_interval": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", [*EVERY.values(), *AT_THE_END.values()], ids=[*EVERY, *AT_THE_END])
+@pytest.mark.parametrize("adapt_every", [1, 4])
+def test_a_resumed_run_equals_one_run(tmp_path, settings, adapt_every):
+    whole = run(tmp_path, adapt_every=adapt_every, **settings)
+    assert max(whole[1].integrator.ranks().values()) > ADAPTER.init_rank
+    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert len(checkpoints) > 1
+    for checkpoint in checkpoints[:4]:
+        resumed = run(tmp_path / "again", checkpoint, seed=1, adapt_every=adapt_every, **settings)
+        assert resumed[0].losses or checkpoint.name.startswith("epoch=2"), checkpoint
+        assert_same(resumed, whole)
+
+
+def test_with_workers_and_accumulation(tmp_path):
+    def again(*arguments, **more):
+        settings = {"accumulate_grad_batches": 2, "checkpoint": {"every_n_train_steps": 4}, "max_epochs": 2}
+        return run(*arguments, module=Recorded(workers=1), **settings, **more)
+
+    whole = again(tmp_path)
+    resumed = again(tmp_path / "again", tmp_path / "epoch=1-step=4.ckpt", seed=1)
+    assert list(resumed[0].losses) == [(1, 2), (1, 3), (1, 4), (1, 5)]
+    assert_same(resumed, whole)
+
+
+def test_a_run_that_was_resumed_is_resumed_again(tmp_path):
+    settings = {"checkpoint": {"every_n_train_steps": 2}, "max_epochs": 2}
+    whole = run(tmp_path, **settings)
+    run(tmp_path / "second", tmp_path / "epoch=1-step=8.ckpt", seed=1, **settings)
+    assert_same(run(tmp_path / "third", tmp_path / "second" / "epoch=1-step=10.ckpt", seed=2, **settings), whole)
+
+
+class Drawing(Recorded):
+    """A hook that draws random numbers at the start of every epoch, after the callbacks'."""
+
+    def on_train_epoch_start(self):
+        torch.rand(3)
+
+
+def test_random_numbers_drawn_at_the_start_of_an_epoch(tmp_path):
+    settings = {"checkpoint": {"every_n_train_steps": 4}}
+    whole = run(tmp_path, module=Drawing(), **settings)
+    assert_same(run(tmp_path / "again", tmp_path / "epoch=1-step=8.ckpt", Drawing(), 1, **settings), whole)
+
+
+class Stream(IterableDataset):
+    """A stream of unknown length that can be read once."""
+
+    def __init__(self):
+        self.samples = iter(Noisy(8 * BATCHES))
+
+    def __iter__(self):
+        return self.samples
+
+
+class Streaming(Recorded):
+    def train_dataloader(self):
+        return DataLoader(Stream(), 8)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")  # of the validation
+def test_a_stream_loses_no_batch(tmp_path):
+    module, _, _ = run(tmp_path, module=Streaming(validated=False), max_epochs=1)
+    assert len(module.losses) == BATCHES
+
+
+class Iterating(Recorded):
+    """Takes its batches from the loader itself, an experimental feature of Lightning."""
+
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        loss = nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+        self.losses[self.trainer.current_epoch, batch_idx] = loss.item()
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`:UserWarning")  # that it is experimental
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before:UserWarning")  # ours says why
+def test_a_module_that_takes_its_batches_itself_goes_on_exactly_at_the_end_of_an_epoch_alone(tmp_path):
+    settings = {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "max_epochs": 2}
+    whole = run(tmp_path / "whole", module=Iterating(), **settings)
+    last = tmp_path / "whole" / f"epoch=0-step={BATCHES}.ckpt"
+    assert_same(run(tmp_path / "again", last, Iterating(), 1, **settings), whole)
+    settings = {"checkpoint": {"every_n_train_steps": 4}, "max_epochs": 1}
+    run(tmp_path, module=Iterating(), **settings)
+    with pytest.warns(GeoLoRAWarning, match="takes dataloader_iter: .* begins again at the first batch"):
+        resumed, _, runs = run(tmp_path / "mid", tmp_path / "epoch=0-step=4.ckpt", Iterating(), 1, **settings)
+    assert len(resumed.losses) == 2
+    assert runs.global_step == BATCHES
+
+
+def test_validation_leaves_no_trace_in_the_random_numbers(tmp_path):
+    often, _, _ = run(tmp_path / "often", val_check_interval=2)
+    once, _, _ = run(tmp_path / "once")
+    assert often.losses == once.losses
+
+
+def test_random_states_come_back():
+    state = random_state()
+    expected = [torch.rand(3).tolist(), np.random.rand(), random.random()]  # noqa: NPY002
+    set_random_state(state)
+    assert [torch.rand(3).tolist(), np.random.rand(), random.random()] == expected  # noqa: NPY002
+
+
+def test_another_number_of_processes_starts_from_its_own_random_state():
+    position = TrainingPosition()
+    state = position.state_dict()
+    position.load_state_dict({"processes": state["processes"] * 2})
+    assert position._restored is None
+    position.load_state_dict(state)
+    assert position._restored is not None

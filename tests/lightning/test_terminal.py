@@ -1,0 +1,211 @@
+import io
+import re
+
+import pytest
+import torch
+from foreign import ADAPTER, Foreign, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from torch import nn
+
+from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters, merge_adapters
+from geolora_pl.adapters.inject import find_adapters, has_adapters
+from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.lightning.summary import print_summary, rank_table, show_whole_numbers, start_summary
+
+
+def blocks(depth=3):
+    torch.manual_seed(0)
+    layers = [nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)}) for _ in range(depth)]
+    model = nn.ModuleDict({"m": nn.ModuleList(layers), "head": nn.Linear(8, 2)})
+    inject_adapters(model, AdapterConfig(init_rank=2, max_rank=4, modules_to_save=["head"]))
+    return model
+
+
+def watched(model):
+    return RankMonitor(RankAdaptiveIntegrator(model, tau=0.1))
+
+
+def printed(table, lines, width=80):
+    print_summary(table, lines, Console(width=width, file=(file := io.StringIO())))
+    return file.getvalue()
+
+
+def fit(tmp_path, *more, enable_model_summary=True, **settings):
+    module, callback = Foreign(), GeoLoRACallback(tau=0.01, adapter=ADAPTER)
+    logger = CSVLogger(tmp_path, name="", version="")
+    defaults = {"logger": logger, "max_epochs": 2, "log_every_n_steps": 6}
+    settings = {**defaults, "enable_model_summary": enable_model_summary, **settings}
+    trainer(callback, *more, **settings).fit(module, loader(), loader())
+    return module
+
+
+def test_the_start_says_what_is_adapted_what_is_trained_and_what_it_takes():
+    out = printed(*start_summary(model := blocks(), watched(model)))
+    assert ["m.*.fc1", "3", "16 x 8", "2", "4", "144"] in [
+        [cell.strip() for cell in row.strip("│").split("│")] for row in out.splitlines()
+    ]
+    # 6 layers of 24 at rank 2; head 18; base 3 * (144 + 136) + 18
+    assert "trainable: 306 parameters, 288 in adapters (at most 576) and 18 of the 858 of the model itself" in out
+    assert "memory: 3.43 kB of weights, 4.99 kB of adapters, 2.38 kB of gradients, besides" in out
+
+
+def test_layers_of_several_shapes_and_ranks_are_told_together():
+    model = nn.ModuleDict({"m": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(n, 8)}) for n in (2, 8))})
+    inject_adapters(model, AdapterConfig(init_rank=3, max_rank=4))
+    rows = [
+        [c.strip() for c in r.strip("│").split("│")]
+        for r in printed(*start_summary(model, watched(model))).splitlines()
+    ]
+    assert ["m.*.fc", "2", "2 shapes", "2 to 3", "2 to 4", "68"] in rows
+
+
+def test_the_table_of_ranks_has_depth_in_order_and_how_the_mean_moved():
+    monitor = watched(blocks())
+    for rank, layer in enumerate(monitor.integrator.adapters.values(), start=1):
+        layer.rank = min(rank, 4)
+    table = rank_table(monitor)
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert cells[:3] == [["m.*.fc1", "m.*.fc2"], ["1 3 4", "2 4 4"], ["2.0 -> 2.7", "2.0 -> 3.3"]]
+    assert [column.footer for column in table.columns] == ["all", "", "2.0 -> 3.0", "432"]
+
+
+def test_a_fit_ends_with_ranks_scores_time_and_the_files(tmp_path, capfd):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", save_last=True)
+    module = fit(tmp_path, checkpoint)
+    out = capfd.readouterr().out
+    assert "trainable: " in out
+    end = out.partition("ranks found, by depth")[2]
+    assert "at max_rank: 2 of 2 adapters" in end
+    assert f"│ body.0 │ {module.body[0].rank}     │ 2.0 -> {module.body[0].rank}.0 │" in end
+    total = sum(p.numel() for p in Foreign().parameters())
+    assert f"of the {total} of the model itself" in end
+    for line in ("val_loss: 0.", "train_loss: 0.", "time: ", "for 12 adaptations of the ranks"):
+        assert line in end, line
+    assert f"logs: {tmp_path}" in end
+    assert f"best checkpoint: {checkpoint.best_model_path} (val_loss 0." in end
+    assert f"last checkpoint: {checkpoint.last_model_path}" in end
+    assert "rank/body.0" not in end
+
+
+def test_a_resumed_run_counts_the_adaptations_that_its_time_is_of(tmp_path, capfd):
+    def fit(epochs, ckpt_path=None):
+        callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
+        checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+        settings = {"max_epochs": epochs, "enable_model_summary": True}
+        trainer(callback, checkpoint, **settings).fit(Foreign(), loader(batches=8), ckpt_path=ckpt_path)
+        return callback.integrator.adaptations, capfd.readouterr().out
+
+    assert fit(3)[0] == 6
+    adaptations, out = fit(4, tmp_path / "last.ckpt")
+    assert adaptations == 8
+    assert "for 2 adaptations of the ranks" in out
+
+
+def test_the_last_retraction_is_timed_as_well(capfd):
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
+    trainer(callback, enable_model_summary=True).fit(Foreign(), loader())
+    assert callback.integrator.adaptations == 2  # of four steps and of the two that were left
+    assert "for 2 adaptations of the ranks" in capfd.readouterr().out
+
+
+def test_it_is_quiet_when_told(tmp_path, capfd):
+    fit(tmp_path, enable_model_summary=False)
+    assert capfd.readouterr().out == ""
+
+
+def test_long_names_are_whole_in_a_file_and_folded_on_a_narrow_terminal():
+    name = "a_rather_long_name_of_a_module.in_another_of_a_long_name.query_key_value"
+    model = nn.Linear(8, 8)
+    for part in reversed(name.split(".")):
+        model = nn.ModuleDict({part: model})
+    inject_adapters(model, AdapterConfig(init_rank=2))
+    for terminal in (False, True):
+        console = Console(width=60, file=io.StringIO(), force_terminal=terminal, color_system=None)
+        print_summary(rank_table(watched(model)), [], console)
+        assert console.width == 60  # it may be the program's own
+        out = console.file.getvalue()
+        assert (name in out) != terminal
+        assert max(map(len, out.splitlines())) <= 60 or not terminal
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_it_reads_without_colour_and_no_line_is_cut(width, monkeypatch, capfd):
+    monkeypatch.setenv("NO_COLOR", "1")
+    table, lines = start_summary(model := blocks(), watched(model))
+    out = printed(table, lines, width)
+    assert "\x1b" not in out
+    assert all(line in out for line in lines)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_only_the_first_of_two_processes_prints(capfd):
+    module = Foreign()
+    inject_adapters(module, ADAPTER)
+    settings = {"devices": 2, "strategy": "ddp_fork", "enable_model_summary": True}
+    trainer(GeoLoRACallback(), **settings).fit(module, loader())
+    out = capfd.readouterr().out
+    assert (out.count("trainable: "), out.count("ranks found")) == (1, 1)
+
+
+def test_the_progress_bar_shows_mean_rank_and_whole_parameters(tmp_path):
+    class Bar(RichProgressBar):
+        seen = None
+
+        def _update_metrics(self, trainer, pl_module):
+            super()._update_metrics(trainer, pl_module)
+            Bar.seen = self.get_metrics(trainer, pl_module)
+
+    module = fit(tmp_path, Bar(), enable_progress_bar=True, log_every_n_steps=1, enable_model_summary=False)
+    ranks = [layer.rank for layer in find_adapters(module).values()]
+    assert Bar.seen["rank/mean"] == sum(ranks) / 2
+    assert Bar.seen["adapter_params"] == str(ranks[0] * 22 + ranks[1] * 20)
+    show_whole_numbers(None)  # no bar
+
+
+def test_a_progress_bar_that_formats_its_metrics_is_left_to_it():
+    class Bar(TQDMProgressBar):
+        seen = None
+
+        def get_metrics(self, trainer, pl_module):
+            metrics = super().get_metrics(trainer, pl_module)
+            Bar.seen = {name: f"{value:.2e}" if isinstance(value, float) else value for name, value in metrics.items()}
+            return Bar.seen
+
+    settings = {"enable_progress_bar": True, "log_every_n_steps": 1}
+    trainer(GeoLoRACallback(adapter=ADAPTER), Bar(), **settings).fit(Foreign(), loader())
+    assert re.fullmatch(r"\d\.\d\de\+0[12]", Bar.seen["adapter_params"])
+
+
+def test_a_module_may_merge_its_adapters_when_training_ends(capfd):
+    class Merges(Foreign):
+        def on_train_end(self):
+            merge_adapters(self)
+
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback, enable_model_summary=True).fit(module := Merges(), loader())
+    assert not has_adapters(module)
+    active, total = callback.integrator.adapter_parameters(), sum(p.numel() for p in Foreign().parameters())
+    assert f"adapter parameters: {active} ({active / total:.1%} of the {total} " in capfd.readouterr().out
+
+
+class Bracketed(Foreign):
+    """Names that rich would take for its markup."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"[/x]": nn.Linear(10, 12), "[bold]": nn.Linear(12, 8)})
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.body["[bold]"](self.body["[/x]"](x))), y)
+
+
+def test_names_are_printed_as_they_are(capfd):
+    adapter = AdapterConfig(init_rank=2, max_rank=4, modules_to_save=["head"])
+    trainer(GeoLoRACallback(adapter=adapter), enable_model_summary=True).fit(Bracketed(), loader())
+    start, _, end = capfd.readouterr().out.partition("ranks found, by depth")
+    for table in (start, end):
+        assert "body.[/x]" in table
+        assert "body.[bold]" in table

@@ -1,0 +1,73 @@
+"""The README's snippets run, its commands and tables are right, and what it promises is tested."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+from pages import ROOT, blocks, commands, quiet_trainers, understood
+
+PAGE = ROOT / "README.md"
+
+
+def test_the_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
+    quiet_trainers(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    snippets = blocks(PAGE, "python")
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert set(names["callback"].integrator.ranks()) == {"body.0", "body.2"}
+
+
+def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
+    makefile = (ROOT / "Makefile").read_text()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["geolora_pl"])
+    calls = commands(PAGE, tmp_path)
+    assert len(calls) == 16
+    for program, *arguments in calls:
+        if program == "make":
+            assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
+        elif program == "source":
+            assert arguments == [".venv/bin/activate"]
+        else:
+            assert arguments[arguments.index("geolora_pl") - 1] == "-m"
+            understood(arguments[arguments.index("geolora_pl") + 1 :], capfd)
+
+
+@pytest.mark.parametrize("block", blocks(PAGE, "yaml"), ids=lambda block: re.search(r"data\.(\w+)", block)[1])
+def test_the_yaml_for_own_data_is_a_configuration_of_ten_lines(block, tmp_path, monkeypatch, capfd):
+    assert len(block.splitlines()) <= 10
+    (tmp_path / "own.yaml").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["geolora_pl"])
+    understood(["fit", "--config", "own.yaml"], capfd)
+
+
+def test_there_are_three_kinds_of_own_data():
+    assert len(blocks(PAGE, "yaml")) == 3
+
+
+@pytest.mark.parametrize(("page", "least"), [(PAGE, 15), (ROOT / "docs/promises.md", 40)], ids=["README", "promises"])
+def test_the_promised_tests_exist(page, least):
+    text = page.read_text()
+    promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(promised) >= least
+    for file, name in promised:
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {name}(" in path.read_text(), name
+    for tool in re.findall(r"`python (tools/\w+\.py)`", text):
+        assert (ROOT / tool).is_file()
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
+        assert "| geolora_pl |" in text
+        assert tables.with_tables(text) == text

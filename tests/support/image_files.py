@@ -1,0 +1,55 @@
+"""Small files of images, as the data sets have them."""
+
+import gzip
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from geolora_pl.data import CIFAR10
+
+
+def write_idx(path: Path, array: np.ndarray, compress: bool) -> None:
+    content = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+    if compress:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content)
+
+
+def write_cifar(folder: Path, source: type[CIFAR10]) -> list[str]:
+    """Ten random images a file in CIFAR's own format, and the names of the classes.
+
+    The hashes, which torchvision knows, do not fit: patch ``torchvision.datasets.cifar.check_integrity``.
+    """
+    origin = source._source
+    key = "labels" if source is CIFAR10 else "fine_labels"
+    names = [f"class {i}" for i in range(10 if source is CIFAR10 else 100)]
+    (base := folder / origin.base_folder).mkdir()
+    (base / origin.meta["filename"]).write_bytes(pickle.dumps({origin.meta["key"]: names}))
+    rng = np.random.default_rng(0)
+    for name, _ in origin.train_list + origin.test_list:
+        batch = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), key: list(range(10))}
+        (base / name).write_bytes(pickle.dumps(batch))
+    return names
+
+
+def write_tiny_imagenet(folder: Path) -> None:
+    """The official layout with two classes, six training and two validation images of each; one image is grey."""
+    wnids = {"n02": "goldfish, Carassius auratus", "n01": "tench"}  # the official wnids.txt is not sorted either
+    (folder / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in wnids))
+    (folder / "words.txt").write_text("".join(f"{wnid}\t{words}\n" for wnid, words in {"n00": "fish", **wnids}.items()))
+    (folder / "val" / "images").mkdir(parents=True)
+    for wnid in wnids:
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
+        for i in range(6):
+            image = Image.new("RGB" if i else "L", (64, 64), i * 40)
+            image.save(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", format="JPEG")
+    rows = []
+    for i, wnid in enumerate(["n01", "n02", "n02", "n01"]):
+        Image.new("RGB", (64, 64), (0, 0, i * 60)).save(folder / "val" / "images" / f"val_{i}.JPEG", format="JPEG")
+        rows.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))

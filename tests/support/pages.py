@@ -1,0 +1,65 @@
+"""The snippets of a page, and what its commands call."""
+
+import contextlib
+import re
+import subprocess
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from geolora_pl.cli.dispatch import main
+
+ROOT = Path(__file__).parents[2]
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+PROGRAMS = ("python", "make", "source", "tensorboard", "torchrun")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code of a language, block by block."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(page: Path, folder: Path) -> list[list[str]]:
+    """What the page's shell calls, as bash understands it: loops are run and variables filled in."""
+    stubs = [f'{name}() {{ printf "%s\\n" $(($# + 1)) {name} "$@" >>calls; }}' for name in PROGRAMS]
+    script = "\n".join([*stubs, *blocks(page, "bash")])
+    subprocess.run(["bash", "-euc", script], cwd=folder, check=True, timeout=60)
+    words = (folder / "calls").read_text().splitlines()
+    calls = []
+    while words:
+        count = int(words.pop(0))
+        calls.append(words[:count])
+        words = words[count:]
+    return calls
+
+
+@contextlib.contextmanager
+def only(command: str):
+    """Of the command line's parsers the one that is asked for: making all four takes half of the time."""
+    commands = LightningCLI.subcommands()
+    with pytest.MonkeyPatch.context() as patch:
+        if command in commands:
+            patch.setattr(LightningCLI, "subcommands", staticmethod(lambda: {command: commands[command]}))
+        yield
+
+
+def understood(arguments: list[str], capfd) -> None:
+    """The command line takes the arguments, but for a checkpoint or a run that is not there."""
+    missing = {"export": "last.ckpt' is no file", "ranks": "last.ckpt' is no file", "report": "' is no folder"}
+    about = missing.get(arguments[0])
+    with only(arguments[0]), pytest.raises(SystemExit) as stop:
+        main(arguments if about else [*arguments, "--print_config"])
+    said = capfd.readouterr().err
+    if about:
+        assert about in said, said
+    else:
+        assert stop.value.code == 0, f"{arguments}: {said}"
+
+
+def quiet_trainers(monkeypatch) -> None:
+    """Trainers of the snippets run on the CPU and leave nothing behind."""
+    original = L.Trainer.__init__
+    settings = {**QUIET, "accelerator": "cpu"}
+    monkeypatch.setattr(L.Trainer, "__init__", lambda self, **kwargs: original(self, **{**settings, **kwargs}))

@@ -1,0 +1,159 @@
+import pytest
+import timm
+import torch
+from foreign import trainer
+from safetensors.torch import save_file
+from tolerance import NETWORK, close
+
+from geolora_pl import AdapterConfig, GeoLoRACallback
+from geolora_pl.data import Digits
+from geolora_pl.tasks import ImageClassification
+from geolora_pl.tasks.image import head_names
+
+SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
+OVERLAY = {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.3,)}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(5)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=7)
+    path = tmp_path / "weights.safetensors"
+    save_file({name: weight.half() for name, weight in model.state_dict().items()}, path)
+    return path
+
+
+def task(**settings):
+    defaults = {"pretrained": False, "model_args": {**SMALL, "pretrained_cfg_overlay": OVERLAY}}
+    return ImageClassification("vit_tiny_patch16_224", **{**defaults, **settings})
+
+
+def test_fit_and_test_on_digits(weights):
+    module, callback = task(checkpoint_path=str(weights)), GeoLoRACallback()
+    runs = trainer(callback, max_steps=4, val_check_interval=2)
+    runs.fit(module, Digits())
+    assert module.num_classes == 10
+    assert {"train_loss", "val_loss", "val_accuracy"} <= set(runs.callback_metrics)
+    result = runs.test(module, datamodule=Digits(), verbose=False)[0]
+    assert set(result) == {"test_loss", "test_accuracy"}
+    predictions = runs.predict(module, datamodule=Digits())
+    assert sum(len(p) for p in predictions) == 500
+    close(predictions[0].sum(1), torch.ones(64))
+
+
+def test_the_backbone_is_loaded_and_the_head_is_new_and_trained(weights):
+    module = task(checkpoint_path=str(weights), num_classes=3)
+    module.configure_model()
+    expected = timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=7)
+    timm.models.load_checkpoint(expected, str(weights))
+    x = torch.randn(2, 1, 16, 16)
+    close(module.model.forward_features(x), expected.forward_features(x), NETWORK)
+    assert module.model.head.weight.shape == (3, 24)
+    assert module.model.head.weight.requires_grad
+    assert not module.model.patch_embed.proj.weight.requires_grad
+    assert module.model.blocks[0].attn.qkv.K.requires_grad
+
+
+def test_the_data_config_is_the_models_own():
+    module = task(num_classes=2)
+    module.configure_model()
+    assert module.data_config["input_size"] == (1, 16, 16)
+    assert module.data_config["mean"] == (0.4,)
+
+
+def test_a_checkpoint_is_loaded_without_the_data(tmp_path):
+    module = task(adapter=AdapterConfig(max_rank=6), label_smoothing=0.1)
+    runs = trainer(GeoLoRACallback(), max_steps=2)
+    runs.fit(module, Digits())
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = ImageClassification.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    assert loaded.loss.label_smoothing == 0.1
+
+
+def test_a_checkpoint_needs_neither_the_file_nor_the_hub(tmp_path, weights):
+    runs = trainer(GeoLoRACallback(), max_steps=2)
+    runs.fit(task(checkpoint_path=str(weights)), Digits())
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    weights.unlink()
+    loaded = ImageClassification.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert loaded.num_classes == 10
+    assert loaded.class_names == [str(digit) for digit in range(10)]
+
+
+def test_size_and_channels_of_the_model_reach_the_images_without_an_overlay():
+    module = task(model_args=SMALL, num_classes=2)
+    module.configure_model()
+    assert module.data_config["input_size"] == (1, 16, 16)
+    assert module.data_config["mean"] == (0.5,)
+
+
+def test_a_file_of_weights_that_is_not_there_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"checkpoint_path='nowhere.safetensors' is no file"):
+        trainer(GeoLoRACallback()).fit(task(checkpoint_path="nowhere.safetensors"), Digits())
+
+
+def test_weights_that_cannot_be_fetched_are_told_in_one_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    unknown = {"pretrained_cfg_overlay": {"hf_hub_id": "nobody/has-this", "url": ""}}  # in no cache
+    with pytest.raises(
+        ValueError, match=r"model_name='vit_tiny_patch16_224': its weights cannot be fetched: .*as checkpoint_path"
+    ):
+        ImageClassification("vit_tiny_patch16_224", model_args=unknown, num_classes=3).configure_model()
+
+
+def test_any_timm_model_knows_its_head():
+    for name, heads in (("resnet18", ("fc",)), ("deit_tiny_distilled_patch16_224", ("head", "head_dist"))):
+        assert head_names(timm.create_model(name)) == heads
+
+
+def test_weights_of_another_model_are_refused(weights):
+    deeper = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "depth": 3})
+    with pytest.raises(ValueError, match=r"does not fit the model: .*blocks.2.* is missing"):
+        deeper.configure_model()
+    larger = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "img_size": 32})
+    with pytest.raises(ValueError, match=r"is \(1, 5, 24\) in the file and \(1, 17, 24\) in the model"):
+        larger.configure_model()
+
+
+def test_a_broken_file_of_weights_is_refused(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"\x10\0\0\0")
+    with pytest.raises(ValueError, match=r"checkpoint_path=.*broken.safetensors.* cannot be read"):
+        task(checkpoint_path=str(path), num_classes=2).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        task(**settings)
+
+
+def test_an_unknown_model_is_refused_and_similar_ones_are_named():
+    with pytest.raises(ValueError, match=r"model_name='vit_tiny_patch61' is not known to timm.*vit_"):
+        ImageClassification("vit_tiny_patch61")
+
+
+def test_a_class_count_that_does_not_fit_is_refused_before_training():
+    with pytest.raises(ValueError, match="num_classes=3 does not fit the data, which has 10 classes"):
+        trainer(GeoLoRACallback()).fit(task(num_classes=3), Digits())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["a"], "one name for each of the 10 classes"), (list("9876543210"), "do not fit the data")]
+)
+def test_names_of_classes_that_are_not_those_of_the_data_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(GeoLoRACallback()).fit(task(class_names=names), Digits())
+
+
+def test_no_class_count_at_all_is_refused():
+    with pytest.raises(ValueError, match="num_classes=None"):
+        task().configure_model()
