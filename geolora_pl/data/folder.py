@@ -64,7 +64,8 @@ def _class_folders(path: Path) -> list[str]:
 
 def _read_image(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        image = Image.open(path)
+        with image:  # which closes the file of one that is cut short, too
             image.load()
     except (OSError, SyntaxError) as error:  # Pillow's own for a file that is no image, or cut short
         raise ValueError(f"{path} cannot be read as an image: remove or replace it") from error
