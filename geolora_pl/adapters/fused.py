@@ -63,9 +63,10 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
     """
     rows = x.reshape(-1, x.shape[-1])
     merged = pays_to_merge(rows, weight, factors[0])
-    # Autograd lets nobody change a view that a function of its own made, so that the shape is given here.
+    # Autograd lets nobody change a view that a function of its own made, so that the shape is given here. As in matmul
+    # it makes no view either, of which an `y += x` behind it would drop the hook by which FSDP2 gathers parameters.
     y = FusedLinear.apply(rows, weight, bias, *factors, alpha, merged)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
 
 
 def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:

@@ -117,7 +117,6 @@ class Streaming(Recorded):
         return DataLoader(Stream(), 8)
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")  # of the validation
 def test_a_stream_loses_no_batch(tmp_path):
     module, _, _ = run(tmp_path, module=Streaming(validated=False), max_epochs=1)
     assert len(module.losses) == BATCHES
