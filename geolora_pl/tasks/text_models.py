@@ -73,10 +73,10 @@ def said_by_checkpoint(model_name: str) -> str:
     if model_name.startswith(_SAID):
         return model_name
     try:
-        local = find_source(model_name)[1]
-    except ValueError:  # of another machine
-        local = False
-    return model_name if local else f"{_SAID}{model_name}"
+        is_local = find_source(model_name)[1]
+    except ValueError:  # a folder of another machine, which is refused when it is used
+        is_local = True
+    return model_name if is_local else f"{_SAID}{model_name}"
 
 
 def check_config(model_args: Mapping[str, Any]) -> None:

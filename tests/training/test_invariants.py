@@ -162,14 +162,16 @@ def test_the_step_does_not_depend_on_small_singular_values():
     [
         ({"tau": 0.1}, torch.optim.AdamW),
         ({"tau": 0.3, "adapt_every": 7}, torch.optim.AdamW),
-        ({"tau": 0.02, "budget": 150}, torch.optim.AdamW),
+        ({"tau": 0.02, "budget": 200}, torch.optim.AdamW),
         ({"tau": 0.1}, RiemannianAdam),
     ],
 )
 def test_a_thousand_steps_with_weight_decay(settings, optimizer_class):
     """Bases stay orthonormal, unused columns zero, and no retraction moves the update more than it may."""
-    model = nn.Sequential(nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 3))
-    config = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2"], modules_to_save=["4"])
+    model = nn.Sequential(
+        nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 14), nn.Linear(14, 3)
+    )
+    config = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2", "4"], modules_to_save=["5"])
     adapters = inject_adapters(model, config)
     integrator = RankAdaptiveIntegrator(model, **settings)
     if optimizer_class is RiemannianAdam:
