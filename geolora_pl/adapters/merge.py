@@ -121,6 +121,7 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
         ValueError: The model has no adapters, or an update is not finite (nothing is merged then).
 
     Example:
+        >>> from geolora_pl import inject_adapters
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> _ = inject_adapters(model)
         >>> merge_adapters(model)

@@ -1,11 +1,10 @@
 import datasets
 import pytest
-from glue_files import LAYOUTS, MNLI, REAL, write_glue, write_tsv
+from glue_files import LAYOUTS, REAL, write_glue, write_tsv
 from text_files import attach
 
 from geolora_pl.data import GLUE
 
-MNLI += ["sentence2_parse", "sentence1", "sentence2"]
 CLASSES = {
     "cola": ["unacceptable", "acceptable"],
     "sst2": ["negative", "positive"],
