@@ -5,7 +5,7 @@ FLOORS := $(VENV)-floors
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help venv fit test test-slow test-floors check format bench compare
+.PHONY: help venv fit test test-slow test-matrix test-floors check format bench compare
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -28,6 +28,9 @@ test: venv ## the tests, without the slow ones
 test-slow: venv ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
+test-matrix: venv ## the tests with other kernels, threads, seeds and orders, and beside busy processes: hours
+	$(BIN)/python tools/test_matrix.py
+
 test-floors: $(FLOORS)/installed ## the tests, at the lowest version allowed of every dependency but torch
 	$(FLOORS)/bin/python -m pytest
 
@@ -38,11 +41,11 @@ $(FLOORS)/installed: $(INSTALLED) tools/floors.py
 	$(FLOORS)/bin/python tools/mend_torchvision.py
 	touch $@
 
-check: venv ## format, lint, types, tests
+check: venv ## format, lint, types, tests and what they leave out
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 format: venv ## put the code into its format
 	$(BIN)/ruff format .

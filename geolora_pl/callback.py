@@ -191,6 +191,8 @@ class GeoLoRACallback(L.Callback):
             began = monitor.clock.now()
             if integrator.step(optimizer):
                 monitor.clock.add(began)
+            if steps_are_known and trainer.fit_loop.epoch_loop._batches_that_stepped + 1 == steps:
+                self._retract_pending()  # before the last validation and checkpoint, which are of the final ranks then
 
         self._hook = holders[0].register_step_post_hook(after_step)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) 
     left_out = _frozen_names(module, base["trained"])
     checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name not in left_out}
     checkpoint[_MARK] = base
+
+
+def is_small(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint leaves the frozen weights of the base out."""
+    return _MARK in checkpoint
 
 
 def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:

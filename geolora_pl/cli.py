@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,4 +29,6 @@ def main(args: ArgsType = None) -> None:
         return
     import geolora_pl.lightning_cli
 
+    # Lightning 2.6 asks torch 2.13 something in a way that is deprecated there: nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch")
     geolora_pl.lightning_cli.run(args)

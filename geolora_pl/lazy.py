@@ -64,3 +64,19 @@ def import_extra(module: str, what: str) -> Any:
 
 def _remedy(what: str, library: str) -> str:
     return f"{what} needs {library}: pip install 'geolora_pl[{_EXTRAS[library]}]'"
+
+
+def import_class(class_path: str) -> type:
+    """The class that the user names by its path; a file from a stranger must not come here.
+
+    Raises:
+        ValueError: There is no such class.
+    """
+    home, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(home), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"class_path={class_path!r} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise ValueError(f"class_path={class_path!r} is not a class")
+    return found

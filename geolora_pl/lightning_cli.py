@@ -15,7 +15,10 @@ from rich import get_console
 
 from geolora_pl.callback import GeoLoRACallback
 from geolora_pl.checkpoints import read_checkpoint
-from geolora_pl.parser import OneSentenceParser
+from geolora_pl.hyperparameters import from_checkpoint
+from geolora_pl.lazy import import_class
+from geolora_pl.module import GeoLoRAModule
+from geolora_pl.parser import OneSentenceParser, own_defaults
 from geolora_pl.predictions import PredictionWriter
 from geolora_pl.preflight import CheckLast, CheckTestSplit, check_trainer
 from geolora_pl.terminal import end_summary, print_lines, print_summary, wants_tables
@@ -51,18 +54,29 @@ class GeoLoRACLI(LightningCLI):
             self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Refuse a broken checkpoint and a seed out of range before anything is made."""
-        super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]
-        if (path := config.get("ckpt_path")) and not _is_left_to_lightning(path, config):
-            read_checkpoint(path, mmap=True)
-        if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
+        """Let classes keep to their own defaults, and refuse a seed out of range before anything is made."""
+        with own_defaults():
+            super().parse_arguments(parser, args)
+        if (seed := self.config[self.config["subcommand"]]["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
 
     def _parse_ckpt_path(self) -> None:
-        """For a fit the settings given count, and what does not fit the checkpoint is refused when it is loaded."""
-        if self.config["subcommand"] != "fit":
-            super()._parse_ckpt_path()
+        """Refuse a broken checkpoint, and complete the settings of a task by what its own checkpoint knows.
+
+        That is for one the classes of its data. The class of the module, and whatever a file must not decide, stay as
+        the configuration says. For a fit all settings do, and what does not fit is refused when the file is loaded.
+        """
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        path = config.get("ckpt_path")
+        if not path or _is_left_to_lightning(path, config):
+            return
+        checkpoint = read_checkpoint(path, mmap=True)
+        module_class = import_class(config.model.class_path)
+        if subcommand != "fit" and issubclass(module_class, GeoLoRAModule):
+            taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
+            model = {"class_path": config.model.class_path, "init_args": taken}
+            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""

@@ -1,62 +1,80 @@
-"""From the checkpoint of a run to its module, with nothing but the checkpoint."""
+"""From the checkpoint of a run to its module, by the checkpoint alone or with the run's configuration."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import instantiate_module
 
+import geolora_pl.tasks
 from geolora_pl.checkpoints import read_checkpoint
+from geolora_pl.hyperparameters import from_checkpoint
+from geolora_pl.lazy import import_class
 from geolora_pl.module import GeoLoRAModule
 
-_OURS = "geolora_pl."  # classes that a checkpoint may name by itself
+_TASKS = "geolora_pl.tasks."  # the classes that a checkpoint may name by itself
 
 
 def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAModule:
     """Build the module of a checkpoint and load it.
 
-    A checkpoint of the command line names the class of its module. It is believed if the class is one of
-    ``geolora_pl``; code of others is imported only if the configuration names it, which is the user's own.
+    Without a configuration a task of this package is built from the numbers and names in the checkpoint. A class of
+    somebody else, a name on a hub and an address are taken from the configuration alone, which is the user's own.
 
     Args:
         path: The checkpoint.
-        config: The run's configuration, with ``model.class_path``; needed for a module that is none of ours, and for
-            a checkpoint of a run that was started from Python.
+        config: The run's configuration, with ``model.class_path``; needed for a module that is not one of this package,
+            for a small checkpoint, and for a checkpoint of a run that was started from Python.
 
     Raises:
         ValueError: The file is broken, the class is unknown, or they do not fit together.
     """
     checkpoint = read_checkpoint(path)
-    class_path = checkpoint.get("hyper_parameters", {}).get("_class_path")
-    if config is not None:
-        class_path = _configured_class(config)
-    elif not isinstance(class_path, str) or not class_path.startswith(_OURS):
-        what = "does not name its module" if class_path is None else f"is of {class_path}, which is none of ours"
-        raise ValueError(f"ckpt_path={str(path)!r} {what}: give the run's configuration with --config")
-    home, _, name = class_path.rpartition(".")
+    settings = {} if config is None else _configured(config)
+    module_class = _task_of(checkpoint, path) if config is None else _module_class(settings["_class_path"])
     try:
-        module_class = getattr(import_module(home), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"class_path={class_path!r} cannot be imported: {error}") from error
-    if not (isinstance(module_class, type) and issubclass(module_class, GeoLoRAModule)):
-        raise ValueError(f"class_path={class_path!r} is no GeoLoRAModule: save its adapters from Python (save_adapter)")
-    try:
-        module = module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        if config is None:
+            module: GeoLoRAModule = module_class.load_from_checkpoint(path, map_location="cpu")
+        else:
+            taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
+            module = instantiate_module(GeoLoRAModule, settings | taken)
+            module.restore(checkpoint)
+    except (RuntimeError, TypeError, KeyError, AttributeError, ArgumentError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {class_path}: {reason}") from error
+        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {module_class.__name__}: {reason}") from error
     module.eval()
     return module
 
 
-def _configured_class(config: str | Path) -> str:
+def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule]:
+    """The task of this package that a checkpoint names."""
+    class_path = checkpoint.get("hyper_parameters", {}).get("_class_path")
+    name = str(class_path).rpartition(".")[2]
+    if not str(class_path).startswith(_TASKS) or name not in geolora_pl.tasks.__all__:
+        what = "does not name its module" if class_path is None else f"is of {class_path}, which is no task of ours"
+        raise ValueError(f"ckpt_path={str(path)!r} {what}: give the run's configuration with --config")
+    task: type[GeoLoRAModule] = getattr(geolora_pl.tasks, name)
+    return task
+
+
+def _configured(config: str | Path) -> dict[str, Any]:
+    """The arguments that a configuration gives to its module, with the path of the class as ``_class_path``."""
     try:
         settings = yaml.safe_load(Path(config).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"config={str(config)!r} cannot be read: {' '.join(str(error).split())}") from error
     model = settings.get("model") if isinstance(settings, dict) else None
-    class_path = model.get("class_path") if isinstance(model, dict) else model
-    if not isinstance(class_path, str):
+    model = {"class_path": model} if isinstance(model, str) else model
+    if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):
         raise ValueError(f"config={str(config)!r} has no model.class_path: give the configuration of the run")
-    return class_path
+    return {**(model.get("init_args") or {}), "_class_path": model["class_path"]}
+
+
+def _module_class(class_path: str) -> type[GeoLoRAModule]:
+    found = import_class(class_path)
+    if not issubclass(found, GeoLoRAModule):
+        raise ValueError(f"class_path={class_path!r} is no GeoLoRAModule: save its adapters from Python (save_adapter)")
+    return found

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
+from lightning.fabric.utilities.cloud_io import _load as pl_load
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
 from geolora_pl.callback import GeoLoRACallback, run_length
-from geolora_pl.checkpoints import complete
+from geolora_pl.checkpoints import complete, read_checkpoint
 from geolora_pl.config import AdapterConfig
+from geolora_pl.hyperparameters import check_plain, from_checkpoint, refuse_missing
 from geolora_pl.inject import has_adapters, inject_adapters
 from geolora_pl.optim import RiemannianAdam, parameter_groups
 from geolora_pl.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MAY_DIFFER = ("init_rank", "dropout")  # of adapters that are loaded
 
@@ -56,7 +62,9 @@ class GeoLoRAModule(L.LightningModule):
     """
 
     model: nn.Module
-    base_arguments: ClassVar[Sequence[str]] = ()  # say where the base's weights come from: small checkpoints keep them
+    # The arguments that say where the base's weights come from; their values where a checkpoint brings the weights.
+    base_arguments: ClassVar[Mapping[str, Any]] = {}
+    locating_arguments: ClassVar[Sequence[str]] = ()  # say where a model lies, which a configuration says better
 
     def __init__(
         self,
@@ -141,6 +149,74 @@ class GeoLoRAModule(L.LightningModule):
             clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @classmethod
+    def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
+        """What the value of an argument in a checkpoint is taken for; a task refuses what a file must not decide.
+
+        Args:
+            name: The argument.
+            value: Its value in the file.
+
+        Raises:
+            ValueError: The value names code, a place to load from, or something else that only the user may say.
+        """
+        check_plain(value)
+        return value
+
+    @_restricted_classmethod
+    def load_from_checkpoint(  # a task may have an argument checkpoint_path of its own
+        cls,
+        path: Any = None,
+        /,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Build the module of a checkpoint and load it; the file brings numbers and names, and never says what is run.
+
+        Args:
+            path: The file, its address, or an open file; also by the name of ``checkpoint_path``.
+            map_location: The device of the module; by default the CPU.
+            hparams_file: Not taken: give the arguments themselves.
+            strict: Whether missing and unknown weights are refused; by default as the module says.
+            weights_only: ``False`` is not taken: it would run code of the file.
+            **kwargs: Arguments of the class, which count more than those of the checkpoint.
+
+        Raises:
+            ValueError: The file is broken, belongs to another class, or says what only the caller may say, such as
+                where the base of a small checkpoint lies.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise ValueError(
+                "load_from_checkpoint takes neither hparams_file nor weights_only=False: give the arguments "
+                f"of {cls.__name__} themselves, and load a file that holds more than plain values by torch.load"
+            )
+        path = kwargs.pop("checkpoint_path") if path is None else path
+        is_file = isinstance(path, (str, Path)) and "://" not in str(path)
+        checkpoint = read_checkpoint(path) if is_file else pl_load(path, weights_only=True)
+        taken, refused = from_checkpoint(cls, checkpoint)
+        refuse_missing(refused, kwargs)
+        module = cls(**{**taken, **kwargs})
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **kwargs}  # these count from now on
+        module.restore(checkpoint, strict)
+        return module if map_location is None else module.to(map_location)
+
+    def restore(self, checkpoint: dict[str, Any], strict: bool | None = None) -> None:
+        """Build the model, and load the weights of a checkpoint into it.
+
+        Args:
+            checkpoint: The content of the file.
+            strict: Whether missing and unknown weights are refused; by default as the module says.
+
+        Raises:
+            ValueError: The weights do not fit.
+        """
+        self.configure_model()
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading if strict is None else strict)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose adapters are not those of this module, and complete a small one.

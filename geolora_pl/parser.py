@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from geolora_pl.lazy import import_class
 
 _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: (NestedArg|Namespace|{)|"
@@ -32,6 +40,52 @@ _KINDS = {
     "Sequence": "a list",
     "str": "a string",
 }
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """While settings are parsed, let a class that replaces another start from its own defaults.
+
+    jsonargparse carries over every setting that the new class has, too, the defaults of the old class included: AdamW
+    would train with the learning rate of RiemannianAdam. Here defaults stay with their class. What differs from them
+    was set by hand: it is carried over between models or data, where a name means the same; between optimizers or
+    schedulers it is dropped, and that is said.
+    """
+    carry_over: Any = _typehints.discard_init_args_on_class_path_change
+    dropped: dict[str, None] = {}
+
+    def drop(parser: Any, before: Any, value: Any) -> None:
+        for name in _not_carried_over(before, value, dropped):
+            before.init_args.pop(name)
+        carry_over(parser, before, value)
+
+    _typehints.discard_init_args_on_class_path_change = drop
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = carry_over
+        for said in dropped:
+            rank_zero_info(said)
+
+
+def _not_carried_over(before: Any, value: Any, dropped: dict[str, None]) -> list[str]:
+    """The settings of a class that do not count for its successor; what was set by hand is noted in ``dropped``."""
+    if not before or not before.get("init_args") or before["class_path"] == value["class_path"]:
+        return []
+    try:
+        old, new = import_class(before["class_path"]), import_class(value["class_path"])
+    except ValueError:  # a function that makes an object
+        return []
+    if old is new:
+        return []
+    defaults: Any = _parser_of(old).get_defaults()
+    settings = dict(before.init_args.items(branches=True, nested=False))
+    by_hand = {name: given for name, given in settings.items() if given != defaults.get(name)}
+    if not issubclass(new, (Optimizer, LRScheduler)):
+        return list(settings.keys() - by_hand.keys())
+    for name, given in by_hand.items():
+        dropped[f"{name}={given} was set for {old.__name__} and is dropped: {new.__name__} takes its own"] = None
+    return list(settings)
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -105,7 +159,10 @@ def _options(parser: LightningArgumentParser) -> list[str]:
 
 
 def _options_of_class(path: str) -> list[str]:
-    module, _, name = path.rpartition(".")
+    return _options(_parser_of(import_class(path)))
+
+
+def _parser_of(module_class: type) -> LightningArgumentParser:
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
-    return _options(parser)
+    parser.add_class_arguments(module_class, fail_untyped=False)
+    return parser

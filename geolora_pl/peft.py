@@ -18,7 +18,7 @@ from geolora_pl.fingerprint import base_parameters
 from geolora_pl.functional import svd, svd_of_product
 from geolora_pl.inject import find_adapters, has_adapters
 from geolora_pl.layers import GeoLoRAConv1D, adapter_class_of
-from geolora_pl.precision import exact_products
+from geolora_pl.precision import exact_products, working_dtype
 from geolora_pl.state import AdapterState, Factors, apply, base_buffers, base_name, capture, config_of, leading
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -242,8 +242,9 @@ def _geolora(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], f
         raise ValueError(f"{folder}: {name} has {shapes}, which are not the two sides of a LoRA of rank {r}")
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
     A, B = pair["A"].double(), pair["B"].double()
-    # What is noise in float32, in which the factors are kept, is no direction.
-    return leading(*(tensor.float() for tensor in svd_of_product(scaling * B, A.mT, r)))
+    # What is noise in the precision in which the factors are kept is no direction.
+    dtype = working_dtype(pair["A"].dtype)
+    return leading(*(tensor.to(dtype) for tensor in svd_of_product(scaling * B, A.mT, r)))
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

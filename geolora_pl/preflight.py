@@ -69,7 +69,7 @@ class CheckLast(L.Callback):
             ValueError: None was.
         """
         if trainer.ckpt_path is None:
-            folders = [str(getattr(callback, "dirpath", None)) for callback in trainer.checkpoint_callbacks]
+            folders = dict.fromkeys(str(getattr(each, "dirpath", None)) for each in trainer.checkpoint_callbacks)
             where = f"in {' or '.join(folders)}" if folders else "and no ModelCheckpoint to look for it"
             raise ValueError(f"ckpt_path='last': there is no last.ckpt {where}: give the path of a checkpoint")
 

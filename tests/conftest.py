@@ -1,9 +1,18 @@
+import os
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
 
-# Forked processes deadlock with several torch threads.
-torch.set_num_threads(1)
+# Set by tools/test_matrix.py: what is tested holds for every number of threads and every seed.
+THREADS, SEED = (
+    int(os.environ.get(f"GEOLORA_TEST_{name}", default)) for name, default in (("THREADS", 1), ("SEED", 0))
+)
+torch.set_num_threads(THREADS)
+
+# Lightning warns of commands in Python while the process has arguments: those are pytest's.
+del sys.argv[1:]
 
 # The same examples in every run, and no clock: a test that fails fails again.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=150, database=None)
@@ -12,7 +21,16 @@ settings.load_profile("deterministic")
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """For tests that fork: a forked process with several torch threads waits for those of its parent for ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Lightning would give every process its share of the cores
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 class Graphs(list):

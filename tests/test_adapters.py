@@ -5,11 +5,11 @@ import pickle
 import pytest
 import torch
 from reference import orthonormal, padded, tangent_projection
+from tolerance import close, is_orthonormal, largest, rounding
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from geolora_pl import AdapterConfig, GeoLoRALinear
-from geolora_pl.functional import orthonormality_defect
 
 CONFIG = AdapterConfig(init_rank=3, max_rank=5)
 
@@ -38,7 +38,7 @@ def test_shapes_ranks_and_zero_columns():
     assert [tuple(getattr(layer, f).shape) for f in "USVKL"] == [(6, 5), (5, 5), (7, 5), (6, 5), (7, 5)]
     assert {f for f in "USVKL" if getattr(layer, f).requires_grad} == {"K", "L"}
     assert layer.rank == 3
-    assert orthonormality_defect(layer.U) < 1e-6
+    assert is_orthonormal(layer.U)
     assert torch.count_nonzero(layer.U[:, 3:]) == torch.count_nonzero(layer.V[:, 3:]) == 0
     assert not list(layer.buffers())
 
@@ -52,10 +52,10 @@ def test_forward_and_delta_weight_agree_with_the_dense_sum():
     layer = trained(GeoLoRALinear(nn.Linear(7, 6).double(), AdapterConfig(init_rank=3, max_rank=5, alpha=0.5)))
     U, S, V, K, L = (getattr(layer, f) for f in "USVKL")
     delta = 0.5 * (U @ S @ V.T + K @ V.T + U @ L.T)
-    torch.testing.assert_close(layer.delta_weight(), delta)
-    torch.testing.assert_close(layer.weight, layer.base.weight + delta)
+    close(layer.delta_weight(), delta)
+    close(layer.weight, layer.base.weight + delta)
     x = torch.randn(4, 7).double()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.base.weight + delta, layer.base.bias))
+    close(layer(x), nn.functional.linear(x, layer.base.weight + delta, layer.base.bias))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
@@ -66,10 +66,10 @@ def test_gradients_are_the_riemannian_gradient_in_tangent_coordinates(alpha):
     (y - target).square().sum().backward()
     G = 2 * (y - target).detach().T @ x
     U, V = layer.U.detach(), layer.V.detach()
-    torch.testing.assert_close(layer.K.grad, alpha * G @ V)
-    torch.testing.assert_close(layer.L.grad, alpha * (G.T @ U - V @ V.T @ G.T @ U))
+    close(layer.K.grad, alpha * G @ V)
+    close(layer.L.grad, alpha * (G.T @ U - V @ V.T @ G.T @ U))
     xi = layer.K.grad @ V.T + U @ layer.L.grad.T
-    torch.testing.assert_close(xi, alpha * tangent_projection(G, U, V))
+    close(xi, alpha * tangent_projection(G, U, V))
     assert torch.count_nonzero(layer.K.grad[:, 3:]) == torch.count_nonzero(layer.L.grad[:, 3:]) == 0
 
 
@@ -119,7 +119,7 @@ def test_autocast():
         y.sum().backward()
     assert y.dtype == torch.bfloat16
     assert layer.L.grad.dtype == torch.float32
-    torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.2)
+    close(y.float(), exact, within=rounding(torch.bfloat16, 1))  # the sums themselves are in float32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -133,7 +133,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     actual = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(actual) == len(expected) == 4
     for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        close(a, b)
 
 
 def test_the_rank_travels_with_the_state_dict():
@@ -161,7 +161,7 @@ def test_projection_and_delta_weight_are_exact_inside_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.delta_weight(), exact)
         layer(torch.randn(20, 40)).square().sum().backward()
-    assert (layer.V.T @ layer.L.grad).norm() < 1e-5 * layer.L.grad.norm()
+    assert largest(layer.V.T @ layer.L.grad) < rounding(torch.float32) * largest(layer.L.grad)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -206,11 +206,11 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes(graphs):
     layer = trained(GeoLoRALinear(nn.Linear(7, 6), CONFIG))
     compiled = torch.compile(layer, backend=graphs, fullgraph=True)
     x = torch.randn(3, 7)
-    torch.testing.assert_close(compiled(x), layer(x))
+    close(compiled(x), layer(x))
     with torch.no_grad():
         layer.U.copy_(padded(orthonormal(6, 4, torch.float32), 5))
     layer.rank = 4
-    torch.testing.assert_close(compiled(x), layer(x))
+    close(compiled(x), layer(x))
     assert len(graphs) == 1
 
 
@@ -221,11 +221,11 @@ def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch(
     for rows in (64, 40, 33, 56):
         x = torch.randn(rows, 7, requires_grad=True)
         y, expected = compiled(x), layer(x)
-        torch.testing.assert_close(y, expected)
+        close(y, expected)
         for of_y, of_expected in zip(
             *(torch.autograd.grad(z.square().sum(), (x, layer.K, layer.L)) for z in (y, expected)), strict=True
         ):
-            torch.testing.assert_close(of_y, of_expected)
+            close(of_y, of_expected)
     assert len(graphs) == 2
 
 

@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
+from pages import only
 from PIL import Image
 from safetensors.torch import save_file
 from test_data import write_idx
@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = [
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=2",
+    "--trainer.log_every_n_steps=1",
     "--trainer.limit_val_batches=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
@@ -55,10 +56,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def only_fit(monkeypatch):
-    """The parser of the one command that is asked for: making all four takes half of the time."""
-    commands = {"fit": LightningCLI.subcommands()["fit"]}
-    monkeypatch.setattr(LightningCLI, "subcommands", staticmethod(lambda: commands))
+def only_fit():
+    with only("fit"):
+        yield
 
 
 def refuse(capfd, message: str, arguments: list[str]) -> None:
@@ -377,6 +377,7 @@ def test_processes_of_torchrun_that_would_each_train_by_themselves(folder, capfd
     refuse(capfd, r"torchrun started 2 processes and the trainer has 1: .* set trainer\.strategy=ddp", quickstart())
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning")  # Lightning would go on
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_last_where_there_is_no_checkpoint_is_not_untrained_adapters(folder, command):
     message = r"ckpt_path='last': there is no last\.ckpt in lightning_logs/quickstart/checkpoints: give the path"

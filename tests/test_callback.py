@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from tolerance import is_orthonormal, rounding
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -254,8 +255,7 @@ def test_rows_of_ranks_have_the_epoch_and_are_in_the_file_at_once(tmp_path):
         ("4", "0"),
         ("5", "1"),
         ("8", "1"),
-        ("9", "1"),  # the end of the epoch, and
-        ("9", "1"),  # what the retraction after it found
+        ("9", "1"),  # the end of the epoch, with what the retraction after its last step found
     ]
     assert lengths == [1, 1, 2, 2, 3, 4, 4, 4, 5, 6]
     assert {"rank/mean", "rank/body.0", "energy_kept"} <= set(runs.logged_metrics)
@@ -511,7 +511,7 @@ def test_a_foreign_module_is_tested_from_its_checkpoint_at_its_ranks(tmp_path):
     loaded = trainer(GeoLoRACallback(adapter=ADAPTER)).test(
         fresh, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
     )
-    assert loaded[0]["val_loss"] == pytest.approx(expected)
+    assert loaded[0]["val_loss"] == pytest.approx(expected, rel=rounding(torch.float32))
     assert fresh.body[0].rank == module.body[0].rank
 
 
@@ -531,8 +531,7 @@ def test_precisions(precision):
     adapter = module.body[0]
     assert adapter.U.dtype == (torch.float64 if precision == "64-true" else torch.float32)
     assert callback.integrator.adaptations == 30
-    basis = adapter.U[:, : adapter.rank]
-    assert (basis.T @ basis - torch.eye(adapter.rank)).norm() < 1e-5
+    assert is_orthonormal(adapter.U)
 
 
 @pytest.mark.parametrize(

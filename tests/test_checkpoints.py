@@ -151,7 +151,7 @@ def test_a_base_that_training_moves_is_no_small_checkpoint(tmp_path):
     evaluate(Foreign(), path, adapter)
 
 
-def test_a_small_checkpoint_of_a_task_finds_its_base_again(tmp_path):
+def test_a_small_checkpoint_of_a_task_takes_its_base_from_where_the_caller_says(tmp_path):
     tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
     source = tmp_path / "base.safetensors"
     save_file(timm.create_model("vit_tiny_patch16_224", **tiny).state_dict(), source)
@@ -160,9 +160,12 @@ def test_a_small_checkpoint_of_a_task_finds_its_base_again(tmp_path):
     callback = GeoLoRACallback(small_checkpoints=True)
     saved = ModelCheckpoint(tmp_path, save_last=True)
     trainer(callback, saved).fit(task, DataLoader(images, 8))
-    loaded = ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=f"leaves out; it names {str(source)!r}.*give the run's configuration"):
+        ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", pretrained=False)
+    base = {"pretrained": False, "checkpoint_path": str(source)}
+    loaded = ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", **base)
     for (name, a), (_, b) in zip(task.model.state_dict().items(), loaded.model.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     source.unlink()
     with pytest.raises(ValueError, match="is no file"):
-        ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", **base)

@@ -7,15 +7,18 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from pages import only
 from test_monitor import Keeps
 
 from geolora_pl import GeoLoRAWarning
 from geolora_pl.cli import main
+from geolora_pl.data import TextFiles
 from geolora_pl.lightning_cli import GeoLoRACLI
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
+LIMITS = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 4}
+QUICK = [f"--trainer.{name}={value}" for name, value in LIMITS.items()]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
@@ -28,7 +31,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(command, *more, quick=QUICK):
-    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
+    with only(command):
+        main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
 
 
 def test_fit_then_test_then_predict(folder, capfd):
@@ -43,7 +47,7 @@ def test_fit_then_test_then_predict(folder, capfd):
     logs = folder / "lightning_logs" / "quickstart"
     assert list(logs.glob("events.out.tfevents.*"))
     assert (logs / "config.yaml").is_file()
-    rows = list(csv.DictReader((logs / "metrics.csv").open()))
+    rows = list(csv.DictReader((logs / "metrics.csv").read_text().splitlines()))
     logged = {name for row in rows for name, value in row.items() if value}
     assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
     assert "rank/model.blocks.0.attn.qkv" in logged
@@ -83,6 +87,69 @@ def test_resuming_from_last_in_the_fixed_folder_really_resumes(folder):
     assert state["integrator"]["total_steps"] == 8
     kept = [path.name for path in Path("lightning_logs/quickstart").glob("metrics*.csv")]
     assert sorted(kept) == ["metrics.1.csv", "metrics.csv"]
+
+
+def test_last_is_the_last_epoch_though_the_first_was_the_best_and_a_finished_run_trains_nothing(folder, capfd):
+    lasting = ["--trainer.max_epochs=2", "--trainer.limit_test_batches=1", "--model.init_args.head_lr=1e-12"]
+    lasting += ["--model.init_args.optimizer.init_args.lr=0"]  # no epoch is better than the first
+    run("fit", *lasting)
+    printed = re.search(r"test_accuracy: (0\.\d{4})", capfd.readouterr().out)[1]
+    path = "lightning_logs/quickstart/checkpoints/last.ckpt"
+    finished = torch.load(path, weights_only=True)
+    assert (finished["epoch"], finished["global_step"]) == (1, 8)
+    run("test", f"--ckpt_path={path}", quick=["--trainer.limit_test_batches=1"])
+    tested = re.search(r"test_accuracy +│ +([0-9.]+)", capfd.readouterr().out)[1]
+    assert f"{float(tested):.4f}" == printed
+
+    run("fit", *lasting, "--ckpt_path=last")
+    again = torch.load(path, weights_only=True)
+    assert again["global_step"] == 8
+    for name, value in finished["state_dict"].items():
+        assert torch.equal(value, again["state_dict"][name]), name
+
+
+def test_the_last_checkpoint_is_of_the_ranks_that_the_run_ends_with(folder):
+    """The last steps of a run are retracted before it is saved, not only after it."""
+    run("fit", "--geolora.adapt_every=3")  # of four steps
+    state = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
+    assert all(not value.any() for name, value in state["state_dict"].items() if name.endswith((".K", ".L")))
+    saved = next(value for name, value in state["callbacks"].items() if "GeoLoRA" in name)
+    assert (saved["integrator"]["adaptations"], saved["integrator"]["total_steps"]) == (2, 4)
+
+
+def parsed(capfd, *more):
+    """The settings that a fit of the quickstart would have."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        run("fit", "--print_config", *more)
+    return yaml.safe_load(capfd.readouterr().out)
+
+
+OPTIMIZER = "--model.init_args.optimizer"
+
+
+@pytest.mark.parametrize("named", [f"{OPTIMIZER}=AdamW", f"{OPTIMIZER}.class_path=torch.optim.AdamW", "a file"])
+def test_an_optimizer_that_is_named_has_its_own_defaults(folder, capfd, named):
+    (folder / "adamw.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW}}}")
+    named = "--config=adamw.yaml" if named == "a file" else named
+    of_adamw = parsed(capfd, named)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (of_adamw["lr"], of_adamw["betas"], of_adamw["weight_decay"]) == (1e-3, [0.9, 0.999], 1e-2)
+
+
+def test_what_was_set_for_another_optimizer_is_dropped_and_said(folder, capfd, caplog):
+    config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=AdamW")
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
+    assert "lr=0.1 was set for RiemannianAdam and is dropped: AdamW takes its own" in caplog.text
+    caplog.clear()
+    config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=geolora_pl.optim.RiemannianAdam")
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
+    assert "dropped" not in caplog.text
+
+
+def test_other_data_keep_what_was_set_and_not_the_defaults_of_the_data_before(folder, capfd):
+    texts = ["--data=geolora_pl.data.TextFiles", "--data.init_args.train_file=a.csv"]
+    assert parsed(capfd, "--data.init_args.batch_size=8", *texts)["data"]["init_args"]["batch_size"] == 8
+    assert parsed(capfd, *texts)["data"]["init_args"]["batch_size"] == TextFiles("a.csv").batch_size != 64
 
 
 def results_printed(loggers, capfd):
@@ -191,5 +258,5 @@ def test_the_csv_logger_keeps_what_was_there(tmp_path):
         logger = CSVLogger(tmp_path, name="run", version="")
         logger.log_metrics({"a": value})
         logger.save()
-    contents = [next(csv.DictReader(path.open()))["a"] for path in sorted((tmp_path / "run").glob("metrics*.csv"))]
-    assert sorted(contents) == ["0", "1", "2"]
+    tables = [path.read_text().splitlines() for path in (tmp_path / "run").glob("metrics*.csv")]
+    assert sorted(next(csv.DictReader(table))["a"] for table in tables) == ["0", "1", "2"]

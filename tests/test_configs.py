@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from pages import only
 from test_data import write_cifar, write_tiny_imagenet
 from test_glue import write_glue, write_tsv
 from tiny_text import save_tiny_decoder, save_tiny_model
@@ -108,7 +109,7 @@ def name_of(path: Path) -> str:
 def parsed(*paths: Path) -> dict[str, Any]:
     """The configuration as the command line understands the files, with every default."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+    with only("fit"), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
         main(["fit", *[f"--config={path}" for path in paths], "--print_config"])
     assert stop.value.code == 0
     return yaml.safe_load(out.getvalue())
@@ -182,10 +183,11 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
     if config["geolora"]["adapt_every"] is not None:  # else it is shortened to the run, as the user's would be
         settings["geolora.adapt_every"] = 1
     files = [f"--config={path.relative_to(ROOT)}", "--config=configs/trainer/cpu.yaml"]
-    main(["fit", *files, *[f"--{name}={value}" for name, value in settings.items()]])
+    with only("fit"):
+        main(["fit", *files, *[f"--{name}={value}" for name, value in settings.items()]])
 
     (metrics,) = Path("lightning_logs").rglob("metrics.csv")
-    rows = list(csv.DictReader(metrics.open()))
+    rows = list(csv.DictReader(metrics.read_text().splitlines()))
     for name, count in (("train_loss", 2), ("val_loss", 1)):
         values = [float(row[name]) for row in rows if row[name]]
         assert len(values) == count, name
@@ -193,6 +195,16 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
     assert any(row["rank/mean"] for row in rows)
     assert list(metrics.parent.glob("events.out.tfevents.*"))
     assert (metrics.parent / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
+def test_every_epoch_writes_the_last_checkpoint_and_the_best_has_a_name_of_its_own(path):
+    best, last = [callback["init_args"] for callback in parsed(path)["trainer"]["callbacks"]]
+    assert last["filename"] == "last"
+    assert last["monitor"] is None
+    assert best["monitor"].startswith("val_")
+    assert not best["save_last"]
+    assert best["filename"] is None
 
 
 def test_no_two_experiments_share_a_folder():

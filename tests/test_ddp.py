@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_callback import ADAPTER, Foreign, loader, trainer
 from test_module import Small
 from test_resume import Recorded
+from tolerance import RUN, close
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -21,6 +22,8 @@ from geolora_pl.adapters import FACTORS
 from geolora_pl.inject import find_adapters
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Agreement(Callback):
@@ -89,16 +92,17 @@ def test_adapters_that_would_be_lost_with_a_forked_process_are_refused(module_cl
         runs.fit(module_class(), loader())
 
 
-def assert_same(one, two, tolerance):
+def assert_same(one, two, tolerance=RUN):
     for a, b in zip(find_adapters(one).values(), find_adapters(two).values(), strict=True):
         assert a.rank == b.rank > 2
-        torch.testing.assert_close(a.delta_weight(), b.delta_weight(), rtol=0, atol=tolerance)
-    torch.testing.assert_close(one.head.weight, two.head.weight, rtol=0, atol=tolerance)
+        close(a.delta_weight(), b.delta_weight(), within=tolerance)
+    close(one.head.weight, two.head.weight, within=tolerance)
 
 
 @pytest.mark.parametrize("adapt_every", [1, 3])
-@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-9), ("32-true", 1e-5)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", RUN), ("32-true", 1e-3)])
 def test_two_processes_equal_one_on_the_same_global_batch(adapt_every, precision, tolerance):
+    """In float32 Adam takes whole steps of gradients of which cancellation has left three digits."""
     one, two = (fit(n, 16 // n, adapt_every, precision=precision) for n in (1, 2))
     assert_same(one, two, tolerance)
 
@@ -107,7 +111,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(adapt_every, precision
 def test_accumulation_without_reduction_and_uneven_last_batches(strategy):
     """Of 64 samples: batches of 24, 24 and 16, the last accumulation of one batch only, and that one smaller."""
     one, two = fit(1, 24, accumulate_grad_batches=2), fit(2, 12, accumulate_grad_batches=2, strategy=strategy)
-    assert_same(one, two, 1e-9)
+    assert_same(one, two)
 
 
 class Recomputed(InOrder):
@@ -120,7 +124,7 @@ class Recomputed(InOrder):
 
 def test_gradient_checkpointing():
     one, two = fit(1, 16, module=InOrder(16)), fit(2, 8, module=Recomputed(8))
-    assert_same(one, two, 1e-9)
+    assert_same(one, two)
 
 
 def test_synchronised_batch_norm_leaves_the_adapters_alone():

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from tolerance import NETWORK, close, largest, rounding
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -54,7 +55,7 @@ def test_fused_and_plain_agree(rows, dtype, settings, cores):
     assert fused.keys() == plain.keys()
     assert {"x", "K", "L"} <= fused.keys()
     for name, value in fused.items():
-        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 1e-12)
+        close(value, plain[name], NETWORK)
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
@@ -65,7 +66,7 @@ def test_conv1d_is_fused_and_agrees_with_the_plain_sum(rows, dtype):
     fused, plain = (results(forward, layer, x, dy) for forward in (type(layer).forward, GeoLoRALayer.forward))
     assert layer(x).grad_fn.next_functions[0][0].name() == "FusedLinearBackward"
     for name, value in fused.items():
-        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 1e-12)
+        close(value, plain[name], NETWORK)
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
@@ -103,7 +104,7 @@ def test_autocast_agrees_with_the_plain_sum(rows):
     assert fused["K"].dtype == fused["L"].dtype == fused["x"].dtype == torch.float32
     for name, value in exact.items():
         ours, theirs = ((found[name].float() - value).norm() / value.norm() for found in (fused, plain))
-        assert ours < max(1.5 * theirs, 0.01), name
+        assert ours < max(2 * theirs, 2 * torch.finfo(torch.bfloat16).eps), name
 
 
 @pytest.mark.parametrize("rows", [FEW, (8,), MANY])
@@ -117,8 +118,8 @@ def test_a_penalty_on_the_gradient_of_the_input(rows, cores):
         gradient.square().sum().backward()
         found.append([x.grad, layer.K.grad, layer.L.grad])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert (layer.V.T @ found[0][2]).norm() < 1e-12
+        close(ours, theirs)
+    assert largest(layer.V.T @ found[0][2]) < rounding(torch.float64, NETWORK) * largest(found[0][2])
 
 
 @pytest.mark.parametrize("rows", [(), FEW, MANY])
@@ -130,7 +131,7 @@ def test_what_comes_next_may_change_the_output_in_place(rows, bias):
         results(lambda layer, x, relu=relu: relu(layer(x)), layer, x, dy) for relu in (torch.relu_, torch.relu)
     )
     for name, value in out.items():
-        torch.testing.assert_close(in_place[name], value)
+        close(in_place[name], value)
 
 
 @pytest.mark.parametrize(
@@ -183,18 +184,18 @@ def test_a_layer_that_is_more_than_its_weight_is_called():
     patched(x)
     assert calls == ["hook", "patch"]
     for layer in others:
-        torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
+        close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
 
 
 def test_a_patch_of_the_class_conv1d_is_called(monkeypatch):
     layer, x, forward = layer_in_training(base=Conv1D(24, 16)), torch.randn(60, 16), Conv1D.forward
     monkeypatch.setattr(Conv1D, "forward", functools.wraps(forward)(lambda self, x: 2 * forward(self, x)))
-    torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
+    close(layer(x), layer.base(x) + x @ layer.delta_weight().T)
 
 
 def test_conv1d_is_fused_in_a_compiled_graph_as_well(graphs):
     layer, x = layer_in_training(base=Conv1D(24, 16)), torch.randn(60, 16, requires_grad=True)
-    torch.testing.assert_close(torch.compile(layer, backend=graphs, fullgraph=True)(x), layer(x))
+    close(torch.compile(layer, backend=graphs, fullgraph=True)(x), layer(x))
     called = {str(node.target) for node in graphs[0].graph.nodes}
     assert "autograd_function_apply" in called
     assert not any("addmm" in name or "linear" in name for name in called)  # of the plain sum

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from reference import best_of_rank, one_layer
+from tolerance import EXACT, RUN, close, is_orthonormal
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -18,7 +19,6 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
-from geolora_pl.functional import orthonormality_defect
 from geolora_pl.plan import Plan
 from geolora_pl.stacks import owners
 
@@ -103,7 +103,7 @@ def test_ranks_that_have_grown_do_not_grow_again_at_another_cadence():
 
 
 def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_decay_of_the_others(monkeypatch):
-    model, adapters, integrator = two_shapes(adapt_every=10)
+    model, adapters, integrator = two_shapes(adapt_every=10, tau=0.0)  # the ranks double
     train(model, integrator, optimizer_of(model, weight_decay=0.1), 1)
     move = RankAdaptiveIntegrator._move
 
@@ -125,12 +125,13 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_de
     monkeypatch.setattr(Plan, "on_host", unread)
     with pytest.raises(KeyboardInterrupt):
         integrator.retract()
-    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 3, "4": 4}
+    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 4, "4": 4}
 
 
 def test_growing_changes_nothing_where_every_step_is_retracted():
     ranks = []
     for grow in (False, True):
+        torch.manual_seed(0)
         model, _, integrator = two_shapes(adapt_every=1, grow=grow)
         train(model, integrator, optimizer_of(model), 5)
         ranks.append((integrator.ranks(), integrator.adaptations))
@@ -186,12 +187,13 @@ def test_increments_written_by_hand_are_retracted():
     expected = adapters["2"].delta_weight().detach()
     assert integrator.step(optimizer)
     assert torch.count_nonzero(adapters["2"].K) == 0
-    torch.testing.assert_close(adapters["2"].delta_weight().detach(), expected)
+    close(adapters["2"].delta_weight().detach(), expected)
     assert not integrator.step(optimizer)
 
 
 def test_batched_retraction_is_the_same_as_one_by_one():
-    _, adapters, integrator = two_shapes(tau=0.2)
+    model, adapters, integrator = two_shapes(tau=0.2)
+    model.double()
     for layer in adapters.values():
         nn.init.normal_(layer.K[:, : layer.rank].data)
         nn.init.normal_(layer.L[:, : layer.rank].data)
@@ -201,7 +203,7 @@ def test_batched_retraction_is_the_same_as_one_by_one():
         sigma = torch.linalg.svdvals(dense[name])
         rank = next(r for r in range(1, 7) if sigma[r:].norm() <= 0.2 * sigma.norm())
         assert layer.rank == rank
-        torch.testing.assert_close(layer.delta_weight().detach(), best_of_rank(dense[name], rank))
+        close(layer.delta_weight().detach(), best_of_rank(dense[name], rank), within=EXACT)
 
 
 def test_nothing_pending_is_a_no_op_to_the_bit():
@@ -298,7 +300,7 @@ def test_weight_decay_decays_the_update_with_the_lr_of_each_step(adapt_every):
             with torch.no_grad():
                 adapter.K[:, :1] += 1e-9  # something must be pending for a retraction to happen
         expected *= 1 - 0.1 / (t + 1) * 0.5
-    torch.testing.assert_close(adapter.delta_weight().detach(), expected, rtol=0, atol=1e-7)
+    close(adapter.delta_weight(), expected, within=1e-8)  # what was added is in the way
 
 
 def test_ranks_stay_when_rank_changes_is_off():
@@ -591,7 +593,7 @@ def test_ranks_are_those_of_the_factors_that_were_written_to():
             a.copy_(b)
     RankAdaptiveIntegrator(model)
     assert target.rank == 12
-    torch.testing.assert_close(target.delta_weight(), source.delta_weight())
+    close(target.delta_weight(), source.delta_weight())
 
 
 def test_a_step_and_a_retraction_inside_autocast_are_those_outside():
@@ -638,7 +640,7 @@ def test_the_room_for_columns_changes_nothing_but_the_room():
     for ranks, updates in runs[1:]:
         assert ranks == runs[0][0]
         for a, b in zip(updates, runs[0][1], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+            close(a, b, within=RUN)
 
 
 def test_min_rank_may_ask_for_more_columns_than_are_live():
@@ -648,4 +650,4 @@ def test_min_rank_may_ask_for_more_columns_than_are_live():
     integrator.retract()
     assert adapter.rank == 20
     for basis in (adapter.U, adapter.V):
-        assert orthonormality_defect(basis) < 1e-12
+        assert is_orthonormal(basis)

@@ -14,10 +14,10 @@ from reference import (
     set_point,
     tangent_projection,
 )
+from tolerance import EXACT, RUN, close, is_orthonormal, rounding
 from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
-from geolora_pl.functional import orthonormality_defect
 
 
 def quadratic(adapter, target):
@@ -56,7 +56,7 @@ def test_one_sgd_step_is_the_truncated_projected_gradient_step(m, n, r, R, zero_
     optimizer = torch.optim.SGD([p for a in adapters for p in (a.K, a.L)], lr=0.3)
     sgd_step(adapters, [lambda a, t=t: quadratic(a, t) for t in targets], integrator, optimizer)
     for adapter, W in zip(adapters, expected, strict=True):
-        torch.testing.assert_close(adapter.delta_weight().detach(), W, rtol=0, atol=1e-10)
+        close(adapter.delta_weight().detach(), W, within=EXACT)
         assert adapter.rank == max(1, int(torch.linalg.matrix_rank(W, atol=1e-10)))
 
 
@@ -122,7 +122,7 @@ def test_every_sgd_step_descends_by_the_bound(fraction, tau):
         error = (stepped - intermediate).norm()
         slope = with_gradient(intermediate)[1].norm()
         bound = -lr * (1 - lr * smoothness / 2) * PG.norm() ** 2 + slope * error + smoothness / 2 * error**2
-        assert f(stepped) <= loss + bound + 1e-12
+        assert f(stepped) <= loss + bound + rounding(torch.float64, inputs.numel()) * loss
         losses.append(loss)
     assert losses[-1] < 0.9 * losses[0]
 
@@ -154,7 +154,7 @@ def test_the_step_does_not_depend_on_small_singular_values():
         optimizer = torch.optim.SGD([adapter.K, adapter.L], lr=0.1)
         sgd_step([adapter], [lambda a: quadratic(a, target)], integrator, optimizer)
         after.append(adapter.delta_weight().detach())
-    assert (after[0] - after[1]).norm() < 1e-9
+    assert (after[0] - after[1]).norm() < 1e-9  # the starts are some 1e-10 apart
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,14 @@ def test_the_step_does_not_depend_on_small_singular_values():
     [
         ({"tau": 0.1}, torch.optim.AdamW),
         ({"tau": 0.3, "adapt_every": 7}, torch.optim.AdamW),
-        ({"tau": 0.02, "budget": 200}, torch.optim.AdamW),
+        ({"tau": 0.02, "budget": 150}, torch.optim.AdamW),
         ({"tau": 0.1}, RiemannianAdam),
     ],
 )
 def test_a_thousand_steps_with_weight_decay(settings, optimizer_class):
     """Bases stay orthonormal, unused columns zero, and no retraction moves the update more than it may."""
-    model = nn.Sequential(
-        nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 14), nn.Linear(14, 3)
-    )
-    config = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2", "4"], modules_to_save=["5"])
+    model = nn.Sequential(nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 3))
+    config = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2"], modules_to_save=["4"])
     adapters = inject_adapters(model, config)
     integrator = RankAdaptiveIntegrator(model, **settings)
     if optimizer_class is RiemannianAdam:
@@ -194,16 +192,17 @@ def test_a_thousand_steps_with_weight_decay(settings, optimizer_class):
             continue
         for name, layer in adapters.items():
             after, before = layer.delta_weight().detach().double(), pending[name]
-            assert orthonormality_defect(layer.U) < 1e-5
-            assert orthonormality_defect(layer.V) < 1e-5
+            assert is_orthonormal(layer.U)
+            assert is_orthonormal(layer.V)
             for f in (layer.U, layer.V, layer.K, layer.L):
                 assert torch.count_nonzero(f[:, layer.rank :]) == 0
             error = (after - before).norm()
             best = (best_of_rank(before, layer.rank) - before).norm()
-            assert error <= best + 1e-5 * before.norm()
+            slack = rounding(torch.float32, before.numel()) * before.norm()
+            assert error <= best + slack
             free = layer.rank < layer.max_rank and settings.get("budget") is None
             binding += not free
-            assert not free or error <= settings["tau"] * before.norm() * (1 + 1e-4)
+            assert not free or error <= settings["tau"] * before.norm() + slack
     assert integrator.adaptations == 1000 // settings.get("adapt_every", 1)
     assert binding or settings.get("budget") is None
 
@@ -222,4 +221,4 @@ def test_padding_does_not_change_the_run():
             sgd_step([adapter], [lambda a: quadratic(a, target)], integrator, optimizer)
             assert adapter.rank < 6
         finals.append(adapter.delta_weight().detach())
-    torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=1e-9)
+    close(finals[0], finals[1], within=RUN)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from reference import one_layer
+from tolerance import close
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
@@ -38,11 +39,11 @@ def test_the_state_of_torchs_optimizers_is_transported(make, first, second):
     assert adapter.rank > 2
     bases = U, V, adapter.U, adapter.V
     expected_K, expected_L = transport_first_moment(before[adapter.K][first], before[adapter.L][first], *bases)
-    torch.testing.assert_close(optimizer.state[adapter.K][first], expected_K)
-    torch.testing.assert_close(optimizer.state[adapter.L][first], expected_L)
+    close(optimizer.state[adapter.K][first], expected_K)
+    close(optimizer.state[adapter.L][first], expected_L)
     for key in second:
         expected = transport_second_moment(before[adapter.K][key], V, adapter.V)
-        torch.testing.assert_close(optimizer.state[adapter.K][key], expected)
+        close(optimizer.state[adapter.K][key], expected)
         assert (optimizer.state[adapter.K][key][:, : adapter.rank] > 0).all()
     if second:
         assert torch.equal(optimizer.state[adapter.K]["step"], before[adapter.K]["step"])
@@ -61,7 +62,7 @@ def test_the_state_of_an_adapter_that_does_not_move_stays_to_the_bit(make, keys)
     """Beside one of its shape that does, and with factors that a truncation would turn."""
     model = nn.Sequential(*(nn.Linear(7, 10, dtype=torch.float64) for _ in range(2)))
     moving, resting = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=5)).values()
-    integrator = RankAdaptiveIntegrator(model, tau=0.3)
+    integrator = RankAdaptiveIntegrator(model, tau=0.1)
     optimizer = make([factor for layer in (moving, resting) for factor in (layer.K, layer.L)])
     for layer in (moving, resting):
         backward_only(layer, 0)

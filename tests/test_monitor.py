@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_callback import ADAPTER, Foreign, loader, trainer
+from tolerance import is_orthonormal, rounding
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,8 +57,9 @@ def test_tensorboard_shows_numbers_and_pictures_without_any_setting(tmp_path):
     assert set(log.Tags()["scalars"]) >= NUMBERS
     last = {name: log.Scalars(name)[-1] for name in NUMBERS}
     assert last["rank/body.0"].value == find_adapters(runs.lightning_module)["body.0"].rank
-    assert last["energy_kept"].value == pytest.approx(1 - last["truncation_error"].value ** 2, abs=1e-6)
-    assert 0 < last["orthonormality_defect"].value < 1e-5
+    kept = 1 - last["truncation_error"].value ** 2
+    assert last["energy_kept"].value == pytest.approx(kept, abs=rounding(torch.float32, 1))
+    assert 0 < last["orthonormality_defect"].value < rounding(torch.float32, 12 * 5)
     assert 0 < last["adaptation_time"].value < 1
     assert [e.step for e in log.Scalars("rank/mean")] == [0, 1, 3, 5, 7, 9, 11, 13, 15, 17]
     assert log.Scalars("rank/mean")[0].value == 2
@@ -88,7 +90,7 @@ class Keeps(Logger):
 
 def test_any_logger_gets_the_numbers_and_is_asked_for_nothing_else(tmp_path):
     keeps, table = Keeps(), CSVLogger(tmp_path, name="", version="")
-    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=[keeps, table])
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=[keeps, table], log_every_n_steps=6)
     runs.fit(Foreign(), loader())
     assert set(keeps.seen) >= NUMBERS
     assert set((tmp_path / "metrics.csv").read_text().split("\n")[0].split(",")) >= NUMBERS
@@ -156,11 +158,12 @@ def test_the_defect_is_the_largest_of_all_bases():
     monitor = make()
     move(monitor)
     layers = monitor.integrator.adapters.values()
-    assert largest_defect(layers) == pytest.approx(
-        max(float(orthonormality_defect(basis)) for layer in layers for basis in (layer.U, layer.V)), abs=1e-8
-    )
-    next(iter(layers)).V.data[0, 0] += 0.5
-    assert largest_defect(layers) > 0.1
+    bases = [basis.data for layer in layers for basis in (layer.U, layer.V)]
+    assert all(is_orthonormal(basis) for basis in bases)
+    assert largest_defect(layers) < rounding(torch.float32, 12 * 6)
+    for more, basis in enumerate(bases, 1):  # each in its turn has the largest defect
+        basis *= 1 + 0.1 * more
+        assert largest_defect(layers) == pytest.approx(float(orthonormality_defect(basis)), rel=rounding(basis.dtype))
 
 
 def test_pictures_come_less_and_less_often_and_stop_when_they_take_too_long(monkeypatch):
@@ -223,14 +226,16 @@ def test_thousands_of_layers_are_thinned_out_and_the_pictures_stay_of_a_size():
 
 def test_what_the_last_retraction_found_is_logged_as_well(tmp_path):
     callback = GeoLoRACallback(tau=0.01, adapter=ADAPTER, adapt_every=4)  # of 6 steps: the last retraction is of two
-    runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    runs = trainer(callback, logger=TensorBoardLogger(tmp_path, name="", version=""), log_every_n_steps=5)
     runs.fit(Foreign(), loader())
     assert callback.integrator.adaptations == 2
     log = EventAccumulator(str(tmp_path))
     log.Reload()
     ranks = callback.integrator.ranks()
     assert {name: log.Scalars(f"rank/{name}")[-1].value for name in ranks} == ranks
-    assert log.Scalars("truncation_error")[-1].value == pytest.approx(callback.integrator.truncation_error)
+    assert log.Scalars("truncation_error")[-1].value == pytest.approx(
+        callback.integrator.truncation_error, rel=rounding(torch.float32, 1)
+    )
     assert callback.monitor.ranks[-1] == list(ranks.values())
     assert float(runs.callback_metrics["adapter_params"]) == callback.integrator.adapter_parameters()
 
@@ -306,7 +311,8 @@ def test_on_a_gpu_the_clock_waits_only_when_it_is_read(monkeypatch):
 
 def test_pictures_need_no_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=TensorBoardLogger(tmp_path, name="", version=""))
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    runs = trainer(GeoLoRACallback(adapter=ADAPTER), logger=logger, log_every_n_steps=6)
     runs.fit(Foreign(), loader())
     log = EventAccumulator(str(tmp_path))
     log.Reload()

@@ -15,7 +15,7 @@ def test_the_quickstart_reaches_its_score_below_the_cap(tmp_path, monkeypatch, c
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", "configs/quickstart.yaml", "--trainer.enable_progress_bar=false"])
-    rows = list(csv.DictReader((tmp_path / "lightning_logs/quickstart/metrics.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "lightning_logs/quickstart/metrics.csv").read_text().splitlines()))
     last = {name: float(value) for row in rows for name, value in row.items() if value}
     assert last["test_accuracy"] >= 0.96
     assert last["adapter_params"] < 32_768  # LoRA at r 8

@@ -10,7 +10,6 @@ from pages import ROOT, blocks, commands, quiet_trainers, understood
 PAGE = ROOT / "README.md"
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's, about loaders without workers
 def test_the_python_snippets_run_one_after_the_other(monkeypatch, tmp_path):
     quiet_trainers(monkeypatch)
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,8 @@ from geolora_pl import GeoLoRACallback, GeoLoRAWarning
 from geolora_pl.resume import TrainingPosition, random_state, set_random_state
 
 BATCHES = 6
+# A shuffled validation draws random numbers, and those must not count.
+pytestmark = pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled:UserWarning")
 
 
 class Noisy(Dataset):
@@ -150,6 +152,7 @@ class Streaming(Recorded):
         return DataLoader(Stream(), 8)
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")  # of the validation
 def test_a_stream_loses_no_batch(tmp_path):
     module, _, _ = run(tmp_path, module=Streaming(validated=False), max_epochs=1)
     assert len(module.losses) == BATCHES
@@ -165,6 +168,8 @@ class Iterating(Recorded):
         return loss
 
 
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`:UserWarning")  # that it is experimental
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before:UserWarning")  # ours says why
 def test_a_module_that_takes_its_batches_itself_goes_on_exactly_at_the_end_of_an_epoch_alone(tmp_path):
     settings = {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "max_epochs": 2}
     whole = run(tmp_path / "whole", module=Iterating(), **settings)

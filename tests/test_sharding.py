@@ -18,6 +18,8 @@ from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.agreement import is_sharded
 from geolora_pl.inject import find_adapters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Sharded(Small):
     """Every process takes its share of each global batch, unshuffled; keeps its losses."""
@@ -88,7 +90,7 @@ def two_processes(folder, clip=None, ckpt_path=None):
 def test_the_same_losses_and_ranks_as_one_process(tmp_path, clip):
     losses, ranks = two_processes(tmp_path, clip)
     one, one_ranks = fit(gradient_clip_val=clip)
-    assert losses == pytest.approx(one.losses, abs=1e-5)
+    assert losses == pytest.approx(one.losses, rel=1e-3)  # of Adam in float32, as in test_ddp.py
     assert ranks == one_ranks
 
 

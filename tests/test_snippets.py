@@ -58,7 +58,6 @@ def mine(monkeypatch):
     return module
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's, about loaders without workers
 @pytest.mark.parametrize("page", having("python"))
 def test_python_runs(page, here, monkeypatch):
     quiet_trainers(monkeypatch)
@@ -89,7 +88,6 @@ def test_commands_are_understood(page, here, mine, capfd):
             understood(arguments[arguments.index("geolora_pl") + 1 :], capfd)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_classes_of_the_page_on_extending_train(here, mine):
     def fit(module, data):
         trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=GeoLoRACallback(), **QUIET)

@@ -35,7 +35,8 @@ def printed(table, lines, width=80):
 def fit(tmp_path, *more, enable_model_summary=True, **settings):
     module, callback = Foreign(), GeoLoRACallback(tau=0.01, adapter=ADAPTER)
     logger = CSVLogger(tmp_path, name="", version="")
-    settings = {"logger": logger, "max_epochs": 2, "enable_model_summary": enable_model_summary, **settings}
+    defaults = {"logger": logger, "max_epochs": 2, "log_every_n_steps": 6}
+    settings = {**defaults, "enable_model_summary": enable_model_summary, **settings}
     trainer(callback, *more, **settings).fit(module, loader(), loader())
     return module
 
@@ -138,6 +139,7 @@ def test_it_reads_without_colour_and_no_line_is_cut(width, monkeypatch, capfd):
     assert all(line in out for line in lines)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_only_the_first_of_two_processes_prints(capfd):
     module = Foreign()
     inject_adapters(module, ADAPTER)

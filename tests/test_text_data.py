@@ -433,6 +433,7 @@ def _tokenize(file, cache, barrier, results):
     results.put(data.splits["train"]["input_ids"][:])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_that_meet_at_an_empty_cache_both_have_the_whole_data(tmp_path, train, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     fork = multiprocessing.get_context("fork")

@@ -54,6 +54,7 @@ def test_a_vit_is_adapted_in_its_blocks():
     assert (setup.unit, setup.amount, TINY.unit, TINY.amount) == ("images", 1, "tokens", 64)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning:peft")  # which PEFT corrects
 @pytest.mark.parametrize("name", ["geolora", "lora", "bound"])
 def test_a_gpt2_takes_a_step_with_each_kind_of_method(name, monkeypatch):
     monkeypatch.setitem(random_models.GPT2S, "gpt2", (32, 2, 2))

@@ -65,7 +65,8 @@ def _class_folders(path: Path) -> list[str]:
 def _read_image(path: str) -> Image.Image:
     try:
         image = Image.open(path)
-        image.load()  # and closes the file
+        with image:  # closes the file
+            image.load()
     except (OSError, SyntaxError) as error:  # Pillow's own for a file that is no image, or cut short
         raise ValueError(f"{path} cannot be read as an image: remove or replace it") from error
     return image

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -13,8 +15,13 @@ from timm.models._hub import save_for_hf  # the oldest timm that will do does no
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from geolora_pl.hyperparameters import check_sizes
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
+
+_OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
+_OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
+_OF_IMAGES |= {"test_crop_pct", "crop_mode", "num_classes", "pool_size"}  # what a checkpoint may say of the images
 
 
 class ImageClassification(GeoLoRAModule):
@@ -42,7 +49,7 @@ class ImageClassification(GeoLoRAModule):
         torch.Size([2, 3])
     """
 
-    base_arguments = ("pretrained", "checkpoint_path")
+    base_arguments = MappingProxyType({"pretrained": False, "checkpoint_path": None})
 
     def __init__(
         self,
@@ -70,6 +77,20 @@ class ImageClassification(GeoLoRAModule):
         self.num_classes = num_classes
         self.class_names = class_names
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+
+    @classmethod
+    def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
+        """Of ``model_args`` sizes alone, and what an image must look like; of names only those of timm itself.
+
+        Raises:
+            ValueError: The file says more.
+        """
+        if name == "model_name":
+            check_sizes({name: value})
+        if name == "model_args" and value:
+            overlay = value.get("pretrained_cfg_overlay") or {}
+            check_sizes(value, never=_OF_TIMM | (set(overlay) - _OF_IMAGES))
+        return super().argument_from_checkpoint(name, value)
 
     def configure_model(self) -> None:
         """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""

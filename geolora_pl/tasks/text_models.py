@@ -22,9 +22,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from geolora_pl.hyperparameters import check_sizes
 from geolora_pl.layers import adapter_class_of
 
 _PACKAGE = "pkg://"
+_SAID = "checkpoint-says://"  # before a name that only a checkpoint gives
+_FOR_PEOPLE = {"_name_or_path", "architectures", "id2label", "label2id", "transformers_version"}
+# Settings of a configuration that make transformers fetch weights or kernels.
+_FETCHES = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config"}
+_FETCHES |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal", "use_kernels"}
+_FETCHES |= {"backbone", "backbone_config", "use_pretrained_backbone"}
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")  # BERT and most; GPT-2; OPT
 _IN_BLOCK = re.compile(r".*\.\d+\..+")  # a part of a numbered block, as in encoder.layer.0.output.dense
 
@@ -39,8 +46,13 @@ def find_source(model_name: str) -> tuple[str, bool]:
         What ``from_pretrained`` takes, and whether it is a folder of this machine.
 
     Raises:
-        ValueError: The folder or package is not there.
+        ValueError: The folder or package is not there, or a checkpoint alone names the model.
     """
+    if model_name.startswith(_SAID):
+        raise ValueError(
+            f"the checkpoint says that its model is {model_name.removeprefix(_SAID)!r}, and a file does not decide "
+            "what is fetched: give the run's configuration (--config), or model_name=... to load_from_checkpoint"
+        )
     if model_name.startswith(_PACKAGE):
         package, _, inside = model_name.removeprefix(_PACKAGE).partition("/")
         spec = find_spec(package) if package.isidentifier() else None  # finds it without importing it
@@ -54,6 +66,28 @@ def find_source(model_name: str) -> tuple[str, bool]:
     if not folder.is_dir():
         raise ValueError(f"model_name={model_name!r}: {folder} is no folder (from {Path.cwd()})")
     return str(folder), True
+
+
+def said_by_checkpoint(model_name: str) -> str:
+    """Mark a name of the hub that stands in a checkpoint: it is shown and handed on, but nothing is fetched by it."""
+    if model_name.startswith(_SAID):
+        return model_name
+    try:
+        local = find_source(model_name)[1]
+    except ValueError:  # of another machine
+        local = False
+    return model_name if local else f"{_SAID}{model_name}"
+
+
+def check_config(model_args: Mapping[str, Any]) -> None:
+    """Refuse a configuration from a checkpoint that is not whole, or that says more than what a model is like.
+
+    Raises:
+        ValueError: Of what it says, a part would be fetched or run.
+    """
+    if not isinstance(model_args, Mapping) or "model_type" not in model_args:
+        raise ValueError("is no whole configuration, so that it would be fetched")
+    check_sizes(model_args, never=_FETCHES, labels=_FOR_PEOPLE)
 
 
 def load_config(model_name: str, model_args: Mapping[str, Any]) -> PreTrainedConfig:
@@ -73,14 +107,16 @@ def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=False))  # type: ignore[no-any-return]
 
 
-def load_tokenizer(model_name: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_name: str, config: PreTrainedConfig, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, which has a padding token and knows how long a text may be by the configuration.
 
     Raises:
         ValueError: It is not there, or has no token to pad with.
     """
     with _from(model_name) as source:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"model_name={model_name!r} has a {type(tokenizer).__name__} in the place of a tokenizer")
     if tokenizer.pad_token is None:  # as of most decoders
@@ -92,14 +128,16 @@ def load_tokenizer(model_name: str, config: PreTrainedConfig) -> PreTrainedToken
     return tokenizer
 
 
-def position_limit(config: PreTrainedConfig, auto_class: Any = AutoModelForSequenceClassification) -> int | None:
+def position_limit(
+    config: PreTrainedConfig, auto_class: Any = AutoModelForSequenceClassification, trust_remote_code: bool = False
+) -> int | None:
     """Tokens that a model has positions for; ``None`` if its positions are relative.
 
     RoBERTa and its kin count positions from the one after the padding token's, so they have two fewer than their
     configuration says; the tables of Nystromformer, YOSO and MRA have two more. Only the model itself tells.
     """
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     for name, table in model.named_modules():
         if name.endswith(_POSITION_TABLES) and isinstance(table, nn.Embedding):
             count = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -113,7 +151,11 @@ def _configured_positions(config: PreTrainedConfig) -> int | None:
 
 
 def load_model(
-    model_name: str, config: PreTrainedConfig, pretrained: bool, auto_class: Any = AutoModelForSequenceClassification
+    model_name: str,
+    config: PreTrainedConfig,
+    pretrained: bool,
+    auto_class: Any = AutoModelForSequenceClassification,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Build a model of transformers.
 
@@ -122,6 +164,7 @@ def load_model(
         config: Its configuration.
         pretrained: Whether to load weights; else they are random.
         auto_class: What builds it; by default for sequence classification.
+        trust_remote_code: Whether code that lies beside the weights is run.
 
     Returns:
         The model, in training mode and the default precision, and the names of the modules that have no pretrained
@@ -136,12 +179,17 @@ def load_model(
         if pretrained:
             with _from(model_name) as source:
                 model, report = auto_class.from_pretrained(
-                    **source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                    **source,
+                    config=config,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=trust_remote_code,
                 )
             weights = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
             new = sorted({name.rpartition(".")[0] for name in weights})
         else:
-            model = auto_class.from_config(config, dtype=dtype)
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.train()  # from_pretrained leaves it in evaluation, and Lightning leaves that as it is
     return model, new
 

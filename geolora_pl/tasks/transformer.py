@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,11 +16,13 @@ from geolora_pl.config import AdapterConfig
 from geolora_pl.module import GeoLoRAModule
 from geolora_pl.tasks.text_models import (
     block_linears,
+    check_config,
     load_config,
     load_model,
     load_tokenizer,
     plain_config,
     position_limit,
+    said_by_checkpoint,
 )
 
 Batch = Mapping[str, Tensor]
@@ -46,7 +49,8 @@ class TransformerTask(GeoLoRAModule):
 
     auto_class: ClassVar[Any]
     val_splits: Sequence[str]  # set with the metrics, in setup
-    base_arguments = ("pretrained", "model_args")
+    base_arguments = MappingProxyType({"pretrained": False})
+    locating_arguments = ("model_name",)
 
     def __init__(
         self,
@@ -61,6 +65,19 @@ class TransformerTask(GeoLoRAModule):
         self.pretrained = pretrained
         self.model_args = model_args or {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
+        """Of ``model_args`` a whole configuration without code or places; a name of the hub is kept but never used.
+
+        Raises:
+            ValueError: The file says more, or less.
+        """
+        if name == "model_args":
+            check_config(value)
+        if name == "model_name":
+            return said_by_checkpoint(value)
+        return super().argument_from_checkpoint(name, value)
 
     def adjust(self, config: PreTrainedConfig) -> None:
         """Set in the model's configuration what the task knows."""
@@ -77,7 +94,7 @@ class TransformerTask(GeoLoRAModule):
         """
         config = load_config(self.model_name, self.model_args)
         self.adjust(config)
-        model, new = load_model(self.model_name, config, self.pretrained, self.auto_class)
+        model, new = load_model(self.model_name, config, self.pretrained, self.auto_class, self._trusts_code)
         heads = self.may_be_new(model)
         if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
             raise ValueError(
@@ -104,10 +121,16 @@ class TransformerTask(GeoLoRAModule):
         return super().default_targets()
 
     @property
+    def _trusts_code(self) -> bool:
+        """Whether the user allows code of the model's own, by ``model_args``; a checkpoint cannot."""
+        return bool(self.model_args.get("trust_remote_code"))
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, with a padding token and the model's limit as ``model_max_length``."""
         if self._tokenizer is None:
-            tokenizer = load_tokenizer(self.model_name, load_config(self.model_name, self.model_args))
+            config = load_config(self.model_name, self.model_args)
+            tokenizer = load_tokenizer(self.model_name, config, self._trusts_code)
             if self.max_positions is not None:
                 tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_positions)
             self._tokenizer = tokenizer
@@ -116,7 +139,8 @@ class TransformerTask(GeoLoRAModule):
     @cached_property
     def max_positions(self) -> int | None:
         """Tokens that the model has positions for; ``None`` if its positions are relative."""
-        return position_limit(load_config(self.model_name, self.model_args), self.auto_class)
+        config = load_config(self.model_name, self.model_args)
+        return position_limit(config, self.auto_class, self._trusts_code)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate on the validation texts; what is logged of a further set has its name at the end."""

@@ -1,0 +1,123 @@
+"""What a checkpoint may say about the module that is built for it: a file from a stranger must not decide what runs.
+
+A file may bring numbers, names and the sizes of a model. It may not bring a class, a name on a hub, an address or a key
+that allows remote code: these come from the user's own configuration or arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from geolora_pl.checkpoints import is_small
+
+_BUILDS = {"class_path", "auto_map", "trust_remote_code"}  # keys that name code
+_FOREIGN = {"lightning", "torch", "builtins"}  # whose constructors take no hyperparameters
+_LOCATES = re.compile(r"[/\\:]")  # in every address, every path and every name on a hub that is not a library's own
+
+
+def from_checkpoint(
+    module_class: type[Any], checkpoint: Mapping[str, Any], configured: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments that a checkpoint may give to its module.
+
+    Args:
+        module_class: The class of a GeoLoRAModule, which the user named or which is a task of this package.
+        checkpoint: The content of the file.
+        configured: Whether there is a configuration of the user's beside the checkpoint. It says where the model lies,
+            and every argument that the user's own class adds: its parser imports what it takes for the name of a class.
+
+    Returns:
+        The arguments that are taken, and for each one that is not the reason why.
+    """
+    taken: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    names = _argument_names(module_class, of_package=configured)
+    names -= set(module_class.locating_arguments) if configured else set()
+    for name, value in checkpoint.get("hyper_parameters", {}).items():
+        if name not in names:
+            continue  # such as Lightning's own notes on the class and on what makes it
+        if name in module_class.base_arguments:
+            if is_small(checkpoint):
+                refused[name] = f"says where the base lies, which this small checkpoint leaves out; it names {value!r}"
+            else:
+                taken[name] = module_class.base_arguments[name]
+            continue
+        try:
+            taken[name] = module_class.argument_from_checkpoint(name, value)
+        except ValueError as error:
+            refused[name] = str(error)
+    return taken, refused
+
+
+def refuse_missing(refused: Mapping[str, str], given: Iterable[str]) -> None:
+    """Refuse a checkpoint that says what the user must say.
+
+    Args:
+        refused: Arguments that the checkpoint may not give, with the reasons.
+        given: The names of the arguments that the user gave.
+
+    Raises:
+        ValueError: An argument is in the first and not in the second.
+    """
+    for name in refused.keys() - set(given):
+        raise ValueError(
+            f"{name} of the checkpoint is not taken from a file: it {refused[name]}. If you trust it, say so yourself: "
+            f"give the run's configuration (--config), or {name}=... to load_from_checkpoint"
+        )
+
+
+def check_plain(value: object) -> None:
+    """Refuse a value that names code to run.
+
+    Raises:
+        ValueError: There is such a key in it.
+    """
+    for key, inner in _entries(value):
+        if key in _BUILDS and inner:
+            raise ValueError(f"has {key}={inner!r}, which names code to run")
+
+
+def check_sizes(value: object, never: Iterable[str] = (), labels: Iterable[str] = ()) -> None:
+    """Refuse settings of a model that are more than its sizes.
+
+    Args:
+        value: The settings, nested as they are.
+        never: Names of settings that may not be set at all.
+        labels: Names of settings that are for people to read, in which everything may stand.
+
+    Raises:
+        ValueError: A setting names code, a place, or is one of ``never``.
+    """
+    check_plain(value)
+    for key, inner in _entries(value, skip=set(labels)):
+        if key in never and inner:
+            raise ValueError(f"has {key}={inner!r}, which is no size of a model")
+        if isinstance(inner, str) and _LOCATES.search(inner):
+            raise ValueError(f"has {key}={inner!r}, which names a place to load from")
+
+
+def _entries(value: object, key: str = "", skip: Iterable[str] = ()) -> Iterable[tuple[str, object]]:
+    """Every key with its value, at every depth; what lies in a list has the key of the list."""
+    if key in skip:
+        return
+    yield key, value
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _entries(inner, str(name), skip)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _entries(inner, key, skip)
+
+
+def _argument_names(module_class: type, of_package: bool) -> set[str]:
+    """The names of the arguments of a class that are values, those that it hands on to its bases included."""
+    names: set[str] = set()
+    for base in module_class.__mro__:
+        package = base.__module__.partition(".")[0]
+        if "__init__" in vars(base) and (package == "geolora_pl" if of_package else package not in _FOREIGN):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return names - {"self", "optimizer", "lr_scheduler"}
