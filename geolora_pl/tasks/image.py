@@ -211,7 +211,7 @@ def load_backbone(model: nn.Module, path: str) -> None:
     try:
         weights = load_state_dict(path, weights_only=True)
     except Exception as error:  # each format has errors of its own
-        raise ValueError(f"checkpoint_path={path!r} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint_path={path!r} cannot be read: {' '.join(str(error).split())}") from error
     heads = head_names(model)
     own = model.state_dict()
 

@@ -153,8 +153,8 @@ def test_the_progress_bar_shows_mean_rank_and_whole_parameters(tmp_path):
     class Bar(RichProgressBar):
         seen = None
 
-        def _update_metrics(self, trainer, pl_module):
-            super()._update_metrics(trainer, pl_module)
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
             Bar.seen = self.get_metrics(trainer, pl_module)
 
     module = fit(tmp_path, Bar(), enable_progress_bar=True, log_every_n_steps=1, enable_model_summary=False)
