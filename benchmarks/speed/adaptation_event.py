@@ -1,29 +1,32 @@
-"""One adaptation of all adapters of a BERT-base: batched by shape as the integrator does it, and one by one."""
+"""One adaptation of all adapters of a BERT-base: in batches of one shape, as the integrator does it, and one by one."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-import timing
 import torch
-from methods import defaults
 from torch import Tensor, nn
 
+from benchmarks.shared.methods import defaults
+from benchmarks.speed import timing
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
 
-WARMUP = 3  # rounds that do not count
-SHAPES = 4 * [(768, 768)] + [(3072, 768), (768, 3072)]  # out and in: query, key, value, output; the two of the MLP
+WARMUP = 3  # rounds that are not counted
+SHAPES = 4 * [(768, 768)] + [
+    (3072, 768),
+    (768, 3072),
+]  # (out, in) of query, key, value and output, and of both layers of the MLP
 
 
 class Adapters:
     """Adapters without a model, their optimizer, and the state to which they return before every adaptation.
 
     Args:
-        device: Where.
-        depth: Blocks of the encoder.
-        max_rank: Columns allocated for each.
-        one_by_one: An integrator for each of them.
+        device: Device of the adapters.
+        depth: Number of blocks of the encoder.
+        max_rank: Columns allocated for each adapter.
+        one_by_one: Whether each adapter has an integrator of its own.
     """
 
     def __init__(self, device: str, depth: int, max_rank: int, one_by_one: bool) -> None:
@@ -34,7 +37,7 @@ class Adapters:
         roots = [nn.Sequential(layer) for layer in self.layers] if one_by_one else [model]
         self.integrators = [RankAdaptiveIntegrator(root, tau) for root in roots]
         self.optimizer = RiemannianAdam(model)
-        for _ in range(3):  # to ranks that a run settles at
+        for _ in range(3):  # the ranks settle as in a run
             self._take_a_step()
             for integrator in self.integrators:
                 integrator.retract(self.optimizer)
@@ -42,7 +45,7 @@ class Adapters:
         self._saved = [tensor.clone() for tensor in self._tensors()]
 
     def _take_a_step(self) -> None:
-        """Pending increments and moments like those of a training: all columns of K and L are in use."""
+        """Leave increments and moments as training does, with all columns of K and L in use."""
         for layer in self.layers:
             for factor in (layer.K, layer.L):
                 factor.grad = torch.randn_like(factor)
@@ -54,7 +57,7 @@ class Adapters:
 
     @torch.no_grad()
     def adapt(self, device: str) -> float:
-        """Seconds of an adaptation."""
+        """Adapt once from the saved state, and return the seconds it takes."""
         torch._foreach_copy_(self._tensors(), self._saved)
         for layer in self.layers:
             layer.read_rank()
@@ -70,11 +73,11 @@ class Adapters:
 
 
 def measure(device: str, rounds: int, depth: int = 12, max_rank: int = 16) -> dict[str, Any]:
-    """Let the two ways take turns.
+    """Time both ways in turns.
 
     Returns:
-        Quartiles of the ``batched`` and the ``one_by_one`` milliseconds and of their ``ratio`` in the same round, the
-        number of ``adapters`` and their mean ``rank`` afterwards.
+        Quartiles of the ``batched`` and the ``one_by_one`` milliseconds and of their ``ratio`` within a round, the
+        number of ``adapters``, and their mean ``rank`` afterwards.
     """
     ways = {name: Adapters(device, depth, max_rank, name == "one_by_one") for name in ("batched", "one_by_one")}
     order = list(ways)
@@ -87,7 +90,7 @@ def measure(device: str, rounds: int, depth: int = 12, max_rank: int = 16) -> di
             if number >= 0:
                 times[name].append(seconds)
     ranks = ways["batched"].ranks()
-    assert ranks == ways["one_by_one"].ranks(), "both do the same work"
+    assert ranks == ways["one_by_one"].ranks(), "both ways do the same work"
     return {
         **{name: timing.quartiles([1e3 * s for s in seconds]) for name, seconds in times.items()},
         "ratio": timing.quartiles([a / b for a, b in zip(times["batched"], times["one_by_one"], strict=True)]),

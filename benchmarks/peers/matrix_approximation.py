@@ -1,37 +1,39 @@
 r"""One matrix approximated at low rank, ``0.5 ||W - T||^2``: GeoLoRA, LoRA, and simultaneous descent on U, S and V.
 
-    python benchmarks/matrix_approximation.py
+    python benchmarks/peers/matrix_approximation.py
 
-Everything is float64 and plain gradient descent; every method has its own best learning rate. Two figures come out in
-``docs/figures`` and the numbers in ``benchmarks/results``:
+Everything is plain gradient descent in float64, and every method has its own best learning rate. Two figures are
+written to ``docs/figures``, and the numbers to ``benchmarks/results``:
 
 *   ``matrix_approximation``: a target of rank 6 with singular values from 10 to 0.1, from random starts.
 *   ``stationary_points``: where a descent comes to rest. U, S and V descended at once stop wherever ``U^T G V``,
     ``G V S^T`` and ``G^T U S`` vanish, which at a singular S says nothing of ``G V`` and ``G^T U``, so that the
-    projected gradient ``P(W) G`` need not vanish. The start is such a point: S is zero, and the bases see the target
-    one at a time but never together (``U^T T V = 0``). It is a saddle, no attractor: the third panel shows how long it
-    holds a start that is off it by a little.
+    projected gradient ``P(W) G`` need not vanish. The start is such a point: S is zero, and each basis sees a part of
+    the target, but never both the same part (``U^T T V = 0``). The point is a saddle and not an attractor: the third
+    panel shows how long it holds a start that is a little away from it.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
+
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from statistics import median
 from typing import Any
 
-import figures
-import harness
 import torch
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
-from sweep import RESULTS
 from torch import Tensor, nn
 
+from benchmarks.shared import figures, results
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters
 
 SIZE = 128
@@ -46,19 +48,19 @@ NAMES = {
 }
 COLORS = dict(zip(NAMES, ("C0", "C9", "C1", "C3", "C4"), strict=True))
 AT_SADDLE = ("geolora", "lora", "simultaneous", "orthonormal")
-OFFS = (0.0, 1e-12, 1e-9, 1e-6, 1e-3, 1.0)  # how far off the saddle a start is
+OFFS = (0.0, 1e-12, 1e-9, 1e-6, 1e-3, 1.0)  # distances of the start from the saddle
 KINDS = ("loss above the least at the rank", "norm of P(W) G")
 HEADER = ("method", "start", "lr", "steps to 1%", *KINDS)
 FLOOR = 1e-16  # below it a loss is drawn as zero
-CLOSE = 0.01  # part of the least loss within which a descent has arrived
+CLOSE = 0.01  # a descent has arrived when its loss exceeds the least one by no more than this part of it
 
 Start = tuple[Tensor, Tensor]  # orthonormal bases; the point itself is zero
 Iterate = tuple[Tensor, Tensor, Tensor]  # W, and orthonormal bases of its column and row space
-Curve = tuple[list[float], list[float]]  # loss above the least there is, norm of the projected gradient
+Curve = tuple[list[float], list[float]]  # loss above the least one, and norm of the projected gradient
 
 
 def geolora(T: Tensor, start: Start, lr: float, adaptive: bool = False) -> Iterator[Iterate]:
-    """This package with SGD, at the rank of the start; or from rank 4, with room for 16."""
+    """This package with SGD, at the rank of the start, or from rank 4 with at most 16."""
     U, V = (basis[:, :4] if adaptive else basis for basis in start)
     rank = U.shape[1]
     model = nn.Sequential(nn.Linear(T.shape[1], T.shape[0], bias=False, dtype=T.dtype))
@@ -78,7 +80,7 @@ def geolora(T: Tensor, start: Start, lr: float, adaptive: bool = False) -> Itera
 
 
 def lora(T: Tensor, start: Start, lr: float) -> Iterator[Iterate]:
-    """``W = B A`` from A, the start's V, and B, zero."""
+    """``W = B A``, where A starts as the transpose of V and B as zero."""
     A, B = start[1].mT, torch.zeros_like(start[0])
     while True:
         yield B @ A, _basis(B), _basis(A.mT)
@@ -87,7 +89,7 @@ def lora(T: Tensor, start: Start, lr: float) -> Iterator[Iterate]:
 
 
 def simultaneous(T: Tensor, start: Start, lr: float, orthonormal: bool = False) -> Iterator[Iterate]:
-    """``W = U S V^T`` from S zero, all three by their own gradients; the bases made orthonormal again, or not."""
+    """``W = U S V^T`` from S = 0, with a gradient step on all three; the bases are made orthonormal again on demand."""
     U, V = start
     S = U.new_zeros(U.shape[1], U.shape[1])
     while True:
@@ -95,7 +97,7 @@ def simultaneous(T: Tensor, start: Start, lr: float, orthonormal: bool = False) 
         yield W, _basis(U), _basis(V)
         G = W - T
         U, S, V = U - lr * G @ V @ S.mT, S - lr * U.mT @ G @ V, V - lr * G.mT @ U @ S
-        if orthonormal:  # W stays as it is
+        if orthonormal:  # W does not change
             (U, R_U), (V, R_V) = torch.linalg.qr(U), torch.linalg.qr(V)
             S = R_U @ S @ R_V.mT
 
@@ -116,14 +118,14 @@ def _basis(factor: Tensor) -> Tensor:
 
 
 def descend(method: str, T: Tensor, start: Start, lr: float, steps: int) -> Curve:
-    """Follow a descent; it is shorter where it diverges.
+    """Follow a descent; the curve is shorter where it diverges.
 
     Args:
         method: From ``METHODS``.
         T: (m, n), the target.
         start: U (m, r) and V (n, r).
         lr: Learning rate.
-        steps: Steps.
+        steps: Number of steps.
     """
     losses, projected = [], []
     least = least_loss(T, start[0].shape[1])
@@ -139,7 +141,7 @@ def descend(method: str, T: Tensor, start: Start, lr: float, steps: int) -> Curv
 
 
 def best_rate(method: str, problems: list[tuple[Tensor, Start]], steps: int) -> float:
-    """The learning rate of the smallest median loss in the end, over some problems."""
+    """The learning rate with the smallest median of the last losses over some problems."""
 
     def end(lr: float) -> float:
         runs = [descend(method, T, start, lr, steps)[0] for T, start in problems]
@@ -149,14 +151,14 @@ def best_rate(method: str, problems: list[tuple[Tensor, Start]], steps: int) -> 
 
 
 def random_problem(seed: int) -> tuple[Tensor, Start]:
-    """A target with the singular values of ``SPECTRUM``, and random bases of its rank."""
+    """A target with the singular values of ``SPECTRUM``, and random bases of its rank to start from."""
     generator = torch.Generator().manual_seed(seed)
     P, Q, U, V = (_orthonormal(SIZE, len(SPECTRUM), generator) for _ in range(4))
     return P @ torch.diag(torch.tensor(SPECTRUM, dtype=P.dtype)) @ Q.mT, (U, V)
 
 
 def saddle_problem(seed: int, off: float = 0.0, rank: int = 3) -> tuple[Tensor, Start]:
-    """Two blocks on the diagonal; U sees one of them and V the other, but for ``off`` of each basis."""
+    """A target of two diagonal blocks, of which U sees one and V the other, but for a part ``off`` of each basis."""
     generator = torch.Generator().manual_seed(seed)
     half = SIZE // 2
     blocks = [
@@ -174,7 +176,7 @@ def saddle_problem(seed: int, off: float = 0.0, rank: int = 3) -> tuple[Tensor, 
 
 
 def least_loss(T: Tensor, rank: int) -> float:
-    """Half the energy beyond the rank (Eckart and Young)."""
+    """Half the energy of the singular values beyond the rank (Eckart and Young)."""
     return 0.5 * torch.linalg.svdvals(T)[rank:].square().sum().item()
 
 
@@ -183,19 +185,19 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def arrival(curve: Curve, T: Tensor, start: Start) -> int | None:
-    """Steps until the loss is within ``CLOSE`` of the least there is; ``None`` if it never is."""
+    """Steps until the loss is within ``CLOSE`` of the least one, or ``None`` if it never is."""
     within = CLOSE * least_loss(T, start[0].shape[1]) + 1e-9
     return next((step for step, loss in enumerate(curve[0]) if loss <= within), None)
 
 
 def from_random_starts(seeds: int, steps: int) -> dict[str, Any]:
-    """Every method at its best learning rate on the first kind of problem."""
+    """Every method at its best learning rate from random starts."""
     problems = {0.0: [random_problem(seed) for seed in range(seeds)]}
     return {method: _follow(method, best_rate(method, problems[0.0][:3], steps), problems, steps) for method in METHODS}
 
 
 def from_saddles(seeds: int, steps: int) -> dict[str, Any]:
-    """Every method from the saddle itself and from starts off it, at its best learning rate near it."""
+    """Every method from the saddle and from starts near it, at its best learning rate near the saddle."""
     near = [saddle_problem(seed, 1e-3) for seed in range(3)]
     problems = {off: [saddle_problem(seed, off) for seed in range(seeds)] for off in OFFS}
     return {method: _follow(method, best_rate(method, near, steps), problems, steps) for method in AT_SADDLE}
@@ -220,16 +222,16 @@ def _range(values: Iterable[float]) -> tuple[float, float, float]:
     return values[0], median(values), values[-1]
 
 
-def draw(results: dict[str, Any]) -> None:
-    """Both figures."""
+def draw(found: dict[str, Any]) -> None:
+    """Draw both figures."""
     figure, axes = figures.panels(2)
-    _curves(axes, results["random"])
+    _curves(axes, found["random"])
     figure.suptitle("a target of rank 6, from random starts")
     figures.save(figure, "matrix_approximation")
 
     figure, axes = figures.panels(3)
-    _curves(axes, results["saddle"])
-    for method, result in results["saddle"].items():
+    _curves(axes, found["saddle"])
+    for method, result in found["saddle"].items():
         ranges = {i: _range(steps) for i, steps in enumerate(result["arrivals"].values()) if None not in steps}
         figures.band(axes[2], list(ranges), list(ranges.values()), NAMES[method], COLORS[method])
     axes[2].set(
@@ -243,19 +245,19 @@ def draw(results: dict[str, Any]) -> None:
     figures.save(figure, "stationary_points")
 
 
-def _curves(axes: Sequence[Axes], results: dict[str, Any]) -> None:
+def _curves(axes: Sequence[Axes], found: dict[str, Any]) -> None:
     for ax, kind in zip(axes, KINDS, strict=False):
-        for method, result in results.items():
+        for method, result in found.items():
             ranges = [[max(value, FLOOR) for value in values] for values in result[kind]]
             figures.band(ax, [step + 1 for step in result["steps"]], ranges, NAMES[method], COLORS[method])
         ax.set(xlabel="step, from 1", ylabel=kind, xscale="log", yscale="log")
     axes[0].legend(fontsize="small")
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """Where every method ends, in the median: a row a method and start."""
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """Where every method ends, in the median: one row per method and start."""
     lines = []
-    for start, of_start in results.items():
+    for start, of_start in found.items():
         for method, result in of_start.items():
             steps = result["arrivals"]["0"]
             arrived = [step for step in steps if step is not None]
@@ -271,15 +273,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    results = {"random": from_random_starts(args.seeds, args.steps), "saddle": from_saddles(args.seeds, args.steps)}
-    draw(results)
+    found = {"random": from_random_starts(args.seeds, args.steps), "saddle": from_saddles(args.seeds, args.steps)}
+    draw(found)
     view = Table(*HEADER)
-    for row in rows(results):
+    for row in rows(found):
         view.add_row(*row)
     Console().print(view)
-    command = f"python benchmarks/matrix_approximation.py --seeds {args.seeds} --steps {args.steps}"
-    content = {"command": command, "machine": harness.machine(), "results": results}
-    (RESULTS / "matrix_approximation.json").write_text(json.dumps(content) + "\n")
+    command = f"python benchmarks/peers/matrix_approximation.py --seeds {args.seeds} --steps {args.steps}"
+    results.write("matrix_approximation", command, found, indent=None)
 
 
 if __name__ == "__main__":

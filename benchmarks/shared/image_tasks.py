@@ -1,4 +1,4 @@
-"""Two shifts of images for the quickstart's small ViT."""
+"""Two image tasks for the quickstart's small ViT, each on other classes than it was pretrained on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
-from pretrain_fashion_mnist import FashionClasses, pretrain
-from tasks import ROOT, Batch, Samples, Task
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from benchmarks.shared.paths import ROOT
+from benchmarks.shared.pretrain_fashion_mnist import FashionClasses, pretrain
+from benchmarks.shared.task import Batch, Samples, Task
 from geolora_pl import AdapterConfig, inject_adapters
 from geolora_pl.data import Digits, ImageDataModule
 from geolora_pl.tasks import ImageClassification
@@ -24,7 +25,7 @@ HELD_OUT = (0, 2, 3, 4, 6)  # tops, coats and dresses: the classes that are hard
 
 
 class WithLoss(nn.Module):
-    """A classifier of images that answers with loss and logits."""
+    """An image classifier that returns its loss and its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,9 +37,11 @@ class WithLoss(nn.Module):
 
 
 def load(name: str) -> Task:
-    """``digits``, the quickstart: scikit-learn's digits for its ViT, pretrained on Fashion-MNIST; 16 epochs.
+    """An image task by name.
 
-    ``held_out``: five classes of Fashion-MNIST for a ViT pretrained on the other five; 10 epochs of 2,000 images.
+    ``digits`` is the quickstart: its ViT, pretrained on Fashion-MNIST, learns scikit-learn's digits in 16 epochs. In
+    ``held_out`` a ViT that was pretrained on five classes of Fashion-MNIST learns the other five from 2,000 images
+    in 10 epochs; it is pretrained here when its weights are missing.
     """
     if name == "digits":
         return _task(name, Digits(), ROOT / "configs" / "weights" / "vit_fashion_mnist.safetensors", steps=304)

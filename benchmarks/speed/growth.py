@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import figures
-import random_models
-import timing
-from random_models import Setup
+from benchmarks.shared import figures
+from benchmarks.speed import random_models, timing
+from benchmarks.speed.random_models import Setup
 
-SIZES = (256, 4, 4)  # width, depth and heads where they do not grow
+SIZES = (256, 4, 4)  # width, depth and heads of the BERT, where they do not grow
 WIDTHS = (128, 256, 384, 768)
 DEPTHS = (2, 4, 8, 12)
 RANKS = (4, 8, 16, 32, 64)
@@ -21,7 +20,7 @@ COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
 
 
 def setups(base: Setup) -> Iterator[tuple[str, int, Setup]]:
-    """What grows, how large it is, and the setup."""
+    """Every setup, with the name and the size of what grows in it."""
     base = replace(base, name="bert", rank=8, batch_size=8, length=64, sizes=SIZES)
     _, depth, heads = SIZES
     for width in WIDTHS:
@@ -35,12 +34,12 @@ def setups(base: Setup) -> Iterator[tuple[str, int, Setup]]:
 
 
 def measure(base: Setup, rounds: int) -> list[dict[str, Any]]:
-    """The cost of a step at every size; a setup that comes several times is measured once."""
+    """The cost of a step at every size; a setup that occurs several times is measured once."""
     found: dict[Setup, dict[str, Any]] = {}
     records = []
     for what, size, setup in setups(base):
         if setup not in found:
-            methods = {name: timing.compared(setup.rank)[name] for name in METHODS}
+            methods = {name: timing.compared_at(setup.rank)[name] for name in METHODS}
             times = timing.measure(setup, random_models.load(setup), methods, rounds)
             found[setup] = timing.summary(times, setup.amount)
         records.append({"grows": what, "size": size, "setup": asdict(setup), "step": found[setup]})
@@ -48,7 +47,7 @@ def measure(base: Setup, rounds: int) -> list[dict[str, Any]]:
 
 
 def draw(records: Sequence[dict[str, Any]]) -> None:
-    """Milliseconds a step, and the ratio to the frozen layers below, over each of the four sizes."""
+    """Draw milliseconds per step over each of the four sizes, and the ratio to the frozen layers in the lower row."""
     grown = list(dict.fromkeys(record["grows"] for record in records))
     figure, axes = figures.panels(len(grown), rows=2)
     for column, what in enumerate(grown):
@@ -60,7 +59,7 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
             if name != "bound":
                 ratios = [record["step"][name]["over"]["bound"] for record in of_what]
                 figures.band(bottom, sizes, ratios, name, color)
-        top.set(xscale="log", yscale="log", ylabel="milliseconds a step" if column == 0 else None)
+        top.set(xscale="log", yscale="log", ylabel="milliseconds per step" if column == 0 else None)
         bottom.set(xscale="log", xlabel=what, ylabel="over frozen layers" if column == 0 else None)
         for ax in (top, bottom):
             ax.set_xticks(sizes, [str(size) for size in sizes])

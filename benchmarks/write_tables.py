@@ -1,29 +1,35 @@
-"""Write the tables of the documents from the committed results: ``python benchmarks/readme_tables.py``.
+"""Write the tables of the README and of the pages in ``docs`` from the committed results.
 
-In ``DOCUMENTS`` a table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is of ``TABLES``; the page of
-the ablations is written whole.
+    python benchmarks/write_tables.py
+
+In ``DOCUMENTS`` a table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is a key of ``TABLES``; the
+page of the ablations is written as a whole.
 """
 
 from __future__ import annotations
 
-import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is found from where this script lies
+
+import argparse
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import ablations
-import matrix_approximation
-import products
-import rank_adaptation
-import report
-import throughput
-from random_models import BERTS, GPT2S, VITS
-from sweep import RESULTS, read
-from tasks import ROOT
+from benchmarks.peers import comparison, matrix_approximation
+from benchmarks.ranks import ablations, rank_adaptation
+from benchmarks.shared import results
+from benchmarks.shared.paths import RESULTS, ROOT
+from benchmarks.shared.summary import latest
+from benchmarks.shared.sweep import read
+from benchmarks.speed import products, throughput
+from benchmarks.speed.random_models import BERTS, GPT2S, VITS
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "speed.md")
 IN_SHORT = {"minilm": "BERT of 22M, 32 x 64 tokens", "vit_tiny": "ViT-tiny, 4 images"}
-LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all are near chance in 200 steps
+LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all methods are near chance after 200 steps
 NAMES = {
     "geolora": "geolora_pl",
     "defaults": "geolora_pl, max_rank 16",
@@ -40,45 +46,43 @@ NAMES = {
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown; methods get their names."""
+    """A Markdown table, in which methods are called by their names in ``NAMES``."""
     named = [[NAMES.get(row[0], row[0]), *row[1:]] for row in rows]
     lines = [" | ".join(cells) for cells in (header, *named)]
     return "\n".join([f"| {lines[0].strip()} |", "|" + "---|" * len(header), *(f"| {line} |" for line in lines[1:])])
 
 
 def compare() -> str:
-    """The methods side by side."""
-    records = report.latest(read(RESULTS / "compare.jsonl"))
-    return markdown(report.header(records), report.rows(records))
+    """The methods side by side on all tasks."""
+    records = latest(read(RESULTS / "compare.jsonl"))
+    return markdown(comparison.header(records), comparison.rows(records))
 
 
 def overview() -> str:
-    """The same on the tasks that a method can learn in so few steps, without the details."""
-    records = report.latest(read(RESULTS / "compare.jsonl"))
-    return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], report.overview(records, LEARNT))
+    """Scores and parameters of the methods on the tasks that can be learnt in so few steps."""
+    records = latest(read(RESULTS / "compare.jsonl"))
+    return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], comparison.overview(records, LEARNT))
 
 
 def rank_adaptation_table(grow: bool) -> str:
-    """Parameters and scores by start rank, with ranks that grow first or not."""
-    records = rank_adaptation.grown(read(RESULTS / "rank_adaptation.jsonl"), grow)
+    """Parameters and scores by start rank, with or without ranks that grow first."""
+    records = rank_adaptation.series(read(RESULTS / "rank_adaptation.jsonl"), grow)
     return markdown(rank_adaptation.header(records), rank_adaptation.rows(records))
 
 
 def matrix_table() -> str:
     """Where the descents on one matrix end."""
-    results = json.loads((RESULTS / "matrix_approximation.json").read_text())["results"]
-    return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results))
+    return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results.read("matrix_approximation")))
 
 
 def throughput_table(name: str) -> str:
-    """What a step costs: the first of the setups that were measured."""
-    results = json.loads((RESULTS / f"throughput_{name}.json").read_text())["results"]
-    return markdown(throughput.HEADER, throughput.rows(results[0]))
+    """What a step costs in the first of the setups that were measured."""
+    return markdown(throughput.HEADER, throughput.rows(results.read(f"throughput_{name}")[0]))
 
 
 def speed() -> str:
     """Medians of the ratios of a few models, side by side."""
-    found = {model: json.loads((RESULTS / f"throughput_{model}.json").read_text())["results"][0] for model in IN_SHORT}
+    found = {model: results.read(f"throughput_{model}")[0] for model in IN_SHORT}
     header, rows = ["method"], [[name] for name in next(iter(found.values()))["step"]]
     for model, record in found.items():
         header += [f"{IN_SHORT[model]}: time over frozen", "over LoRA", "memory over LoRA"]
@@ -91,15 +95,14 @@ def speed() -> str:
 
 def event_table() -> str:
     """One adaptation of many adapters."""
-    event = json.loads((RESULTS / "throughput_event.json").read_text())["results"]
+    event = results.read("throughput_event")
     cells = [throughput.spread(event[name]) for name in ("batched", "one_by_one", "ratio")]
     return markdown(["ms, batched", "ms, one by one", "ratio"], [cells])
 
 
 def products_table(name: str, columns: Sequence[str]) -> str:
-    """Times of the products that the fused layer is made of."""
-    results = json.loads((RESULTS / "products.json").read_text())["results"]
-    return markdown(columns, products.rows(results[name], columns))
+    """Times of the matrix products of the fused layer."""
+    return markdown(columns, products.rows(results.read("products")[name], columns))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -117,7 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """The text with every table made anew."""
+    """The text with every table written again."""
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -126,7 +129,10 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    texts = {document: with_tables(document.read_text()) for document in DOCUMENTS}  # all of them before any is written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    texts = {
+        document: with_tables(document.read_text()) for document in DOCUMENTS
+    }  # an error in one must leave all of them as they are
     for document, text in texts.items():
         document.write_text(text)
     ablations.DOCUMENT.write_text(ablations.document(read(RESULTS / "ablations.jsonl")))

@@ -1,29 +1,34 @@
 """Why the defaults are what they are: this package with one of them changed at a time.
 
-    python benchmarks/ablations.py
+    python benchmarks/ranks/ablations.py
 
-Runs are appended to ``benchmarks/results/ablations.jsonl`` and never made twice; ``docs/ablations.md`` is written from
+Runs are appended to ``benchmarks/results/ablations.jsonl`` and never repeated; ``docs/ablations.md`` is written from
 them. A new variant is a line in ``TRIED``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
+
+from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any, get_args
+from typing import get_args
 
-import report
-import sweep
-from methods import GeoLoRA, default_lr
-from sweep import Planned
-
+from benchmarks.shared import sweep
+from benchmarks.shared.methods import GeoLoRA, default_lr
+from benchmarks.shared.paths import RESULTS, ROOT
+from benchmarks.shared.results import Record
+from benchmarks.shared.summary import best_lr, spread
+from benchmarks.shared.sweep import Planned
 from geolora_pl.training.optim import Geometry
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "ablations.md"
-FACTORS = (1 / 3, 1.0, 3.0)  # times the default learning rate: a variant may want another
+DOCUMENT = ROOT / "docs" / "ablations.md"
+FACTORS = (1 / 3, 1.0, 3.0)  # of the default learning rate, since a variant may need another one
 
-# What is asked, and what is tried; what is the default already is left out.
+# Each question with its variants; a variant that is the default already is left out below.
 TRIED: Mapping[str, Mapping[str, GeoLoRA]] = {
     "How often should it retract?": {
         f"every {steps} steps": GeoLoRA(callback={"adapt_every": steps}) for steps in (1, 5, 50)
@@ -59,7 +64,7 @@ BUDGET = "budget of as many parameters as tau finds"
 
 
 def plan(names: Sequence[str], steps: Mapping[str, int], lrs: Sequence[float]) -> list[Planned]:
-    """The runs of the sweep, but those whose budget is not known before the defaults have run."""
+    """The runs of the sweep, except those whose budget is known only after the defaults have run."""
     variants = {**DEFAULT, **{name: method for group in VARIANTS.values() for name, method in group.items()}}
     return [
         Planned(task, steps[task], name, method, lr, 0)
@@ -69,8 +74,8 @@ def plan(names: Sequence[str], steps: Mapping[str, int], lrs: Sequence[float]) -
     ]
 
 
-def plan_budgets(records: Sequence[dict[str, Any]]) -> list[Planned]:
-    """With tau nearly off, a budget of the parameters that the defaults end with on the same task."""
+def plan_budgets(records: Sequence[Record]) -> list[Planned]:
+    """Runs with tau nearly off and a budget of as many parameters as the defaults end with on the same task."""
     of_default = [record for record in records if record["method"] in DEFAULT]
     return [
         Planned(
@@ -85,8 +90,8 @@ def plan_budgets(records: Sequence[dict[str, Any]]) -> list[Planned]:
     ]
 
 
-def document(records: Sequence[dict[str, Any]]) -> str:
-    """The page of the documentation: a table a question, a row a variant, and what the variant takes."""
+def document(records: Sequence[Record]) -> str:
+    """The page of the documentation: one table per question and one row per variant, with scores and parameters."""
     names = list(dict.fromkeys(record["task"] for record in records))
     commands = dict.fromkeys(record["command"] for record in records)
     seeds, lrs = (sorted({record[key] for record in records}) for key in ("seed", "lr"))
@@ -112,20 +117,20 @@ def document(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(runs: Sequence[dict[str, Any]]) -> str:
+def _cell(runs: Sequence[Record]) -> str:
     if not runs:
         return ""
-    best = report.best_lr(runs)
+    best = best_lr(runs)
     chosen = [run for run in runs if run["lr"] == best]
-    return f"{report.spread([r['score'] for r in chosen])}<br>{mean(r['parameters'] for r in chosen):,.0f}"
+    return f"{spread([r['score'] for r in chosen])}<br>{mean(r['parameters'] for r in chosen):,.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = sweep.parser(__doc__, ("digits", "stsb"), sweep.RESULTS / "ablations.jsonl")
+    parser = sweep.make_parser(__doc__, ("digits", "stsb"), RESULTS / "ablations.jsonl")
     parser.add_argument("--lrs", type=float, nargs="+", default=[float(f"{default_lr() * x:.1g}") for x in FACTORS])
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args(arguments)
-    runs, steps = sweep.begin("ablations", args)
+    runs, steps = sweep.start(Path(__file__), args)
     records = runs.search(plan(args.tasks, steps, args.lrs), args.seeds)
     records += runs.make(plan_budgets(records))
     args.document.write_text(document(records))

@@ -1,43 +1,49 @@
 """Two retractions of a real run, and what tau keeps: the figure of ``docs/method.md``.
 
-    python benchmarks/retraction.py
+    python benchmarks/ranks/retraction.py
 
 The quickstart's ViT learns the digits with this package's defaults. Just before two retractions, the first and a later
 one, the singular values of every update are taken: those of U S V^T alone, and those with the pending steps in K and L.
-Half a minute on one core; ``docs/figures/retraction.svg`` comes out.
+It takes half a minute on one core and writes ``docs/figures/retraction.svg``.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
+
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import figures
-import tasks
 import torch
-from methods import GeoLoRA, default_lr, defaults
 from torch import Tensor
 
+from benchmarks.shared import figures, tasks
+from benchmarks.shared.methods import GeoLoRA, default_lr, defaults
+from benchmarks.shared.task import Task
 from geolora_pl import GeoLoRACallback, GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
 
-EARLY, LATER = 10, 60  # steps at which it retracts
+EARLY, LATER = 10, 60  # the steps after which the two retractions come
 SHOWN = "model.blocks.1.attn.qkv"
-SEEN = 1e-6  # of the largest: what is smaller is rounding
+SEEN = 1e-6  # smaller singular values, relative to the largest, are rounding errors
 
 
 @dataclass(frozen=True)
 class Retraction:
-    """The retraction of one adapter.
+    """One retraction of one adapter.
 
     Attributes:
-        before: Singular values of ``U S V^T``, as the last retraction left it; none before the first.
-        pending: Those of ``U S V^T + K V^T + U L^T``.
-        old_rank: Columns of the bases before.
-        rank: What is kept.
-        size: Parameters that one rank takes.
-        max_rank: The most that the rank can become.
+        before: Singular values of ``U S V^T``, as the last retraction left it; none before the first one.
+        pending: Singular values of ``U S V^T + K V^T + U L^T``.
+        old_rank: Rank before the retraction.
+        rank: Rank after the retraction.
+        size: Parameters per rank.
+        max_rank: Largest possible rank.
     """
 
     before: Tensor
@@ -48,14 +54,14 @@ class Retraction:
     max_rank: int
 
 
-def kept(sigma: Tensor, tau: float, max_rank: int) -> int:
-    """The least rank that drops no more than the part tau of the norm."""
+def kept_rank(sigma: Tensor, tau: float, max_rank: int) -> int:
+    """The smallest rank that drops no more than the part tau of the norm."""
     tails = sigma.square().flip(0).cumsum(0).flip(0)
     return min(int((tails > tau**2 * tails[0]).sum()), max_rank)
 
 
-def observe(task: tasks.Task, steps: Sequence[int], seed: int = 0) -> dict[int, dict[str, Retraction]]:
-    """Train, and look at every adapter before and after the retractions at some steps."""
+def observe(task: Task, steps: Sequence[int], seed: int = 0) -> dict[int, dict[str, Retraction]]:
+    """Train, and record every adapter before and after the retractions at the given steps."""
     model = task.make_model(seed)
     training = GeoLoRA().start(task, model, default_lr())
     adapters = find_adapters(model)
@@ -85,12 +91,12 @@ def _singular_values(matrix: Tensor) -> Tensor:
 
 
 def parameters(found: Sequence[Retraction], tau: float) -> int:
-    """Adapter parameters that a truncation by tau would leave of all updates."""
-    return sum(of_layer.size * kept(of_layer.pending, tau, of_layer.max_rank) for of_layer in found)
+    """The number of adapter parameters that a truncation by tau would keep in all layers."""
+    return sum(of_layer.size * kept_rank(of_layer.pending, tau, of_layer.max_rank) for of_layer in found)
 
 
 def draw(found: dict[int, dict[str, Retraction]]) -> None:
-    """The singular values of one adapter at both retractions, and what other values of tau would keep of all."""
+    """Draw the singular values of one adapter at both retractions, and the parameters that other values of tau keep."""
     figure, axes = figures.panels(3)
     for ax, (step, of_step) in zip(axes, found.items(), strict=False):
         one = of_step[SHOWN]
@@ -115,8 +121,9 @@ def draw(found: dict[int, dict[str, Retraction]]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    draw(observe(tasks.load("digits", tasks.GLUE_FOLDER), (EARLY, LATER)))
+    draw(observe(tasks.load("digits"), (EARLY, LATER)))
 
 
 if __name__ == "__main__":

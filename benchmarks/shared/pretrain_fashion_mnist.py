@@ -1,8 +1,8 @@
-"""Pretrain the quickstart's ViT on Fashion-MNIST, or on some of its classes, and write it in half precision.
+"""Pretrain the quickstart's ViT on Fashion-MNIST, or on some of its classes, and write its weights in half precision.
 
 The file that the project ships was made by
 
-    python benchmarks/pretrain_fashion_mnist.py --output configs/weights/vit_fashion_mnist.safetensors
+    python benchmarks/shared/pretrain_fashion_mnist.py --output configs/weights/vit_fashion_mnist.safetensors
 
 on two CPU cores. Fashion-MNIST comes from Debian's package ``dataset-fashion-mnist``.
 """
@@ -39,7 +39,7 @@ MODEL_ARGS = {
 
 
 class FashionClasses(FashionMNIST):
-    """Some classes of Fashion-MNIST, numbered anew.
+    """Some classes of Fashion-MNIST, numbered from 0 in the order given.
 
     Args:
         classes: Indices of the classes, in [0, 10).
@@ -52,7 +52,7 @@ class FashionClasses(FashionMNIST):
 
     @property
     def class_names(self) -> list[str]:
-        """The kinds of clothing that were chosen."""
+        """Names of the classes that were chosen."""
         return [super(FashionClasses, self).class_names[label] for label in self.classes]
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
@@ -67,7 +67,7 @@ class FashionClasses(FashionMNIST):
 
 
 class Pretraining(L.LightningModule):
-    """A timm model trained in full with AdamW and one cosine of the learning rate."""
+    """A timm model whose every weight is trained with AdamW and one cycle of the learning rate."""
 
     def __init__(self, num_classes: int, lr: float) -> None:
         super().__init__()
@@ -100,8 +100,8 @@ def pretrain(
     Args:
         output: A file that ends in ``.safetensors``.
         classes: Classes of Fashion-MNIST to train on.
-        epochs: Times that every image is seen.
-        lr: The largest learning rate of the cosine.
+        epochs: Number of epochs.
+        lr: Largest learning rate of the schedule.
         seed: Seed.
     """
     L.seed_everything(seed)

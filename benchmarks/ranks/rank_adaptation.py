@@ -1,44 +1,50 @@
 """Where the ranks settle from start ranks 2, 4, 8, 16 and 32: adapter parameters and scores, and how they get there.
 
-    python benchmarks/rank_adaptation.py
+    python benchmarks/ranks/rank_adaptation.py
 
-Everything but the start rank, and the room of 32 columns that it needs, is this package's default; then the same with
-ranks that grow first. Runs are appended to ``benchmarks/results/rank_adaptation.jsonl`` and never made twice; the
-figure is ``docs/figures/rank_adaptation.svg``.
+All settings but the start rank, and the 32 columns that the largest one needs, are this package's defaults. A second
+series lets the ranks grow first. Runs are appended to ``benchmarks/results/rank_adaptation.jsonl`` and never repeated;
+the figure is ``docs/figures/rank_adaptation.svg``.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
+
 from collections.abc import Sequence
 from itertools import product
 from statistics import mean, median
-from typing import Any
 
-import figures
-import sweep
-from methods import GeoLoRA, default_lr
-from report import spread
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.shared import figures, sweep
+from benchmarks.shared.methods import GeoLoRA, default_lr
+from benchmarks.shared.paths import RESULTS
+from benchmarks.shared.results import Record
+from benchmarks.shared.summary import spread
 
 START_RANKS = (2, 4, 8, 16, 32)
 
 
 def method(start_rank: int, grow: bool) -> GeoLoRA:
-    """This package from a start rank, with ranks that grow first or not."""
+    """This package from a start rank, with or without ranks that grow first."""
     return GeoLoRA(adapter={"init_rank": start_rank, "max_rank": max(START_RANKS)}, callback={"grow": grow})
 
 
-def grown(records: Sequence[dict[str, Any]], grow: bool) -> list[dict[str, Any]]:
-    """The runs in which ranks grew first, or the others."""
+def series(records: Sequence[Record], grow: bool) -> list[Record]:
+    """The series of runs in which ranks grew first, or the other one."""
     return [record for record in records if record["settings"]["callback"]["grow"] == grow]
 
 
-def rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row a start rank and one for how far they lie apart; two cells a task, parameters and score.
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """One row per start rank, and one for how far apart they are; two cells per task, parameters and score.
 
     Args:
-        records: From :func:`grown`.
+        records: From :func:`series`.
     """
     names = list(dict.fromkeys(record["task"] for record in records))
     lines = []
@@ -50,7 +56,7 @@ def rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
         lines.append(cells)
     apart = ["apart"]
     for name in names:
-        of_start: dict[str, list[dict[str, Any]]] = {}
+        of_start: dict[str, list[Record]] = {}
         for record in records:
             if record["task"] == name:
                 of_start.setdefault(record["method"], []).append(record)
@@ -60,18 +66,18 @@ def rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [*lines, apart]
 
 
-def header(records: Sequence[dict[str, Any]]) -> list[str]:
+def header(records: Sequence[Record]) -> list[str]:
     """Names of the columns of :func:`rows`."""
     names = dict.fromkeys(record["task"] for record in records)
     return ["start rank", *(f"{name} {what}" for name in names for what in ("parameters", "score"))]
 
 
-def draw(records: Sequence[dict[str, Any]]) -> None:
-    """Adapter parameters over the steps, a panel a task, a line a start rank; below with ranks that grow first."""
+def draw(records: Sequence[Record]) -> None:
+    """Draw adapter parameters over steps: one panel per task and series, with one line per start rank."""
     names = list(dict.fromkeys(record["task"] for record in records))
     figure, axes = figures.panels(len(names), rows=2)
     for ax, (grow, name) in zip(axes, product((False, True), names), strict=True):
-        of_task = [record for record in grown(records, grow) if record["task"] == name]
+        of_task = [record for record in series(records, grow) if record["task"] == name]
         for i, start in enumerate(dict.fromkeys(record["method"] for record in of_task)):
             curves = [record["sizes"] for record in of_task if record["method"] == start]
             points = [[size for _, size in at] for at in zip(*curves, strict=True)]
@@ -85,9 +91,9 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = sweep.parser(__doc__, ("digits", "held_out", "stsb", "mrpc"), sweep.RESULTS / "rank_adaptation.jsonl")
+    parser = sweep.make_parser(__doc__, ("digits", "held_out", "stsb", "mrpc"), RESULTS / "rank_adaptation.jsonl")
     args = parser.parse_args(arguments)
-    runs, steps = sweep.begin("rank_adaptation", args)
+    runs, steps = sweep.start(Path(__file__), args)
     records = runs.make(
         [
             sweep.Planned(task, steps[task], str(rank), method(rank, grow), default_lr(), seed)
@@ -100,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(records)
     for grow in (False, True):
         table = Table(*header(records), title="ranks grow first" if grow else "the defaults")
-        for row in rows(grown(records, grow)):
+        for row in rows(series(records, grow)):
             table.add_row(*row)
         Console().print(table)
 

@@ -1,4 +1,4 @@
-"""Many runs, several at a time, into a file of results that is never made twice."""
+"""Many runs, several at a time, each appended to a file of results as it ends and never repeated."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import harness
-import tasks
 import torch
-from methods import Method
-from report import best_lr
 from rich.console import Console
 
-RESULTS = Path(__file__).parent / "results"
-_NOT_TOLD = ("jobs", "glue", "output", "document")  # arguments that change nothing in the results
-KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
+from benchmarks.shared import harness, tasks
+from benchmarks.shared.methods import Method
+from benchmarks.shared.paths import GLUE_FOLDER, ROOT
+from benchmarks.shared.results import Record, machine
+from benchmarks.shared.summary import best_lr
 
-Record = dict[str, Any]
+_CHANGES_NO_RESULT = ("jobs", "glue", "output", "document")  # arguments that are left out of the recorded command
+KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is to be made.
+    """A run that a sweep is to make.
 
     Attributes:
         task: Name of the task.
         steps: Steps of the run.
-        name: What the method is called in the results.
+        name: Name of the method in the results.
         method: The method.
         lr: Learning rate.
         seed: Seed.
@@ -47,7 +45,7 @@ class Planned:
     seed: int
 
     def description(self) -> Record:
-        """What is known of the run before it is made."""
+        """Everything that is known about the run before it is made."""
         return {
             "task": self.task,
             "steps": self.steps,
@@ -60,29 +58,29 @@ class Planned:
 
 
 def read(path: Path) -> list[Record]:
-    """The runs in a file, each once; none if there is no file."""
+    """The runs in a file, each of them once; none if the file does not exist."""
     lines = path.read_text().splitlines() if path.exists() else []
     return list({_key(record): record for record in map(json.loads, lines)}.values())
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Makes runs that a file does not hold yet.
+    """Makes the runs that a file does not hold yet.
 
     Attributes:
-        path: File of results, a line a run.
-        command: What was asked for, to be kept with the results.
-        jobs: Processes at a time, of one thread each.
+        path: File of results, with one line per run.
+        command: The command, which is kept with the results.
+        jobs: Number of processes, with one thread each.
         glue: Folder of GLUE.
     """
 
     path: Path
     command: str
     jobs: int = 2
-    glue: Path = tasks.GLUE_FOLDER
+    glue: Path = GLUE_FOLDER
 
     def make(self, planned: Sequence[Planned]) -> list[Record]:
-        """Make what is missing, print each run as it ends and append it to the file.
+        """Make the runs that are missing, print each as it ends and append it to the file.
 
         Returns:
             The runs, in the order of the plan.
@@ -100,13 +98,13 @@ class Sweep:
         return [by_key[key] for key in keys]
 
     def search(self, planned: Sequence[Planned], seeds: int) -> list[Record]:
-        """Make the runs, and then those with more seeds at the best learning rate of each method on each task.
+        """Make the runs, and then more seeds at the best learning rate of each method on each task.
 
-        While the best one lies at the edge of those that were tried, the next one beyond it is tried, too.
+        While the best learning rate lies at the edge of those tried, the next one beyond that edge is tried as well.
 
         Args:
-            planned: Runs with seed 0, learning rates in geometric steps.
-            seeds: Seeds in all.
+            planned: Runs with seed 0, whose learning rates form geometric steps.
+            seeds: Number of seeds at the best learning rate, seed 0 included.
         """
         swept = self.make(planned)
         pairs = {(run.task, run.name): run for run in planned}
@@ -124,14 +122,16 @@ class Sweep:
     def _new(self, planned: Sequence[Planned]) -> Iterator[Record]:
         pool = ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"))
         try:
-            for future in as_completed([pool.submit(one, run, self.glue) for run in planned]):
+            for future in as_completed([pool.submit(train, run, self.glue) for run in planned]):
                 yield future.result()
-        finally:  # an interruption loses the runs under way, not those that have ended
+        finally:  # an interruption loses the runs in progress and not those that have ended
             pool.shutdown(cancel_futures=True)
 
 
 def beyond_edge(best: float, rates: Sequence[float]) -> float | None:
-    """The next learning rate beyond an edge at which the best one lies, in the step of the two there, to one digit.
+    """The next learning rate to try, to one digit, where the best one lies at an edge of those that were tried.
+
+    It is as far from the best one as that is from its neighbour.
 
     Example:
         >>> beyond_edge(0.01, [0.001, 0.003, 0.01]), beyond_edge(0.003, [0.001, 0.003, 0.01])
@@ -143,46 +143,48 @@ def beyond_edge(best: float, rates: Sequence[float]) -> float | None:
     return float(f"{best**2 / neighbour:.1g}")
 
 
-def one(planned: Planned, glue: Path) -> Record:
-    """Make a run, on one thread."""
+def train(planned: Planned, glue: Path) -> Record:
+    """Make one run on one thread."""
     torch.set_num_threads(1)
     task = replace(tasks.load(planned.task, glue), steps=planned.steps)
     result = harness.run(task, planned.method, planned.lr, planned.seed)
-    return {**planned.description(), **result, "machine": harness.machine()}
+    return {**planned.description(), **result, "machine": machine()}
 
 
 def _key(record: Record) -> str:
     return json.dumps([record[name] for name in KEY], sort_keys=True)
 
 
-def parser(description: str | None, names: Sequence[str], output: Path) -> ArgumentParser:
-    """The arguments that every sweep takes.
+def make_parser(description: str | None, names: Sequence[str], output: Path) -> ArgumentParser:
+    """A parser of the arguments that every sweep takes.
 
     Args:
         description: What the command does.
-        names: Tasks by default.
-        output: File of results by default.
+        names: Default of ``--tasks``.
+        output: Default of ``--output``, the file of results.
     """
-    made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("--tasks", nargs="+", choices=(*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS), default=list(names))
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--steps", type=int, help="instead of each task's own")
-    made.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
-    made.add_argument("--glue", type=Path, default=tasks.GLUE_FOLDER, help="folder of GLUE in the official layout")
-    made.add_argument("--output", type=Path, default=output)
-    return made
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=(*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS), default=list(names))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="instead of each task's own")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--glue", type=Path, default=GLUE_FOLDER, help="folder of GLUE in the official layout")
+    parser.add_argument("--output", type=Path, default=output)
+    return parser
 
 
-def begin(script: str, args: Namespace) -> tuple[Sweep, dict[str, int]]:
-    """The sweep that was asked for, and the steps of each task.
+def start(script: Path, args: Namespace) -> tuple[Sweep, dict[str, int]]:
+    """The sweep that was asked for, and the number of steps of each task.
 
     Args:
-        script: Name of the command, for the record.
-        args: From :func:`parser`.
+        script: The script that was started, for the record.
+        args: Arguments from :func:`make_parser`.
     """
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in _NOT_TOLD}
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in _CHANGES_NO_RESULT}
     words = [["--" + name, *map(str, value if isinstance(value, list) else [value])] for name, value in given.items()]
-    command = " ".join(["python", f"benchmarks/{script}.py", *chain.from_iterable(words)])
-    loaded = {name: tasks.load(name, args.glue).steps for name in args.tasks}  # also pretrains held_out's model, once
+    command = " ".join(["python", script.resolve().relative_to(ROOT).as_posix(), *chain.from_iterable(words)])
+    loaded = {
+        name: tasks.load(name, args.glue).steps for name in args.tasks
+    }  # this also pretrains held_out's model, once
     steps = {name: args.steps or of_task for name, of_task in loaded.items()}
     return Sweep(args.output, command, args.jobs, args.glue), steps

@@ -1,46 +1,42 @@
-"""One training loop for every method, and where and with what it ran."""
+"""One training loop for every method."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
-from importlib import metadata
 from itertools import islice
-from typing import Any
 
 import torch
-from methods import Method, defaults
-from tasks import Task, on
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.shared.methods import Method, defaults
+from benchmarks.shared.results import Record
+from benchmarks.shared.task import Task, to_device
 from geolora_pl import GeoLoRAModule
 from geolora_pl.training.schedule import warmup_cosine
 
-VERSIONS = ("torch", "timm", "transformers", "peft", "lightning")
-EVALUATIONS = 5  # evenly over a run
-POINTS = 50  # of a loss curve
-SIZES = 30  # times that the adapter parameters are counted, ever more rarely
+EVALUATIONS = 5  # per run, evenly spaced
+POINTS = 50  # per loss curve
+SIZES = 30  # counts of the adapter parameters per run, at steps in geometric distance
 
 
-def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
-    """Train a model and judge it, on the way by a part of the held-out samples and in the end by all.
+def run(task: Task, method: Method, lr: float, seed: int) -> Record:
+    """Train a model and judge it: by a part of the held-out samples while it trains, and by all of them in the end.
 
-    Model, head and order of the data depend on the seed alone; the schedule is this package's. A run whose loss is not
-    finite any more is stopped, and judged as it is.
+    Model, head and order of the data depend on the seed alone; the schedule is this package's. A run whose loss is no
+    longer finite is stopped and judged as it is.
 
     Args:
         task: What to train on.
-        method: How.
-        lr: Learning rate of what the method adds to the head.
+        method: How to train.
+        lr: Learning rate of what the method trains besides the head.
         seed: Seed.
 
     Returns:
-        ``score`` and the task's metrics, ``losses`` (means over equal parts of the run), ``scores`` on the way as
-        ``[step, seconds, score]``, ``sizes`` as ``[step, adapter parameters]``, ``seconds`` of training alone, active
-        adapter ``parameters``, ``head_parameters`` and ``ranks`` in the end.
+        ``score`` and the task's metrics, ``losses`` (means over equal parts of the run), ``scores`` during the run as
+        ``[step, seconds, score]``, ``sizes`` as ``[step, adapter parameters]``, ``seconds`` of training alone, and the
+        active adapter ``parameters``, the ``head_parameters`` and the ``ranks`` at the end.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = task.make_model(seed).to(device)
@@ -49,7 +45,6 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     optimizer = training.optimizer
     rates = schedule(optimizer, task.steps)
     evaluated_at = {round(task.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-
     sized_at = {round(task.steps ** (i / (SIZES - 1))) for i in range(SIZES)}
 
     losses, scores, sizes, seconds = [], [], [], 0.0
@@ -57,7 +52,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
     for step, batch in enumerate(islice(task.batches(seed), task.steps)):
         start = now()
         optimizer.zero_grad()
-        batch = on(device, batch)
+        batch = to_device(batch, device)
         output = training.model(**batch)
         output.loss.backward()
         optimizer.step()
@@ -89,7 +84,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> dict[str, Any]:
 
 
 def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """The schedule, which is this package's for every method; a head alone warms up as heads do."""
+    """The schedule, which is this package's for every method; where only a head is trained, it warms up as heads do."""
     lengths = warmup()
     if not any(group.get("adapters") for group in optimizer.param_groups):
         lengths["warmup"] = lengths["head_warmup"]
@@ -97,12 +92,12 @@ def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
 
 
 def warmup() -> dict[str, float]:
-    """The lengths of the warm-up, which are this package's for every method."""
+    """The lengths of the warm-up, which are this package's defaults for every method."""
     return {name: defaults(GeoLoRAModule)[name] for name in ("warmup", "head_warmup")}
 
 
 def now() -> float:
-    """Seconds: on one thread of a CPU those of this process alone, so that what else the machine does counts little."""
+    """Seconds; on one thread of a CPU those of this process alone, so that other work of the machine hardly counts."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -113,15 +108,3 @@ def _thinned(losses: list[float]) -> list[float]:
     """Means over at most ``POINTS`` equal parts, to four digits; a loss that is not finite ends the curve."""
     finite = torch.tensor([loss for loss in losses if math.isfinite(loss)])
     return [float(f"{part.mean():.4g}") for part in finite.tensor_split(min(POINTS, max(1, len(finite)))) if len(part)]
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what a benchmark ran."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: metadata.version(name) for name in VERSIONS},
-    }

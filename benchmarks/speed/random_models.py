@@ -1,4 +1,4 @@
-"""Models with random weights for measuring what a step costs: BERTs of any size, GPT-2s, ViTs, and batches for them."""
+"""Models with random weights to measure what a step costs: BERTs of any size, GPT-2s and ViTs, and batches for them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from image_tasks import WithLoss
-from tasks import Batch, Samples, Task
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedConfig
 
+from benchmarks.shared.image_tasks import WithLoss
+from benchmarks.shared.task import Batch, Samples, Task
 from geolora_pl import AdapterConfig, inject_adapters
 from geolora_pl.tasks.text_models import block_linears, head_names
 
 BERTS = {"bert_tiny": (128, 2, 2), "minilm": (384, 6, 12), "bert_base": (768, 12, 12)}  # width, depth, heads
-GPT2S = {"gpt2_mini": (384, 6, 12), "gpt2": (768, 12, 12)}  # likewise
+GPT2S = {"gpt2_mini": (384, 6, 12), "gpt2": (768, 12, 12)}  # width, depth, heads
 VITS = tuple(f"vit_{size}" for size in ("tiny", "small", "base"))
 VOCABULARY = 30522
 CLASSES = 8
-BATCHES = 8  # that are trained on again and again
-STEPS = 10_000  # of the run that steps are taken from the middle of: cadence and AdaLoRA's phases depend on it
+BATCHES = 8  # the data, which is trained on again and again
+STEPS = 10_000  # length of the run whose middle is measured; the cadence and AdaLoRA's phases depend on it
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Setup:
     """What is measured, and how.
 
     Attributes:
-        name: Of the model, from ``BERTS``, ``GPT2S`` or ``VITS``; a BERT of other ``sizes`` may have any.
-        rank: Allocated for each adapter.
-        batch_size: Texts or images a step.
-        length: Tokens a text; of no meaning for images.
+        name: Name of the model, from ``BERTS``, ``GPT2S`` or ``VITS``; with ``sizes`` it may be any.
+        rank: Columns allocated for each adapter.
+        batch_size: Texts or images per step.
+        length: Tokens per text, which images do not use.
         device: ``cpu`` or ``cuda``.
         precision: ``32`` or ``bf16-mixed``.
-        threads: Of the CPU.
-        sizes: Width, depth and heads of a BERT.
+        threads: Threads of the CPU.
+        sizes: Width, depth and heads of a BERT that is not in ``BERTS``.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Setup:
 
     @property
     def unit(self) -> str:
-        """What the throughput counts."""
+        """What the throughput counts, ``images`` or ``tokens``."""
         return "images" if self.of_images else "tokens"
 
     @property
     def amount(self) -> int:
-        """So many of them a step."""
+        """Images or tokens per step."""
         return self.batch_size * (1 if self.of_images else self.length)
 
     def autocast(self) -> torch.autocast:
@@ -67,10 +67,10 @@ class Setup:
 
 
 def load(setup: Setup, steps: int = STEPS) -> Task:
-    """The model, without dropout and with PyTorch's own attention, and a few batches that it can learn.
+    """A model without dropout and with PyTorch's own attention, and a few batches that it can learn.
 
     Args:
-        setup: Which model, and what is in a batch.
+        setup: The model and the size of a batch.
         steps: Length of the run.
     """
     if setup.of_images:
@@ -119,7 +119,7 @@ def _texts(setup: Setup, steps: int, config: PreTrainedConfig) -> Task:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(BATCHES * setup.batch_size) % CLASSES
     words = torch.randint(VOCABULARY, (len(labels), setup.length), generator=generator)
-    words[:, ::8] = words[:, ::8] // CLASSES * CLASSES + labels[:, None]  # every eighth word tells the class
+    words[:, ::8] = words[:, ::8] // CLASSES * CLASSES + labels[:, None]  # every eighth word reveals the class
     words = words.clamp_max(VOCABULARY - 1)
     model = make_model(0)
     inputs = {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}
@@ -134,7 +134,7 @@ def _vit(setup: Setup, steps: int) -> Task:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(BATCHES * setup.batch_size) % CLASSES
     images = torch.randn(len(labels), 3, 224, 224, generator=generator)
-    images += torch.randn(CLASSES, 3, 1, 1, generator=generator)[labels]  # the colour tells the class
+    images += torch.randn(CLASSES, 3, 1, 1, generator=generator)[labels]  # the colour reveals the class
     heads = ["model.head"]
     targets = list(inject_adapters(make_model(0), AdapterConfig(modules_to_save=heads)))
     return _task(setup, steps, make_model, {"images": images, "labels": labels}, targets, heads)

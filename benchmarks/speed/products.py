@@ -1,33 +1,36 @@
-"""The products that the fused layer is made of: the layouts that BLAS is fast in, and when a merged weight pays.
+"""The matrix products of the fused layer: in which layout BLAS is fast, and when a merged weight pays off.
 
-    python benchmarks/products.py
+    python benchmarks/speed/products.py
 
-Thin products, a rank wide, are timed as they come out of the formulas, (rows, rank), and transposed, (rank, rows). So
-is a training step of one layer with the update merged and beside, for more and more rows. Results go to
-``benchmarks/results/products.json``.
+The thin products, whose width is the rank, are timed as they stand in the formulas, (rows, rank), and transposed,
+(rank, rows). A training step of one layer is timed with the update merged into the weight and with the update beside
+it, for more and more rows. Results go to ``benchmarks/results/products.json``.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
+
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
-import harness
 import torch
 from rich.console import Console
 from rich.table import Table
-from sweep import RESULTS
 
+from benchmarks.shared import harness, results
 from geolora_pl.adapters.fused import FusedLinear
 
-SHAPES = ((384, 384), (1536, 384), (768, 768))  # out and in
+SHAPES = ((384, 384), (1536, 384), (768, 768))  # (out, in) of a layer
 RANKS = (8, 16)
 ROWS = 2048
-PARTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the rows at which both forms take as many operations
+PARTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # multiples of the number of rows at which both forms take as many operations
 LAYOUTS = ("out x in", "rank", "x V", "(V^T x^T)^T", "dy^T P", "(P^T dy)^T", "of the base's step")
 FORMS = ("out x in", "rank", *(f"{part:g}" for part in PARTS))
 
@@ -58,7 +61,7 @@ def layouts(m: int, n: int, rank: int, repeats: int) -> dict[str, float]:
 
 
 def merged_over_beside(m: int, n: int, rank: int, repeats: int) -> dict[str, float]:
-    """Time of a training step of one layer with a merged weight over that with the update beside it, by rows."""
+    """Time of a training step with a merged weight over that with the update beside it, by number of rows."""
     W, b = torch.randn(m, n), torch.randn(m)
     U, V = (torch.linalg.qr(torch.randn(size, rank)).Q for size in (m, n))
     K, L = (torch.zeros(size, rank, requires_grad=True) for size in (m, n))
@@ -76,9 +79,9 @@ def merged_over_beside(m: int, n: int, rank: int, repeats: int) -> dict[str, flo
     return found
 
 
-def rows(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[list[str]]:
-    """Cells of a table."""
-    return [[str(record[column]) for column in columns] for record in results]
+def rows(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[list[str]]:
+    """The cells of a table with the given columns."""
+    return [[str(record[column]) for column in columns] for record in records]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,9 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             what = {"out x in": f"{m} x {n}", "rank": rank}
             found["layouts"].append(what | layouts(m, n, rank, args.repeats))
             found["forms"].append(what | merged_over_beside(m, n, rank, args.repeats))
-    command = f"python benchmarks/products.py --repeats {args.repeats}"
-    content = {"command": command, "machine": harness.machine(), "results": found}
-    (RESULTS / "products.json").write_text(json.dumps(content, indent=1) + "\n")
+    results.write("products", f"python benchmarks/speed/products.py --repeats {args.repeats}", found)
     for name, columns in (("layouts", LAYOUTS), ("forms", FORMS)):
         table = Table(*columns, title=name)
         for row in rows(found[name], columns):

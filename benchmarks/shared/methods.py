@@ -1,7 +1,7 @@
-"""The methods that are compared: this package, PEFT's LoRA family, full fine-tuning, the head alone.
+"""The methods that are compared: this package, PEFT's LoRA family, full fine-tuning, and the head alone.
 
-All of them train the same new head in full, at the task's own learning rate, and adapt the very layers that this
-package adapts by default. A new method is a class with ``settings`` and ``start``, and a line each in ``METHODS`` and
+All of them train the same new head in full, at the task's own learning rate, and adapt the layers that this package
+adapts by default. A new method is a class with ``settings`` and ``start``, and one line each in ``METHODS`` and in
 ``LRS``.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from tasks import Task
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.shared.task import Task
 from geolora_pl import (
     AdapterConfig,
     GeoLoRACallback,
@@ -28,7 +28,7 @@ from geolora_pl import (
 from geolora_pl.math.ranks import usual_cadence
 
 Settings = Mapping[str, Any]
-_CHANGES_NO_RESULT = ("on_nonfinite", "small_checkpoints", "adapter")  # of the callback's arguments
+_CHANGES_NO_RESULT = ("on_nonfinite", "small_checkpoints", "adapter")  # arguments of the callback
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Training:
     """A model made ready by a method.
 
     Attributes:
-        model: Called with a batch, it answers with the loss that is descended.
-        optimizer: What takes the step.
-        parameters: Active adapter parameters, without the head.
-        after_step: Called with the number of the step, from 0, after the optimizer's.
-        ranks: Rank of each adapter, where they differ.
+        model: Called with a batch, it returns the loss to minimise.
+        optimizer: The optimizer of everything that is trained.
+        parameters: Counts the active adapter parameters, without the head.
+        after_step: Called after each step of the optimizer with the number of the step, from 0.
+        ranks: Returns the rank of each adapter, where ranks may differ.
     """
 
     model: nn.Module
@@ -51,13 +51,13 @@ class Training:
 
 
 class Method(Protocol):
-    """Makes a model ready."""
+    """A way to train a model."""
 
     def settings(self) -> dict[str, Any]:
-        """Everything that sets the method apart, as plain values: results of other settings are not mixed up."""
+        """Everything that a result of the method depends on, as plain values; runs are told apart by it."""
 
     def start(self, task: Task, model: nn.Module, lr: float) -> Training:
-        """Make a fresh model ready; ``lr`` is that of what the method adds to the head."""
+        """Make a fresh model ready for training; ``lr`` is the learning rate of everything but the head."""
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -67,14 +67,14 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def default_lr() -> float:
-    """The learning rate of this package's optimizer."""
+    """The default learning rate of this package's optimizer."""
     lr: float = defaults(RiemannianAdam)["lr"]
     return lr
 
 
 @dataclass(frozen=True)
 class GeoLoRA:
-    """This package with its own defaults, but for what is given.
+    """This package with its defaults, except for what is given.
 
     Args:
         adapter: Arguments of ``AdapterConfig``.
@@ -115,7 +115,7 @@ class GeoLoRA:
             elif (step + 1) % integrator.adapt_every == 0:
                 integrator.retract()
             if step + 1 == task.steps:
-                integrator.retract(optimizer)  # what may still be pending, as the callback does
+                integrator.retract(optimizer)  # as the callback does with what is still pending
 
         return Training(
             model, optimizer, integrator.adapter_parameters, after_step, lambda: list(integrator.ranks().values())
@@ -124,7 +124,7 @@ class GeoLoRA:
 
 @dataclass(frozen=True)
 class LoRA:
-    """PEFT's LoRA at rank 8 with ``alpha`` 8, its defaults, or one of its kin.
+    """PEFT's LoRA with its defaults, rank 8 and ``alpha`` 8, or one of its variants.
 
     Args:
         options: More arguments of ``LoraConfig``.
@@ -141,13 +141,13 @@ class LoRA:
 
 @dataclass(frozen=True)
 class AdaLoRA:
-    """PEFT's AdaLoRA, its allocator called at every step.
+    """PEFT's AdaLoRA, with its allocator called at every step.
 
-    The rank at the start, the scale, the penalty and the parts of the run before and after the ranks shrink are those
+    The rank at the start, the scale, the penalty, and the parts of the run before and after the ranks shrink are those
     of its authors' scripts for GLUE.
 
     Args:
-        rank: Where it ends on average; it starts at one and a half times as much.
+        rank: Mean rank at the end; the rank at the start is one and a half times as large.
     """
 
     rank: int = 8
@@ -181,7 +181,7 @@ class AdaLoRA:
 
 @dataclass(frozen=True)
 class Full:
-    """Full fine-tuning: every weight of the model."""
+    """Full fine-tuning, which trains every weight of the model."""
 
     def settings(self) -> dict[str, Any]:
         return {}
@@ -192,7 +192,7 @@ class Full:
 
 @dataclass(frozen=True)
 class HeadOnly:
-    """The new head on the frozen model; the learning rate is its own."""
+    """Training of the new head alone on the frozen model; the learning rate that is swept is the head's."""
 
     def settings(self) -> dict[str, Any]:
         return {}
@@ -203,13 +203,13 @@ class HeadOnly:
 
 
 def _start_peft(task: Task, model: nn.Module, lr: float, config: LoraConfig) -> Training:
-    # Not the PeftModel but the model inside: the forward of the former goes round AdaLoRA's, which adds the penalty.
+    # This is the model inside the PeftModel, whose own forward would leave out AdaLoRA's, which adds the penalty.
     tuner = get_peft_model(model, config).base_model
     return _start_adamw(task, model, tuner, lr)
 
 
 def _start_adamw(task: Task, model: nn.Module, called: nn.Module, lr: float) -> Training:
-    """Train the head and what is not frozen, without weight decay, as this package does by default."""
+    """Train the head and all that is not frozen, without weight decay, as this package does by default."""
     head = [p for name in task.heads for p in model.get_submodule(name).requires_grad_(True).parameters()]
     of_head = {id(p) for p in head}
     adapted = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]

@@ -1,4 +1,4 @@
-"""Time of the parts of a training step, of methods that take turns, step by step in one process."""
+"""Time of the parts of a training step, for methods that take turns at every step in one process."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, median, quantiles
 from typing import Any
 
-import harness
 import torch
-from methods import LRS, METHODS, AdaLoRA, Full, GeoLoRA, LoRA, Method, Training
-from random_models import Setup
-from tasks import Batch, Task, on
 from torch import nn
 
+from benchmarks.shared import harness
+from benchmarks.shared.methods import LRS, METHODS, AdaLoRA, Full, GeoLoRA, LoRA, Method, Training
+from benchmarks.shared.task import Batch, Task, to_device
+from benchmarks.speed.random_models import Setup
 from geolora_pl.math.ranks import usual_cadence
 
 PARTS = ("forward", "backward", "optimizer", "adaptation")
-BASES = ("bound", "lora", "adalora", "full")  # what the others are measured by
-WARMUP = 5  # rounds that do not count
+BASES = ("bound", "lora", "adalora", "full")  # the methods that the others are divided by
+WARMUP = 5  # rounds that are not counted
 
-Times = dict[str, list[dict[str, float]]]  # of each method, a step after the other: seconds of the parts, and the loss
+Times = dict[str, list[dict[str, float]]]  # for each method, the seconds of the parts of every step, and its loss
 
 
 class Bound(Full):
-    """The least that a method can take: frozen layers without adapters, gradients of the activations alone.
+    """The least that a method can take: frozen layers without adapters, and gradients of the activations alone.
 
-    These go down to the outputs of the first layers that the others adapt. The head is trained, as by all.
+    The gradients go down to the outputs of the first layers that the others adapt. The head is trained, as always.
     """
 
     def start(self, task: Task, model: nn.Module, lr: float) -> Training:
@@ -42,11 +42,12 @@ class Bound(Full):
         return super().start(task, model, lr)
 
 
-def compared(rank: int) -> dict[str, Method]:
-    """The methods with so many columns for each adapter, all of them live; ``defaults`` is this package's own.
+def compared_at(rank: int) -> dict[str, Method]:
+    """The methods with ``rank`` columns per adapter, all of them live.
 
-    ``room`` has 64 of them of which 6 stay live, to see what the others cost. AdaLoRA goes to that rank from one and a
-    half times as many, as its authors do.
+    ``defaults`` is this package with its default ``max_rank``. ``room`` has 64 columns of which 6 stay live, to show
+    what unused columns cost. AdaLoRA ends at the given rank and starts at one and a half times as much, as its
+    authors do.
     """
     return {
         "geolora": GeoLoRA(adapter={"init_rank": rank, "max_rank": rank}, callback={"adapt_until": 1e-9}),
@@ -60,7 +61,7 @@ def compared(rank: int) -> dict[str, Method]:
 
 
 def start(setup: Setup, task: Task, method: Method, name: str) -> Training:
-    """A method at the third learning rate of its sweep in ``compare.py``, where most are at their best."""
+    """Start a method at the third learning rate of its sweep in ``compare.py``, at which most do best."""
     rates = LRS["geolora" if name in ("defaults", "room") else "full" if name == "bound" else name]
     training = method.start(task, task.make_model(0).to(setup.device), rates[min(2, len(rates) - 1)])
     training.model.train()
@@ -68,7 +69,7 @@ def start(setup: Setup, task: Task, method: Method, name: str) -> Training:
 
 
 class Stopwatch:
-    """The time between marks, without a pause of the device at any of them but the last."""
+    """Measures the time between marks; the device is waited for at the last of them only."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
@@ -77,7 +78,7 @@ class Stopwatch:
             torch.cuda.synchronize()
 
     def mark(self) -> None:
-        """End what was before."""
+        """End the part before and begin the next one."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -86,7 +87,7 @@ class Stopwatch:
             self._marks.append(harness.now())
 
     def seconds(self) -> list[float]:
-        """From each mark to the next."""
+        """Seconds from each mark to the next."""
         pairs = list(zip(self._marks[:-1], self._marks[1:], strict=True))
         if not self._cuda:
             return [end - start for start, end in pairs]
@@ -98,7 +99,7 @@ def step(setup: Setup, training: Training, batch: Batch, number: int) -> dict[st
     """Take one step.
 
     Returns:
-        Seconds of its parts, and the loss.
+        The seconds of its parts, and the loss.
     """
     watch = Stopwatch(setup.device)
     watch.mark()
@@ -118,26 +119,26 @@ def step(setup: Setup, training: Training, batch: Batch, number: int) -> dict[st
 def turns(
     setup: Setup, trainings: Mapping[str, Training], batches: Iterator[Batch], numbers: Iterable[int]
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """Let every method take a step on the same batch, in an order that is drawn anew in every round.
+    """Let every method take a step on the same batch, in a random order that differs from round to round.
 
     Args:
         setup: What is measured.
-        trainings: By method.
-        batches: One a round.
-        numbers: Of the steps.
+        trainings: Training of each method.
+        batches: One batch per round.
+        numbers: Numbers of the steps.
 
     Yields:
-        What :func:`step` found, by method.
+        For each round, the result of :func:`step` by method.
     """
     order = list(trainings)
     draw = random.Random(0)
     gc.collect()
-    gc.freeze()  # what is there now is not looked through again, and the collections in a round are quick
+    gc.freeze()  # objects that exist now are not searched again, so that the collections below are quick
     for number in numbers:
-        batch = on(setup.device, next(batches))
+        batch = to_device(next(batches), setup.device)
         draw.shuffle(order)
         gc.collect()
-        gc.disable()  # as timeit does
+        gc.disable()  # no collection falls into a measurement, as in timeit
         found = {name: step(setup, trainings[name], batch, number) for name in order}
         gc.enable()
         yield found
@@ -153,14 +154,14 @@ def measure(setup: Setup, task: Task, methods: Mapping[str, Method], rounds: int
 
 
 def summary(times: Times, amount: int) -> dict[str, dict[str, Any]]:
-    """What a step costs: medians over the rounds, and quartiles of ratios to the others in the same round.
+    """What a step costs: medians over the rounds, and quartiles of the ratios to other methods in the same round.
 
-    An adaptation comes in some steps only, so each of them takes its part of it: the mean, over the steps from one to
-    the next, of the median at each.
+    Only some steps adapt ranks, so every step is charged its part of an adaptation: the medians at each step of the
+    cadence, averaged over the cadence.
 
     Args:
         times: Seconds by method.
-        amount: Tokens or images a step.
+        amount: Tokens or images per step.
     """
     adaptation = {name: _spread_out([s["adaptation"] for s in steps]) for name, steps in times.items()}
     total = {
@@ -196,16 +197,16 @@ def _spread_out(seconds: Sequence[float]) -> float:
 def time_to_loss(
     setup: Setup, task: Task, methods: Mapping[str, Method], target: float
 ) -> dict[str, dict[str, float | None]]:
-    """Train until the mean loss of a pass through the batches is at most the target, with the package's schedule.
+    """Train with this package's schedule until the mean loss over all batches is at most the target.
 
     Args:
         setup: What is measured.
-        task: Its steps are the length of the run.
-        methods: By name.
-        target: Loss.
+        task: What to train on; its steps are the length of the run.
+        methods: Methods by name.
+        target: The loss to reach.
 
     Returns:
-        ``steps`` and ``seconds`` to the target, ``None`` where it was not reached, and the last ``loss``.
+        ``steps`` and ``seconds`` until the target, which are ``None`` where it was not reached, and the last ``loss``.
     """
     trainings = {name: start(setup, task, method, name) for name, method in methods.items()}
     schedules = [harness.schedule(training.optimizer, task.steps) for training in trainings.values()]
