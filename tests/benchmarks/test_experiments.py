@@ -5,14 +5,12 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-import ablations
-import figures
-import matrix_approximation
-import rank_adaptation
-import readme_tables
-import report
-import sweep
-from methods import GeoLoRA
+from benchmarks import write_tables
+from benchmarks.peers import comparison, matrix_approximation
+from benchmarks.ranks import ablations, rank_adaptation
+from benchmarks.shared import figures, summary, sweep
+from benchmarks.shared.methods import GeoLoRA
+from benchmarks.shared.paths import RESULTS
 
 
 def record(method="geolora", lr=0.1, seed=0, score=0.9, task="digits", parameters=100, **more):
@@ -31,11 +29,11 @@ def test_the_table_of_the_comparison():
         record("geolora", lr=1.0, score=1.0, parameters=80),
         record("geolora", lr=1.0, score=0.98, parameters=90, seed=1),
     ]
-    lora, geolora = report.rows(records)
+    lora, geolora = comparison.rows(records)
     assert lora == ["lora", "0.810 ± 0.014", "0.810 ± 0.014", "100", "≥ 10", "1.00", "1.00"]
     assert geolora[:5] == ["geolora", "0.990 ± 0.014", "0.990 ± 0.014", "85", "≥ 1"]
     assert float(geolora[5]) == pytest.approx((10 + 10 * (0.81 - 0.495) / 0.495) / 20, abs=0.01)
-    assert "| geolora_pl | 0.990" in readme_tables.markdown(report.header(records), [lora, geolora])
+    assert "| geolora_pl | 0.990" in write_tables.markdown(comparison.header(records), [lora, geolora])
 
 
 def test_a_method_without_a_task_leaves_its_place_empty_and_seeds_are_matched():
@@ -46,28 +44,28 @@ def test_a_method_without_a_task_leaves_its_place_empty_and_seeds_are_matched():
         record("lora", task="sst2", score=0.9),
         record("dora", task="sst2", score=0.7),
     ]
-    lora, dora = report.rows(records)
+    lora, dora = comparison.rows(records)
     assert lora[3] == "0.700 ± 0.212"  # of .85 and .55, whatever the order of the runs
     assert dora[1:5] == ["-", "0.700", "-", "- / 100"]
 
 
 def test_a_rate_is_alive_only_without_a_gap():
-    assert report.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91, 1.0: 0.3}) == "10"
-    assert report.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91}) == "≥ 10"
-    assert report.alive({0.1: 0.9}) == "≥ 1"
-    assert report.reach([[10, 1.0, 0.1]], 0.2) is None
+    assert summary.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91, 1.0: 0.3}) == "10"
+    assert summary.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91}) == "≥ 10"
+    assert summary.alive({0.1: 0.9}) == "≥ 1"
+    assert summary.reach([[10, 1.0, 0.1]], 0.2) is None
 
 
 def test_start_ranks_are_compared_and_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
     settings = {grow: rank_adaptation.method(2, grow).settings() for grow in (True, False)}
     records = [
         record("2", parameters=100, score=0.9, settings=settings[True]),
         record("4", parameters=120, score=0.88, settings=settings[True]),
         record("2", parameters=100, score=0.9, settings=settings[False]),
     ]
-    assert rank_adaptation.rows(rank_adaptation.grown(records, True))[-1] == ["apart", "20%", "0.020"]
-    assert rank_adaptation.rows(rank_adaptation.grown(records, False))[-1] == ["apart", "0%", "0.000"]
+    assert rank_adaptation.rows(rank_adaptation.series(records, True))[-1] == ["apart", "20%", "0.020"]
+    assert rank_adaptation.rows(rank_adaptation.series(records, False))[-1] == ["apart", "0%", "0.000"]
     rank_adaptation.draw(records)
     assert (tmp_path / "rank_adaptation.svg").stat().st_size > 1000
 
@@ -87,7 +85,7 @@ def test_every_ablation_differs_from_the_default():
     assert all(method.settings() != default for method in variants)
 
 
-@pytest.mark.parametrize("path", sorted(sweep.RESULTS.glob("ablations.jsonl")))
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ablations.jsonl")))
 def test_the_page_in_the_documentation_is_that_of_the_committed_results(path):
     assert ablations.DOCUMENT.read_text() == ablations.document(sweep.read(path))
 

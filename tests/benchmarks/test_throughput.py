@@ -9,17 +9,11 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-import adaptation_event
-import figures
-import growth
-import harness
-import memory
-import random_models
-import throughput
-import timing
-from methods import LoRA
-from random_models import BERTS, Setup
-from tasks import on
+from benchmarks.shared import figures, harness, results
+from benchmarks.shared.methods import LoRA
+from benchmarks.shared.task import to_device
+from benchmarks.speed import adaptation_event, growth, memory, random_models, throughput, timing
+from benchmarks.speed.random_models import BERTS, Setup
 
 TINY = Setup("bert", rank=2, batch_size=8, length=8, sizes=(32, 2, 2))
 
@@ -27,14 +21,14 @@ TINY = Setup("bert", rank=2, batch_size=8, length=8, sizes=(32, 2, 2))
 @pytest.fixture(autouse=True)
 def _files(tmp_path, monkeypatch):
     """Nothing is written over what is committed; a small vocabulary, or the table of words is the whole cost."""
-    monkeypatch.setattr(throughput, "RESULTS", tmp_path)
-    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
     monkeypatch.setattr(random_models, "VOCABULARY", 64)
 
 
 def tiny_training(name, setup=TINY):
     task = random_models.load(setup)
-    return timing.start(setup, task, timing.compared(setup.rank)[name], name), next(task.batches(0))
+    return timing.start(setup, task, timing.compared_at(setup.rank)[name], name), next(task.batches(0))
 
 
 def test_a_model_is_the_size_it_is_called_by(monkeypatch):
@@ -107,7 +101,7 @@ def test_every_part_of_a_step_is_in_its_time(monkeypatch):
     monkeypatch.setattr(harness, "now", lambda: next(ticks))
     training, batch = tiny_training("lora")
     before = [p.clone() for p in training.model.parameters()]
-    found = timing.step(TINY, training, on("cpu", batch), 0)
+    found = timing.step(TINY, training, to_device(batch, "cpu"), 0)
     assert [found[part] for part in timing.PARTS] == [1.0, 2.0, 3.0, 4.0]
     assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters(), strict=True))
 
@@ -150,7 +144,8 @@ def test_a_command_gives_tables_targets_and_files(tmp_path, monkeypatch, capsys)
     written = json.loads((tmp_path / "throughput_bert_tiny.json").read_text())
     (record,) = written["results"]
     assert (
-        written["command"] == f"python benchmarks/throughput.py {arguments} --steps 20 --loss 100 --threads {threads}"
+        written["command"]
+        == f"python benchmarks/speed/throughput.py {arguments} --steps 20 --loss 100 --threads {threads}"
     )
     assert list(record["step"]) == ["geolora", "lora", "bound"]
     assert record["loss"]["lora"]["steps"] == random_models.BATCHES  # the mean of a pass
@@ -170,7 +165,7 @@ def test_a_command_gives_tables_targets_and_files(tmp_path, monkeypatch, capsys)
 def test_a_wrong_argument_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         throughput.main(arguments.split())
-    assert "must be a multiple of 10" in (said := capsys.readouterr().err) or "choose of step" in said
+    assert "must be a multiple of 10" in (said := capsys.readouterr().err) or "choose from step" in said
 
 
 def test_the_loss_that_is_never_reached():

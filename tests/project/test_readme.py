@@ -1,11 +1,12 @@
 """The README's snippets run, its commands and tables are right, and what it promises is tested."""
 
-import importlib.util
 import re
 import sys
 
 import pytest
 from pages import ROOT, blocks, commands, quiet_trainers, understood
+
+from benchmarks import write_tables
 
 PAGE = ROOT / "README.md"
 
@@ -64,10 +65,7 @@ def test_the_promised_tests_exist(page, least):
 
 
 def test_the_tables_are_those_of_the_committed_results():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    for document in tables.DOCUMENTS:
+    for document in write_tables.DOCUMENTS:
         text = document.read_text()
         assert "| geolora_pl |" in text
-        assert tables.with_tables(text) == text
+        assert write_tables.with_tables(text) == text

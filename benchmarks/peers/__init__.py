@@ -1,0 +1,1 @@
+"""How well this package learns beside LoRA, AdaLoRA, DoRA, full fine-tuning and other ways to descend."""

@@ -1,0 +1,84 @@
+"""The comparison of the methods as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from rich.table import Table
+
+from benchmarks.shared.summary import Records, Summary, reach, spread, summaries
+
+NONE = "-"
+
+
+def table(records: Records) -> Table:
+    """One row per method, with its score on each task, their mean, and what these took."""
+    view = Table(*header(records))
+    for row in rows(records):
+        view.add_row(*row)
+    return view
+
+
+def header(records: Records) -> list[str]:
+    """Names of the columns of :func:`rows`."""
+    names = dict.fromkeys(r["task"] for r in records)
+    return ["method", *names, "mean", "parameters", "lr range", "steps to LoRA", "seconds to LoRA"]
+
+
+def rows(records: Records) -> list[list[str]]:
+    """The cells of the table, one row per method.
+
+    The last four columns have one number per task: the active parameters, the range of learning rates that work, and
+    the steps and seconds until the score that LoRA ends with is reached, as parts of LoRA's whole run.
+    """
+    found = summaries(records)
+    names = list(dict.fromkeys(r["task"] for r in records))
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        of_method = [found.get((name, method)) for name in names]
+        there = [s for s in of_method if s is not None]
+        cells = [method, *(spread(s.scores.values()) if s else NONE for s in of_method)]
+        seeds = set.intersection(*(set(s.scores) for s in there))
+        means = [mean(s.scores[seed] for s in there) for seed in sorted(seeds)]
+        cells.append(spread(means) if len(there) == len(names) else NONE)
+        cells.append(" / ".join(f"{s.parameters:,.0f}" if s else NONE for s in of_method))
+        cells.append(" / ".join(s.alive if s else NONE for s in of_method))
+        for axis in (0, 1):
+            parts = [
+                _part_of_lora(s, found.get((name, "lora")), axis) for name, s in zip(names, of_method, strict=True)
+            ]
+            cells.append(" / ".join(parts))
+        lines.append(cells)
+    return lines
+
+
+def overview(records: Records, tasks: Sequence[str]) -> list[list[str]]:
+    """One row per method that ran on all of the tasks: scores, their mean, and parameters relative to LoRA's."""
+    found = summaries(records)
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        if any((name, method) not in found for name in tasks):
+            continue
+        of_method = [found[name, method] for name in tasks]
+        seeds = set.intersection(*(set(s.scores) for s in of_method))
+        parts = [s.parameters / found[name, "lora"].parameters for name, s in zip(tasks, of_method, strict=True)]
+        least, most = (f"{100 * part:,.0f}" for part in (min(parts), max(parts)))
+        lines.append(
+            [
+                method,
+                *(spread(s.scores.values()) for s in of_method),
+                spread(mean(s.scores[seed] for s in of_method) for seed in sorted(seeds)),
+                f"{least}%" if least == most else f"{least}% to {most}%",
+            ]
+        )
+    return lines
+
+
+def _part_of_lora(method: Summary | None, lora: Summary | None, axis: int) -> str:
+    """When a method reaches LoRA's last score, in steps (axis 0) or seconds (axis 1), as a part of LoRA's run."""
+    if method is None or lora is None or not lora.curve:
+        return NONE
+    end = lora.curve[-1]
+    at = reach(method.curve, end[2])
+    return f"{at[axis] / end[axis]:.2f}" if at else "never"

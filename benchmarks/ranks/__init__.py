@@ -1,0 +1,1 @@
+"""Which ranks this package finds, and why its defaults are what they are."""

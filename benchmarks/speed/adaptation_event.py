@@ -1,0 +1,99 @@
+"""One adaptation of all adapters of a BERT-base: in batches of one shape, as the integrator does it, and one by one."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shared.methods import defaults
+from benchmarks.speed import timing
+from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
+
+WARMUP = 3  # rounds that are not counted
+SHAPES = 4 * [(768, 768)] + [
+    (3072, 768),
+    (768, 3072),
+]  # (out, in) of query, key, value and output, and of both layers of the MLP
+
+
+class Adapters:
+    """Adapters without a model, their optimizer, and the state to which they return before every adaptation.
+
+    Args:
+        device: Device of the adapters.
+        depth: Number of blocks of the encoder.
+        max_rank: Columns allocated for each adapter.
+        one_by_one: Whether each adapter has an integrator of its own.
+    """
+
+    def __init__(self, device: str, depth: int, max_rank: int, one_by_one: bool) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in depth * SHAPES)).to(device)
+        self.layers = list(inject_adapters(model, AdapterConfig(max_rank=max_rank)).values())
+        tau = defaults(GeoLoRACallback)["tau"]
+        roots = [nn.Sequential(layer) for layer in self.layers] if one_by_one else [model]
+        self.integrators = [RankAdaptiveIntegrator(root, tau) for root in roots]
+        self.optimizer = RiemannianAdam(model)
+        for _ in range(3):  # the ranks settle as in a run
+            self._take_a_step()
+            for integrator in self.integrators:
+                integrator.retract(self.optimizer)
+        self._take_a_step()
+        self._saved = [tensor.clone() for tensor in self._tensors()]
+
+    def _take_a_step(self) -> None:
+        """Leave increments and moments as training does, with all columns of K and L in use."""
+        for layer in self.layers:
+            for factor in (layer.K, layer.L):
+                factor.grad = torch.randn_like(factor)
+        self.optimizer.step()
+
+    def _tensors(self) -> list[Tensor]:
+        factors = [tensor for layer in self.layers for tensor in (layer.U, layer.S, layer.V, layer.K, layer.L)]
+        return factors + [m for state in self.optimizer.state.values() for m in state.values()]
+
+    @torch.no_grad()
+    def adapt(self, device: str) -> float:
+        """Adapt once from the saved state, and return the seconds it takes."""
+        torch._foreach_copy_(self._tensors(), self._saved)
+        for layer in self.layers:
+            layer.read_rank()
+        watch = timing.Stopwatch(device)
+        watch.mark()
+        for integrator in self.integrators:
+            integrator.retract(self.optimizer)
+        watch.mark()
+        return watch.seconds()[0]
+
+    def ranks(self) -> list[int]:
+        return [layer.rank for layer in self.layers]
+
+
+def measure(device: str, rounds: int, depth: int = 12, max_rank: int = 16) -> dict[str, Any]:
+    """Time both ways in turns.
+
+    Returns:
+        Quartiles of the ``batched`` and the ``one_by_one`` milliseconds and of their ``ratio`` within a round, the
+        number of ``adapters``, and their mean ``rank`` afterwards.
+    """
+    ways = {name: Adapters(device, depth, max_rank, name == "one_by_one") for name in ("batched", "one_by_one")}
+    order = list(ways)
+    draw = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-WARMUP, rounds):
+        draw.shuffle(order)
+        for name in order:
+            seconds = ways[name].adapt(device)
+            if number >= 0:
+                times[name].append(seconds)
+    ranks = ways["batched"].ranks()
+    assert ranks == ways["one_by_one"].ranks(), "both ways do the same work"
+    return {
+        **{name: timing.quartiles([1e3 * s for s in seconds]) for name, seconds in times.items()},
+        "ratio": timing.quartiles([a / b for a, b in zip(times["batched"], times["one_by_one"], strict=True)]),
+        "adapters": len(ranks),
+        "rank": round(sum(ranks) / len(ranks), 2),
+    }

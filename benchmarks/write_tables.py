@@ -1,0 +1,142 @@
+"""Write the tables of the README and of the pages in ``docs`` from the committed results.
+
+    python benchmarks/write_tables.py
+
+In ``DOCUMENTS`` a table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is a key of ``TABLES``; the
+page of the ablations is written as a whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is found from where this script lies
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from benchmarks.peers import comparison, matrix_approximation
+from benchmarks.ranks import ablations, rank_adaptation
+from benchmarks.shared import results
+from benchmarks.shared.paths import RESULTS, ROOT
+from benchmarks.shared.summary import latest
+from benchmarks.shared.sweep import read
+from benchmarks.speed import products, throughput
+from benchmarks.speed.random_models import BERTS, GPT2S, VITS
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "speed.md")
+IN_SHORT = {"minilm": "BERT of 22M, 32 x 64 tokens", "vit_tiny": "ViT-tiny, 4 images"}
+LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all methods are near chance after 200 steps
+NAMES = {
+    "geolora": "geolora_pl",
+    "defaults": "geolora_pl, max_rank 16",
+    "room": "geolora_pl, rank 6, max_rank 64",
+    "lora": "LoRA r 8 (PEFT)",
+    "adalora": "AdaLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "rslora": "rsLoRA",
+    "full": "full fine-tuning",
+    "head": "head only",
+    "bound": "frozen, no adapters",
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, in which methods are called by their names in ``NAMES``."""
+    named = [[NAMES.get(row[0], row[0]), *row[1:]] for row in rows]
+    lines = [" | ".join(cells) for cells in (header, *named)]
+    return "\n".join([f"| {lines[0].strip()} |", "|" + "---|" * len(header), *(f"| {line} |" for line in lines[1:])])
+
+
+def compare() -> str:
+    """The methods side by side on all tasks."""
+    records = latest(read(RESULTS / "compare.jsonl"))
+    return markdown(comparison.header(records), comparison.rows(records))
+
+
+def overview() -> str:
+    """Scores and parameters of the methods on the tasks that can be learnt in so few steps."""
+    records = latest(read(RESULTS / "compare.jsonl"))
+    return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], comparison.overview(records, LEARNT))
+
+
+def rank_adaptation_table(grow: bool) -> str:
+    """Parameters and scores by start rank, with or without ranks that grow first."""
+    records = rank_adaptation.series(read(RESULTS / "rank_adaptation.jsonl"), grow)
+    return markdown(rank_adaptation.header(records), rank_adaptation.rows(records))
+
+
+def matrix_table() -> str:
+    """Where the descents on one matrix end."""
+    return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results.read("matrix_approximation")))
+
+
+def throughput_table(name: str) -> str:
+    """What a step costs in the first of the setups that were measured."""
+    return markdown(throughput.HEADER, throughput.rows(results.read(f"throughput_{name}")[0]))
+
+
+def speed() -> str:
+    """Medians of the ratios of a few models, side by side."""
+    found = {model: results.read(f"throughput_{model}")[0] for model in IN_SHORT}
+    header, rows = ["method"], [[name] for name in next(iter(found.values()))["step"]]
+    for model, record in found.items():
+        header += [f"{IN_SHORT[model]}: time over frozen", "over LoRA", "memory over LoRA"]
+        for row in rows:
+            over = record["step"][row[0]]["over"]
+            row += [f"{over[base][1]:.2f}" if base in over else "1" for base in ("bound", "lora")]
+            row.append(f"{record['memory'][row[0]] / record['memory']['lora']:.2f}")
+    return markdown(header, rows)
+
+
+def event_table() -> str:
+    """One adaptation of many adapters."""
+    event = results.read("throughput_event")
+    cells = [throughput.spread(event[name]) for name in ("batched", "one_by_one", "ratio")]
+    return markdown(["ms, batched", "ms, one by one", "ratio"], [cells])
+
+
+def products_table(name: str, columns: Sequence[str]) -> str:
+    """Times of the matrix products of the fused layer."""
+    return markdown(columns, products.rows(results.read("products")[name], columns))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "compare": compare,
+    "overview": overview,
+    "rank_adaptation": partial(rank_adaptation_table, False),
+    "rank_adaptation_grown": partial(rank_adaptation_table, True),
+    "matrix_approximation": matrix_table,
+    "speed": speed,
+    "event": event_table,
+    "layouts": lambda: products_table("layouts", products.LAYOUTS),
+    "forms": lambda: products_table("forms", products.FORMS),
+    **{f"throughput_{name}": partial(throughput_table, name) for name in (*BERTS, *GPT2S, *VITS, "minilm_one_thread")},
+}
+
+
+def with_tables(text: str) -> str:
+    """The text with every table written again."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    texts = {
+        document: with_tables(document.read_text()) for document in DOCUMENTS
+    }  # an error in one must leave all of them as they are
+    for document, text in texts.items():
+        document.write_text(text)
+    ablations.DOCUMENT.write_text(ablations.document(read(RESULTS / "ablations.jsonl")))
+
+
+if __name__ == "__main__":
+    main()
