@@ -55,7 +55,7 @@ def compare() -> str:
 def overview() -> str:
     """The same on the tasks that a method can learn in so few steps, without the details."""
     records = report.latest(read(RESULTS / "compare.jsonl"))
-    return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], report.overview(records, LEARNT))
+    return markdown(["method", *LEARNT, "mean", "parameters relative to LoRA's"], report.overview(records, LEARNT))
 
 
 def rank_adaptation_table(grow: bool) -> str:
@@ -117,7 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """The text with every table made anew."""
+    """The text with every table made again."""
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

@@ -37,7 +37,7 @@ from geolora_pl.math.ranks import usual_cadence
 
 WHAT = ("step", "memory", "loss", "event", "growth")
 OVER = {"bound": "frozen", "lora": "LoRA", "adalora": "AdaLoRA"}
-HEADER = ["method", "ms a step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "throughput", "peak MB"]
+HEADER = ["method", "ms per step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "throughput", "peak MB"]
 # At most, on a CPU in float32 and on a GPU in bf16-mixed.
 TARGETS = {
     "step over frozen": (1.12, 1.10),
