@@ -96,8 +96,8 @@ def document(records: Sequence[dict[str, Any]]) -> str:
         "# Why the defaults are what they are",
         "",
         f"One default is changed at a time. Every cell has the score at the best of the learning rates tried "
-        f"({', '.join(f'{lr:g}' for lr in lrs)}), {over}, and below it the number of adapter parameters at the end of the "
-        "training. Differences within the spread of the seeds mean nothing.",
+        f"({', '.join(f'{lr:g}' for lr in lrs)}), {over}, and below it the number of adapter parameters at the end of "
+        "the training. Differences within the spread of the seeds mean nothing.",
         "",
         f"Made by {', '.join(f'`{command}`' for command in commands)}; do not edit by hand.",
     ]

@@ -96,8 +96,8 @@ def test_labels_are_classes_or_numbers(tmp_path, suffix, labels, settings, names
         ("text,label\na,x\nb,y\n", {"label_column": "stars"}, "has no column 'stars'"),
         ("text,label\na,x\nb,\nc,y\n", {}, "row 2 has label='', which is none of the labels x, y"),
         ("text,label\na,x\nb,x\n", {}, "every label is 'x': there must be two classes"),
-        ("text,label\na,0.5\nb,nan\n", {"regression": True}, "row 2 has label='nan', which is no finite number"),
-        ("text,label\na,0.5\nb,much\n", {"regression": True}, "row 2 has label='much', which is no finite number"),
+        ("text,label\na,0.5\nb,nan\n", {"regression": True}, "row 2 has label='nan', which is not a finite number"),
+        ("text,label\na,0.5\nb,much\n", {"regression": True}, "row 2 has label='much', which is not a finite number"),
         (b"text,label\n\xff,x\nb,y\n", {}, "cannot be read: .*UTF8"),
     ],
 )
@@ -171,7 +171,7 @@ def test_an_unknown_label_of_another_split_is_refused_with_its_row(tmp_path, tra
 
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.tsv is no file"):
+    with pytest.raises(ValueError, match=r"gone\.tsv is not a file"):
         TextFiles("gone.tsv").load_splits()
     for suffix in (".jsonl", ".parquet"):
         file = write(tmp_path / f"train{suffix}", text=["a", "b"], label=["x", "y"])

@@ -211,7 +211,7 @@ def unknown_parameter(metadata, tensors):
     ("change", "message"),
     [
         (newer, "is of version 2, and this geolora_pl reads up to 1"),
-        (foreign, "is no adapter of geolora_pl"),
+        (foreign, "is not an adapter of geolora_pl"),
         (infinite, "trained/3.bias is not finite"),
         (without_V, "an adapter is U, S and V"),
         (other_rank, r"0 has U \(8, 4\), S \(4, 4\), V \(6, 2\)"),
@@ -250,13 +250,13 @@ def test_a_truncated_or_altered_file_is_refused_wherever_it_was_cut(file):
         refuses(file, "is corrupt")
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # what safetensors itself does not see
     refuses(file, "its checksum does not fit")
-    refuses(file.parent / "gone", "gone is no file")
+    refuses(file.parent / "gone", "gone is not a file")
 
 
 def test_another_base_is_refused(file):
     model = base()
     model[0].weight.data[0, 0] += 1
-    refuses(file, "of another base, one without a name", model=model)
+    refuses(file, r"on another base \(without a name\)", model=model)
 
 
 def test_other_fresh_adapters_are_refused(file, trained):
