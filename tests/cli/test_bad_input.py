@@ -666,7 +666,7 @@ def test_texts_that_are_broken(folder, only_fit, capfd, tiny, content, more, mes
     [
         pytest.param("a.csv", b"text,label\n\xff\xfe,yes\n", r"a\.csv cannot be read: .*UTF8", id="no-utf8"),
         pytest.param("a.parquet", b"PAR1 cut short", r"a\.parquet cannot be read: .*", id="parquet-truncated"),
-        pytest.param("a.jsonl", b'{"text": "a", "label": ', r"one object a line", id="json-cut-short"),
+        pytest.param("a.jsonl", b'{"text": "a", "label": ', r"one object per line", id="json-cut-short"),
         pytest.param("a.jsonl", json.dumps({"text": ["a"], "label": "b"}).encode(), r"must hold strings", id="nested"),
         pytest.param("a.jsonl", json.dumps({"text": "a"}).encode(), r"has no column 'label'", id="json-no-label"),
     ],

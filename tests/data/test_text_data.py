@@ -144,14 +144,14 @@ def test_a_text_that_looks_like_a_date_stays_as_it_is(tmp_path):
 def test_a_column_of_lists_is_refused(tmp_path, suffix, column):
     columns = {"text": ["a", "b"], "label": ["x", "y"], column: [["a"], ["b"]]}
     file = write(tmp_path / f"train{suffix}", **columns)
-    with pytest.raises(ValueError, match=rf"train{suffix}: {column} holds list<.*>, and must hold strings or numbers"):
+    with pytest.raises(ValueError, match=rf"train{suffix}: {column} holds list<.*>, but must hold strings or numbers"):
         TextFiles(file).load_splits()
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a", "label": 0}]', '[\n{"text": "a", "label": 0}\n]'])
 def test_a_json_file_that_is_one_list_is_told_its_form(tmp_path, content):
     (tmp_path / "train.json").write_text(content)
-    with pytest.raises(ValueError, match=r"train\.json cannot be read: .*; it must hold one object a line"):
+    with pytest.raises(ValueError, match=r"train\.json cannot be read: .*; it must hold one object per line"):
         TextFiles(str(tmp_path / "train.json")).load_splits()
 
 

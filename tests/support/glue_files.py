@@ -11,6 +11,7 @@ PARSE = ["0", "p", "1n", "slate", "( a )", "( b )", "(ROOT a)", "(ROOT b)"]
 
 
 MNLI = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse"]
+MNLI += ["sentence2_parse", "sentence1", "sentence2"]
 
 
 LAYOUTS = {
