@@ -61,7 +61,7 @@ def compare() -> str:
 def overview() -> str:
     """Scores and parameters of the methods on the tasks that can be learnt in so few steps."""
     records = latest(read(RESULTS / "compare.jsonl"))
-    return markdown(["method", *LEARNT, "mean", "parameters beside LoRA's"], comparison.overview(records, LEARNT))
+    return markdown(["method", *LEARNT, "mean", "parameters relative to LoRA's"], comparison.overview(records, LEARNT))
 
 
 def rank_adaptation_table(grow: bool) -> str:

@@ -1,5 +1,5 @@
-"""The one category of warnings that this package gives, so that it can be filtered or turned into an error."""
+"""The category of all warnings of this package, so that they can be filtered or turned into errors."""
 
 
 class GeoLoRAWarning(UserWarning):
-    """Something about the adapters that the user should know and that does not stop the run."""
+    """A warning about something that the user should know but that does not stop the run."""

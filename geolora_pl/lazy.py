@@ -1,4 +1,4 @@
-"""Names of a package that are imported at their first use, so that a task needs the libraries of no other."""
+"""Import names at their first use, so that a task does not need the libraries of another task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-_EXTRAS = {"transformers": "text", "datasets": "text", "matplotlib": "report"}  # by library
+_EXTRAS = {"transformers": "text", "datasets": "text", "matplotlib": "report"}  # library to extra
 
 
 def lazy_exports(
@@ -43,8 +43,8 @@ def import_extra(module: str, what: str) -> Any:
     """Import a module that needs a library of an extra.
 
     Args:
-        module: Its whole name.
-        what: What it is needed for, as a message begins.
+        module: The full name of the module.
+        what: What the module is needed for; an error message starts with it.
 
     Raises:
         ValueError: The library is missing.
@@ -67,7 +67,7 @@ def _remedy(what: str, library: str) -> str:
 
 
 def import_class(class_path: str) -> type:
-    """The class that the user names by its path; a file from a stranger must not come here.
+    """Import the class that the user names by its path; a path from a checkpoint must not be given here.
 
     Raises:
         ValueError: There is no such class.

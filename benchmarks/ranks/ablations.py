@@ -96,13 +96,13 @@ def document(records: Sequence[Record]) -> str:
     commands = dict.fromkeys(record["command"] for record in records)
     seeds, lrs = (sorted({record[key] for record in records}) for key in ("seed", "lr"))
     questions = {**VARIANTS, "Is a budget better than tau?": {BUDGET: GeoLoRA()}}
-    over = f"with its spread over {len(seeds)} seeds" if len(seeds) > 1 else "of one seed"
+    over = f"with its spread over {len(seeds)} seeds" if len(seeds) > 1 else "with one seed"
     lines = [
         "# Why the defaults are what they are",
         "",
-        f"One default is changed at a time. Every cell is the score at the best of the learning rates "
-        f"{', '.join(f'{lr:g}' for lr in lrs)}, {over}, and below it the adapter parameters that training ended with. "
-        "Differences within the spread of seeds say nothing.",
+        f"One default is changed at a time. Every cell has the score at the best of the learning rates tried "
+        f"({', '.join(f'{lr:g}' for lr in lrs)}), {over}, and below it the number of adapter parameters at the end of "
+        "the training. Differences within the spread of the seeds mean nothing.",
         "",
         f"Made by {', '.join(f'`{command}`' for command in commands)}; do not edit by hand.",
     ]

@@ -1,4 +1,4 @@
-"""The data sources, one file each; what each needs is imported when it is used."""
+"""This folder has the data sources; the libraries of a source are imported at its first use."""
 
 from typing import TYPE_CHECKING
 

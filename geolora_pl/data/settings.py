@@ -1,4 +1,4 @@
-"""The settings that every data module has."""
+"""Check the settings that every data module has."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 
 def settle_num_workers(batch_size: int, val_fraction: float, num_workers: int | None) -> int:
-    """The number of loader processes, once the settings of splits and loaders are checked.
+    """Check the settings of splits and loaders, and return the number of loader processes.
 
     Returns:
-        The number of loader processes: the given one, or as many as there are cores beyond the first two, at most 8.
+        The given number, or the number of cores beyond the first two, at most 8.
 
     Raises:
-        ValueError: One is out of range.
+        ValueError: A setting is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")

@@ -1,1 +1,1 @@
-"""Adapters and checkpoints as values and as files."""
+"""This folder has adapters and checkpoints, as values and as files."""

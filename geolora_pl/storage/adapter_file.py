@@ -1,4 +1,4 @@
-"""Adapter files: what was trained, at the live ranks, with all that is needed to put it back on its base."""
+"""Write and read adapter files, which hold what was trained, at the live ranks, and how to put it on its base."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from geolora_pl.storage.adapter_state import AdapterState, Factors, apply, captu
 from geolora_pl.storage.atomic import atomic
 
 _FORMAT, _VERSION = "geolora_pl.adapter", 1
-_KINDS = ("adapters", "trained", "buffers")  # the first component of a tensor's name in the file
+_KINDS = ("adapters", "trained", "buffers")  # a tensor's name in the file starts with one of these
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapters and whatever else was trained to one safetensors file.
 
-    An adapter of rank r takes ``U (m, r), S (r, r), V (n, r)``, whatever ``max_rank`` is. Pending increments are
-    folded into the copy that is written; the model stays as it is. Beside them the file holds the configuration, the
-    name of the base, a hash of its frozen weights and a checksum. A file that is there already is replaced, in one
-    step.
+    An adapter of rank r is stored as ``U (m, r), S (r, r), V (n, r)``, whatever ``max_rank`` is. Pending increments
+    are folded into the copy that is written; the model does not change. The file also holds the configuration, the
+    name of the base, a hash of its frozen weights and a checksum. An existing file is replaced in one step.
 
     Args:
         model: A model with adapters.
-        path: The file, as a rule ``.safetensors``.
+        path: The file, usually with the ending ``.safetensors``.
 
     Raises:
         ValueError: The model has no adapters, or a value in them is not finite.
@@ -50,17 +49,17 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load a file of :func:`save_adapter` into its base, plain or with fresh adapters; training can go on from it.
 
-    The file is checked as a whole before the model is touched. A plain model gets the adapters of the file, and what
-    was trained with them is trainable again; adapters that are there keep their own dropout and ``max_rank``. Load
-    before the optimizer is made: it knows nothing of the new values.
+    The whole file is checked before the model is touched. A plain model gets the adapters of the file, and what was
+    trained with them becomes trainable again; existing adapters keep their own dropout and ``max_rank``. Load the file
+    before the optimizer is made, because the optimizer's state does not follow the new values.
 
     Args:
         model: The base that the adapter was trained on, in any precision.
         path: The file.
 
     Raises:
-        ValueError: The file is missing, broken, of a newer version or no adapter, or the model is another than its
-            base; nothing is loaded then.
+        ValueError: The file is missing, broken, of a newer version or not an adapter, or the model is not its base;
+            nothing is loaded then.
 
     Example:
         See :func:`save_adapter`.
@@ -99,33 +98,33 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
 
 
 def read_adapter(path: str | Path) -> AdapterState:
-    """Read and check a file of :func:`save_adapter`, as far as it can be checked without its base.
+    """Read a file of :func:`save_adapter` and check everything that can be checked without its base.
 
     Raises:
-        ValueError: It is missing, broken, of a newer version or no adapter.
+        ValueError: The file is missing, broken, of a newer version or not an adapter.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} is no file (from {Path.cwd()})")
+        raise ValueError(f"{path} is not a file (from {Path.cwd()})")
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is no adapter of geolora_pl: import_peft loads a folder of PEFT")
+                raise ValueError(f"{path} is not an adapter of geolora_pl: import_peft loads a folder of PEFT")
             if not metadata.get("version", "").isdecimal():
-                raise ValueError(f"{path} is corrupt: it has no version; fetch or save it anew")
+                raise ValueError(f"{path} is corrupt: it has no version; fetch or save it again")
             if (version := int(metadata["version"])) > _VERSION:
                 raise ValueError(
                     f"{path} is of version {version}, and this geolora_pl reads up to {_VERSION}: update geolora_pl"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open gives no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is corrupt or no safetensors file ({error}): fetch or save it anew") from error
+        raise ValueError(f"{path} is corrupt or not a safetensors file ({error}): fetch or save it again") from error
     if metadata.pop("checksum", None) != _checksum(metadata, tensors):
-        raise ValueError(f"{path} is corrupt: its checksum does not fit its contents; fetch or save it anew")
+        raise ValueError(f"{path} is corrupt: its checksum does not fit its contents; fetch or save it again")
     try:
         return _state(metadata, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no well-formed adapter ({error}): save it anew") from error
+        raise ValueError(f"{path} is not a well-formed adapter ({error}): save it again") from error
 
 
 def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -137,7 +136,7 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapte
         found[kind][rest] = tensor
     names = sorted({name.rpartition("/")[0] for name in found["adapters"]})
     if not names or len(found["adapters"]) != 3 * len(names):
-        raise ValueError("an adapter is U, S and V, and there is one at least")
+        raise ValueError("there must be at least one adapter, each with U, S and V")
     factors = {name: Factors(*(found["adapters"][f"{name}/{letter}"] for letter in "USV")) for name in names}
     state = AdapterState(
         config=AdapterConfig(**json.loads(metadata["config"])),

@@ -1,4 +1,4 @@
-"""All that training has changed in a model, apart from it: taken from one model, checked, put into another."""
+"""Take what training has changed out of one model, check it, and put it into another model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class AdapterState:
     """What training has changed in a model, without the model.
 
     Attributes:
-        config: Puts the same adapters into the base: it names each layer with its ``max_rank``.
+        config: The configuration that puts the same adapters into the base; it names each layer with its ``max_rank``.
         factors: The adapters by name.
-        trained: What else was trained, by name in the base.
-        buffers: The base's own buffers, such as running means, which training moves as well.
-        base_name: What the base is called, if it says so.
-        base_hash: From :func:`geolora_pl.storage.fingerprint.base_hash`, without ``trained``.
+        trained: Whatever else was trained, by its name in the base.
+        buffers: The base's own buffers, such as running means, because training changes them, too.
+        base_name: The name of the base, if it has one.
+        base_hash: The hash of :func:`geolora_pl.storage.fingerprint.base_hash`, without ``trained``.
     """
 
     config: AdapterConfig
@@ -49,17 +49,17 @@ class AdapterState:
 
     @property
     def max_ranks(self) -> dict[str, int]:
-        """Columns allocated for each adapter."""
+        """The number of columns allocated for each adapter."""
         return {name: self.config.rank_pattern[exactly(name)] for name in self.factors}
 
 
 def exactly(name: str) -> str:
-    """The regular expression that means one module and no other."""
+    """The regular expression that matches this module and no other."""
     return f"^{re.escape(name)}$"
 
 
 def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float = 0.0) -> AdapterConfig:
-    """The configuration that adapts just these layers.
+    """The configuration that adapts exactly these layers.
 
     Example:
         >>> config_of({"0": 4}).target_modules
@@ -67,7 +67,7 @@ def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float =
     """
     return AdapterConfig(
         init_rank=1,
-        max_rank=1,  # what counts is the rank that the pattern gives each layer
+        max_rank=1,  # rank_pattern gives each layer its own
         target_modules=f"({'|'.join(map(re.escape, max_ranks))})",
         alpha=alpha,
         dropout=dropout,
@@ -79,8 +79,8 @@ def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float =
 def retracted(layer: GeoLoRALayer) -> Factors:
     """An adapter with its pending increments folded in; the layer stays as it is.
 
-    The point alone is copied to the bit. With increments it is decomposed anew, and of more than ``max_rank``
-    directions the leading ones are kept, as in a retraction of the integrator.
+    Without pending increments the factors are copied bit for bit. With increments the sum is decomposed again, and at
+    most ``max_rank`` leading directions are kept, as in a retraction of the integrator.
     """
     if not (layer.K.any() or layer.L.any()):
         r = layer.rank
@@ -91,7 +91,7 @@ def retracted(layer: GeoLoRALayer) -> Factors:
 
 
 def leading(U: Tensor, sigma: Tensor, V: Tensor) -> Factors:
-    """Of singular triplets U (m, R), sigma (at least R), V (n, R) those that are no rounding."""
+    """Those of the singular triplets U (m, R), sigma (at least R), V (n, R) that are larger than rounding."""
     m, n, R = len(U), len(V), U.shape[1]
     r = int(ranks_by_tau(sigma, 0.0, resolution(m, n, sigma.dtype), 0, R))
     return Factors(U[:, :r].contiguous(), torch.diag(sigma[:r]), V[:, :r].contiguous())
@@ -112,7 +112,7 @@ def capture(model: nn.Module) -> AdapterState:
     ((alpha, dropout),) = kinds
     names = trained_names(model)
     parameters = base_parameters(model)
-    # A layer that the model holds under several names, or one of several that share a weight, is adapted under each.
+    # A layer that has several names, or shares its weight with others, must be adapted under each of its names.
     everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
     config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout)
     return AdapterState(
@@ -129,7 +129,7 @@ def check(model: nn.Module, state: AdapterState) -> None:
     """Refuse a state that does not belong to a model; the model stays as it is.
 
     Raises:
-        ValueError: Another base, another layer, or another shape.
+        ValueError: The base, a layer or a shape is another one.
     """
     if has_adapters(model):
         if problem := misfit(model, state):
@@ -137,11 +137,15 @@ def check(model: nn.Module, state: AdapterState) -> None:
     else:
         modules = dict(model.named_modules())
         if absent := [name for name in state.factors if name not in modules]:
-            raise ValueError(f"the model has no layer {absent[0]}, which the adapter is for: take the base it is of")
+            raise ValueError(
+                f"the model has no layer {absent[0]}, which the adapter is for: take the base that it was trained on"
+            )
     there: dict[str, Tensor] = {**base_parameters(model), **base_buffers(model)}
     for name, tensor in {**state.trained, **state.buffers}.items():
         if name not in there:
-            raise ValueError(f"the model has no {name}, which was trained with the adapter: take the base it is of")
+            raise ValueError(
+                f"the model has no {name}, which was trained with the adapter: take the base that it was trained on"
+            )
         if tensor.shape != there[name].shape:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} in the adapter and {tuple(there[name].shape)} in the model: build "
@@ -149,17 +153,18 @@ def check(model: nn.Module, state: AdapterState) -> None:
             )
     if base_hash(model, state.trained) != state.base_hash:
         raise ValueError(
-            f"the adapter is of another base, {state.base_name or 'one without a name'}, than this model: their frozen "
-            "weights differ; load the base that it was trained on"
+            f"the adapter was trained on another base ({state.base_name or 'without a name'}): the frozen weights of "
+            "this model differ; load the base that it was trained on"
         )
 
 
 def misfit(model: nn.Module, state: AdapterState) -> str | None:
-    """Why the adapters that a model has cannot take up a state, if they cannot."""
+    """Why the adapters in a model cannot take a state, or ``None`` if they can."""
     adapters = find_adapters(model)
     if differ := sorted(set(adapters) ^ set(state.factors)):
         where = "in the model" if differ[0] in adapters else "in the file"
-        return f"{differ[0]} has an adapter {where} alone ({len(differ)} such): inject none, and loading puts them in"
+        what = f"{differ[0]} has an adapter only {where} ({len(differ)} such layers)"
+        return f"{what}: inject no adapters, because loading puts them in"
     for name, (U, _, V) in state.factors.items():
         layer = adapters[name]
         if (len(U), len(V)) != (len(layer.U), len(layer.V)):
@@ -173,9 +178,9 @@ def misfit(model: nn.Module, state: AdapterState) -> str | None:
 
 @torch.no_grad()
 def apply(model: nn.Module, state: AdapterState) -> None:
-    """Put a state into a model, which :func:`check` has passed: all of it or nothing.
+    """Put a state that :func:`check` has passed into a model, completely or not at all.
 
-    A plain model gets the adapters, and what was trained is trainable again; in a model with adapters the
+    A plain model gets the adapters, and what was trained becomes trainable again. In a model with adapters the
     parameters stay the same objects.
 
     Raises:
@@ -207,14 +212,14 @@ def apply(model: nn.Module, state: AdapterState) -> None:
 
 @torch.no_grad()
 def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors over parameters and buffers of the base, by name."""
+    """Copy tensors into the parameters and buffers of the base, by name."""
     there: dict[str, Tensor] = {**base_parameters(model), **base_buffers(model)}
     for name, tensor in tensors.items():
         there[name].copy_(tensor)
 
 
 def base_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers outside adapters that a state dict holds."""
+    """The buffers outside the adapters that a state dict holds, by name."""
     within = tuple(f"{name}." for name in find_adapters(model))
     saved = model.state_dict()
     return {
@@ -223,7 +228,7 @@ def base_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_name(model: nn.Module) -> str | None:
-    """What transformers or timm call a model, or the model inside a wrapper."""
+    """The name that transformers or timm give a model, or the model inside a wrapper."""
     for module in (model, *model.children()):
         if isinstance(name := getattr(module, "name_or_path", None), str) and name:
             return name

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a name in the same folder; the file or folder that is made under it becomes ``path`` at the end.
 
-    It is flushed to the disk before it is renamed. After an error nothing of it is left, and what was at ``path`` is
-    still there.
+    The new file or folder is flushed to the disk before it is renamed. After an error it is deleted, and what was at
+    ``path`` is still there.
 
     Args:
-        path: Where the file or folder shall be; folders above it are made.
-        overwrite: Whether something that is there already is replaced.
+        path: The path of the finished file or folder; missing folders above it are made.
+        overwrite: Whether to replace an existing file or folder.
 
     Raises:
-        ValueError: There is something at ``path`` that may not be replaced, or a folder above it is a file.
+        ValueError: Something exists at ``path`` and may not be replaced, or a folder above it is a file.
 
     Example:
         >>> target = Path(tempfile.mkdtemp(), "note.txt")
@@ -37,13 +37,13 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{path} cannot be made: {error.filename} is a file and no folder") from error
+        raise ValueError(f"{path} cannot be made: {error.filename} is a file and not a folder") from error
     room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     unfinished = room / path.name
     try:
         yield unfinished
         if path.is_dir() and not unfinished.is_dir():
-            raise ValueError(f"{path} is a folder, and a file is to be written: name a file in it")
+            raise ValueError(f"{path} is a folder, but a file must be written: name a file in it")
         for made in (unfinished, *unfinished.rglob("*")):
             _flush(made)
         if path.is_dir() or (path.exists() and unfinished.is_dir()):  # only a file replaces a file in one step
@@ -57,10 +57,10 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def refuse_existing(path: str | Path) -> None:
-    """Stop before the work where its result could not be written.
+    """Raise an error if the path exists, before the work whose result could not be written.
 
     Raises:
-        ValueError: There is something at ``path``.
+        ValueError: Something exists at ``path``.
     """
     if Path(path).exists():
         raise ValueError(f"{path} exists already: choose another name, or allow to overwrite it")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: read whole or refused, and small where the base can be had elsewhere."""
+"""Read checkpoints completely or refuse them, and leave the base out of small ones."""
 
 from __future__ import annotations
 
@@ -14,34 +14,32 @@ from torch import nn
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
-_MARK = "geolora_base"  # in a small checkpoint: what is known of the base that it leaves out
+_MARK = "geolora_base"  # the key, in a small checkpoint, of what describes the base that it leaves out
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of a run, whole and unbroken, or say why it is none.
+    """Read a checkpoint of a run, or say why the file cannot be used as one.
 
-    Every byte is compared with the checksums in the file, for torch loads changed weights without a word.
+    Every byte is compared with the checksums in the file, because torch loads changed weights without a warning.
 
     Args:
         path: The file.
         mmap: Whether tensors stay in the file until they are used.
 
     Returns:
-        What is in it, on the CPU.
+        The content of the file, on the CPU.
 
     Raises:
-        ValueError: There is no such file, it is cut short or changed, or it holds something else than a run.
+        ValueError: The file does not exist, is cut short or changed, or is not a checkpoint of a run.
     """
     path = Path(path)
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file"
+        kind = "a folder" if path.is_dir() else "not a file"
         raise ValueError(f"ckpt_path={str(path)!r} is {kind} (from {Path.cwd()}): name the .ckpt file of a run")
     try:
         checkpoint = _load(path, mmap)
     except OSError as error:
-        raise ValueError(
-            f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): mend its permissions"
-        ) from error
+        raise ValueError(f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): fix its permissions") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"ckpt_path={str(path)!r} holds objects that are not loaded with weights_only=True: keep to plain values "
@@ -49,21 +47,21 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         ) from error
     except _BROKEN as error:
         raise ValueError(
-            f"ckpt_path={str(path)!r} cannot be read: it is cut short, changed, or no checkpoint at all; go back to an "
-            "earlier .ckpt file of the run"
+            f"ckpt_path={str(path)!r} cannot be read: it is cut short, changed, or not a checkpoint at all; go back to "
+            "an earlier .ckpt file of the run"
         ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
         names = list(checkpoint)[:3] if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
         raise ValueError(
-            f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is no checkpoint of a run: "
-            "name a .ckpt file that the trainer saved"
+            f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is not a checkpoint of a "
+            "run: name a .ckpt file that the trainer saved"
         )
     return checkpoint
 
 
 def _load(path: Path, mmap: bool) -> object:
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # all that torch has written since 1.6 are
+        if not zipfile.is_zipfile(file):  # torch has written zip files since 1.6
             raise zipfile.BadZipFile
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:
@@ -72,7 +70,7 @@ def _load(path: Path, mmap: bool) -> object:
 
 
 def describe_base(module: nn.Module) -> dict[str, Any]:
-    """What a small checkpoint says of the base: its hash, and the names of what is trained besides the adapters."""
+    """What a small checkpoint stores about the base: its hash, and the names of what else is trained."""
     trained = trained_names(module)
     return {"hash": base_hash(module, trained), "trained": trained}
 
@@ -81,11 +79,11 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) 
     """Leave the frozen weights of the base out of a checkpoint, in place.
 
     Args:
-        checkpoint: Lightning's, with the whole ``state_dict``.
-        module: The module that it is of.
-        base: From :func:`describe_base`.
+        checkpoint: The checkpoint of Lightning, with the whole ``state_dict``.
+        module: The module that was saved.
+        base: The description of its base by :func:`describe_base`.
     """
-    if arguments := getattr(module, "base_arguments", ()):  # a whole checkpoint needs no source, and a small one does
+    if arguments := getattr(module, "base_arguments", ()):  # only a small checkpoint needs its source
         given: Any = module.hparams_initial
         checkpoint["hyper_parameters"] |= {name: given[name] for name in arguments}
     left_out = _frozen_names(module, base["trained"])
@@ -99,21 +97,21 @@ def is_small(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Put the weights of the module's own base into a small checkpoint, in place; a whole one stays as it is.
+    """Put the weights of the module's own base into a small checkpoint, in place; a whole one does not change.
 
     Args:
-        checkpoint: Lightning's.
-        module: With its adapters in, and the base that the checkpoint was made with.
+        checkpoint: The checkpoint of Lightning.
+        module: A module with adapters in it, on the base that the checkpoint was made with.
 
     Raises:
-        ValueError: The base is another one.
+        ValueError: The module has another base.
     """
     base = checkpoint.pop(_MARK, None)
     if base is None:
         return
     if base_hash(module, base["trained"]) != base["hash"]:
         raise ValueError(
-            "the checkpoint holds the trained weights alone, and this base is not the one that they were trained on "
+            "the checkpoint holds only the trained weights, and this base is not the one that they were trained on "
             "(its weights have another hash): load the same pretrained weights"
         )
     frozen = _frozen_names(module, base["trained"])
@@ -122,6 +120,6 @@ def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 
 def _frozen_names(module: nn.Module, trained: Collection[str]) -> set[str]:
-    """Every name that a frozen weight of the base has in a ``state_dict``."""
+    """All names that frozen weights of the base have in a ``state_dict``."""
     frozen = {id(parameter) for name, parameter in base_parameters(module).items() if name not in trained}
     return {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in frozen}

@@ -1,4 +1,4 @@
-"""Tell one base model from another by the weights that training leaves alone."""
+"""Tell one base model from another by a hash of the weights that training does not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geolora_pl.adapters.inject import find_adapters
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the model without its adapters, by the names they have there.
+    """The parameters of the model, by the names that they have without its adapters.
 
     Example:
         >>> from geolora_pl import inject_adapters
@@ -36,19 +36,19 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Names, as in the model without adapters, of what is trained besides them: a head, biases."""
+    """The names of what is trained besides the adapters, such as a head, as in the model without adapters."""
     return [name for name, parameter in base_parameters(model).items() if parameter.requires_grad]
 
 
 def base_hash(model: nn.Module, trained: Collection[str]) -> str:
     """SHA-256 of the base weights, with or without adapters around them.
 
-    Weights count as they are in bfloat16, so that a base is the same in every precision that it is loaded in. Buffers
-    do not count: running means move in training.
+    Weights are rounded to bfloat16 first, so that a base has the same hash in every precision in which it is loaded.
+    Buffers are left out, because running means change in training.
 
     Args:
         model: The model; its weights must have values.
-        trained: Names from :func:`trained_names` of the training: left out.
+        trained: The names of :func:`trained_names`; these weights are left out.
 
     Returns:
         64 hexadecimal digits.
@@ -69,7 +69,7 @@ def base_hash(model: nn.Module, trained: Collection[str]) -> str:
 def _bytes(tensor: Tensor) -> bytes:
     if hasattr(tensor, "full_tensor"):  # sharded
         tensor = tensor.full_tensor()
-    if type(tensor).dequantize is not Tensor.dequantize:  # a quantised one of its own kind, as torchao's
+    if type(tensor).dequantize is not Tensor.dequantize:  # a tensor class for quantised weights, as torchao has
         tensor = tensor.dequantize()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)

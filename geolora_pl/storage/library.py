@@ -1,4 +1,4 @@
-"""Several adapters on one base: switch between them and add them up."""
+"""Keep several adapters on one base, switch between them and add them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from geolora_pl.storage.fingerprint import base_parameters
 
 
 class AdapterLibrary:
-    """Adapter files on one base model, of which one is in use at a time.
+    """A library of adapters on one base model, of which one is in use at a time.
 
-    What was trained with an adapter, such as its head, comes and goes with it. The adapters are kept in memory as they
-    were loaded: training changes the model's copy alone, which :func:`save_adapter` saves.
+    What was trained with an adapter, such as its head, is put in and taken out with it. The adapters stay in memory as
+    they were loaded: training changes only the copy in the model, which :func:`save_adapter` saves.
 
     Args:
         model: The plain base; it is changed in place.
 
     Attributes:
         model: The model.
-        in_use: The name of the adapter in it, ``None`` for the base alone.
+        in_use: The name of the adapter in the model, or ``None`` for the base alone.
 
     Raises:
         ValueError: The model has adapters already.
@@ -66,24 +66,24 @@ class AdapterLibrary:
         self.in_use: str | None = None
         self.model = model
         self._states: dict[str, AdapterState] = {}
-        self._of_base: dict[str, Tensor] = {}  # what adapters in use have written over
+        self._of_base: dict[str, Tensor] = {}  # values of the base that adapters in use have overwritten
 
     @property
     def names(self) -> list[str]:
-        """The names of all adapters, in the order in which they came."""
+        """The names of all adapters, in the order in which they were added."""
         return list(self._states)
 
     def load(self, name: str, path: str | Path) -> None:
-        """Read a file under a name; the adapter in use stays in use, with what training has made of it.
+        """Read a file under a name; the adapter in use stays in use, with what training has changed in it.
 
         Raises:
-            ValueError: The name is taken, or the file is broken or of another base.
+            ValueError: The name is taken, or the file is broken or was made on another base.
         """
         self._refuse_taken(name)
         state = read_adapter(path)
         active = self.in_use
         current = None if active is None else capture(self.model)
-        self.use(None)  # the base must be the base to be compared
+        self.use(None)  # the hash is that of the base alone
         try:
             check(self.model, state)
         except ValueError as error:
@@ -95,10 +95,10 @@ class AdapterLibrary:
         self._states[name] = state
 
     def use(self, name: str | None) -> None:
-        """Put an adapter into the model in the place of the one in use; ``None`` for the base alone.
+        """Put an adapter into the model instead of the one in use; ``None`` leaves the base alone.
 
         Raises:
-            ValueError: There is none of that name.
+            ValueError: There is no adapter of that name.
         """
         state = None if name is None else self._get(name)
         if self._of_base:
@@ -118,28 +118,29 @@ class AdapterLibrary:
             self.in_use = name
 
     def combine(self, name: str, weights: Mapping[str, float]) -> float:
-        r"""Add adapters with weights, as a further adapter.
+        r"""Add a new adapter that is the weighted sum of others.
 
         .. math:: \alpha U S V^T = \sum_i w_i \alpha_i U_i S_i V_i^T
 
-        by QR of the joint bases and the SVD of the small core: exact while the sum of the ranks is at most
-        ``max_rank`` (the largest there is among them for that layer), and beyond it the best approximation of that
-        rank. What else was trained is combined likewise, as its difference to the base; the dropout is the first one's.
+        The sum is computed by QR of the joint bases and the SVD of the small core. It is exact while the sum of the
+        ranks is at most ``max_rank`` (the largest among the adapters for that layer), and otherwise the best
+        approximation of that rank. Whatever else was trained is summed as its difference from the base, with the same
+        weights. The dropout is that of the first adapter.
 
         Args:
-            name: Name of the sum.
+            name: The name of the sum.
             weights: The weight of each adapter by name, any finite number.
 
         Returns:
-            What the truncation to ``max_rank`` cut, as the Frobenius norm over all layers relative to the sum's: 0 if
-            nothing.
+            The Frobenius norm, over all layers and relative to the sum, of what the truncation to ``max_rank`` cut; 0
+            if it cut nothing.
 
         Raises:
             ValueError: The name is taken or unknown, or a weight is not finite.
         """
         self._refuse_taken(name)
         if not weights or not all(torch.isfinite(torch.tensor(float(weight))) for weight in weights.values()):
-            raise ValueError(f"weights={dict(weights)!r} must give a finite weight to one adapter at least")
+            raise ValueError(f"weights={dict(weights)!r} must give a finite weight to at least one adapter")
         states = [(self._get(part), float(weight)) for part, weight in weights.items()]
         max_ranks: dict[str, int] = {}
         for state, _ in states:
@@ -171,10 +172,10 @@ class AdapterLibrary:
         return (cut / total) ** 0.5 if cut else 0.0
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; the model goes back to its base if it was in use.
+        """Remove an adapter from the library; if it was in use, the model is the base again.
 
         Raises:
-            ValueError: There is none of that name.
+            ValueError: There is no adapter of that name.
         """
         self._get(name)
         if self.in_use == name:
@@ -183,7 +184,9 @@ class AdapterLibrary:
 
     def _get(self, name: str) -> AdapterState:
         if name not in self._states:
-            raise ValueError(f"name={name!r} is no adapter of the library: it has {', '.join(self._states) or 'none'}")
+            raise ValueError(
+                f"name={name!r} is not an adapter of the library: it has {', '.join(self._states) or 'none'}"
+            )
         return self._states[name]
 
     def _refuse_taken(self, name: str) -> None:
@@ -198,7 +201,7 @@ class AdapterLibrary:
         summed: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for tensors, _ in parts for name in tensors):
             there = [(tensors[name], weight) for tensors, weight in parts if name in tensors]
-            if not there[0][0].is_floating_point():  # a counter
+            if not there[0][0].is_floating_point():  # a counter cannot be averaged
                 summed[name] = there[0][0]
                 continue
             base = self._of_base.get(name, of_model[name]).detach().to(there[0][0])
@@ -207,12 +210,12 @@ class AdapterLibrary:
 
 
 def _made_with(state: AdapterState) -> tuple[Mapping[str, int], float, float]:
-    """Where this is the same, adapters are written over; else they are made anew, as in the plain base."""
+    """The settings of adapters: if they are equal, new values overwrite the old; if not, adapters are made again."""
     return state.max_ranks, state.config.alpha, state.config.dropout
 
 
 def _sum(parts: list[tuple[Factors, float]], max_rank: int) -> tuple[Factors, Tensor]:
-    """The sum at no more than ``max_rank``, and all its singular values."""
+    """The sum, truncated to ``max_rank``, and all its singular values."""
     with exact_products(parts[0][0].U.device):
         A = torch.cat([weight * (U @ S) for (U, S, _), weight in parts], dim=1)
         B = torch.cat([V for (_, _, V), _ in parts], dim=1)

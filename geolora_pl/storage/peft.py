@@ -1,4 +1,4 @@
-"""Adapters in the format of the PEFT library: out for servers and other trainers, in as a start."""
+"""Export adapters in the format of the PEFT library, and import a LoRA of PEFT as a start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from geolora_pl.storage.fingerprint import base_parameters
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Settings of PEFT's LoRA that change what the adapter computes: with one of them it is another kind of adapter.
+# These settings of PEFT's LoRA change what the adapter computes, so that it is not a plain LoRA.
 _OTHER_KINDS = (
     "use_dora",
     "lora_bias",
@@ -47,7 +47,7 @@ _OTHER_KINDS = (
     "monteclora_config",
     "megatron_config",
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights, too
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
 
 
 def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False, overwrite: bool = False) -> int:
@@ -58,19 +58,19 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
         A = \sqrt{\alpha \Sigma} Q^T V^T \; (r, n), \qquad S = P \Sigma Q^T
 
     By default every adapter is padded with zeros to the largest rank, and ``lora_alpha`` equals it, so that the
-    scaling is 1: right also in a loader that knows no ``rank_pattern``. Pending increments are folded in. Trained
-    modules are stored as PEFT stores its ``modules_to_save``, trained biases as with its ``bias="all"``; servers as a
-    rule take neither.
+    scaling is 1. This is also correct in a loader that does not support ``rank_pattern``. Pending increments are folded
+    in. Trained modules are stored like ``modules_to_save`` of PEFT, and trained biases as with ``bias="all"``; most
+    servers support neither.
 
     Args:
-        model: A model with adapters: the one that PEFT will load them into, not a module around it.
+        model: A model with adapters. It must be the model into which PEFT will load them, not a module around it.
         out_dir: The folder to make.
-        compact: Whether to store each adapter at its own rank, with ``rank_pattern`` and ``alpha_pattern``, and none
-            of rank 0.
-        overwrite: Whether a folder that is there already is replaced.
+        compact: Whether to store each adapter at its own rank, with ``rank_pattern`` and ``alpha_pattern``, and to
+            leave out adapters of rank 0.
+        overwrite: Whether to replace an existing folder.
 
     Returns:
-        The rank that a server must allow: vLLM's ``max_lora_rank``.
+        The rank that a server must allow (``max_lora_rank`` of vLLM).
 
     Raises:
         ValueError: The model has no adapters, ``out_dir`` exists, or something was trained that PEFT cannot hold.
@@ -86,12 +86,14 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     state = capture(model)
     adapters = find_adapters(model)
     if odd := [name for name, layer in adapters.items() if not _is_linear(layer.base)]:
-        raise ValueError(f"{odd[0]} is no linear layer, and the export to PEFT knows no others: merge instead")
+        raise ValueError(f"{odd[0]} is not a linear layer, and the export to PEFT supports no others: merge instead")
     aliases = [name for name, module in model.named_modules(remove_duplicate=False) if module in set(adapters.values())]
     if shared := [name for name in aliases if name not in adapters]:
         raise ValueError(f"{shared[0]} shares its adapter with another layer, which PEFT cannot hold: merge instead")
     if moved := [name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]:
-        raise ValueError(f"{moved[0]} has running statistics, which training moves and PEFT would lose: merge instead")
+        raise ValueError(
+            f"{moved[0]} has running statistics, which training changes and PEFT would lose: merge instead"
+        )
     ranks = {name: factors.U.shape[1] for name, factors in state.factors.items()}
     rank = max(1, *ranks.values())
     if compact and any(ranks.values()):
@@ -138,21 +140,21 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
 
 
 def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> None:
-    r"""Start from a LoRA of PEFT: the model gets adapters that compute exactly what it computes.
+    r"""Start from a LoRA of PEFT: the model gets adapters that compute exactly what the LoRA computes.
 
     .. math:: s B A = U S V^T, \qquad s = \texttt{lora\_alpha} / r \text{ or } \texttt{lora\_alpha} / \sqrt r
 
-    by QR of both sides and the SVD of the small core; ``alpha`` is 1. Directions that are rounding are dropped.
-    The modules in ``modules_to_save`` are loaded and trainable.
+    The factors are computed by QR of both sides and the SVD of the small core; ``alpha`` is 1. Directions that are
+    only rounding are dropped. The modules in ``modules_to_save`` are loaded and trainable.
 
     Args:
         model: The plain base of the LoRA.
         folder: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        max_rank: Columns allocated for every adapter; a LoRA of a larger rank gets as many as that.
+        max_rank: Number of columns allocated per adapter; a LoRA of a larger rank gets as many columns as its rank.
 
     Raises:
-        ValueError: The folder is broken, holds another kind of adapter (DoRA, say), or does not fit the model, which
-            stays as it is.
+        ValueError: The folder is broken, holds another kind of adapter such as DoRA, or does not fit the model; the
+            model does not change then.
 
     Example:
         >>> import tempfile
@@ -178,7 +180,7 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{folder}: {key} is not finite; fetch or save it anew")
+            raise ValueError(f"{folder}: {key} is not finite; fetch or save it again")
         name, side, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
         if not side:
             name, side, _ = key.removeprefix(_PREFIX).partition(".lora_B.weight")
@@ -199,7 +201,9 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
     for name, pair in sides.items():
         layer = modules.get(name)
         if layer is None or not _is_linear(layer):
-            raise ValueError(f"{folder}: {name} is no linear layer of the model: take the base that it was trained on")
+            raise ValueError(
+                f"{folder}: {name} is not a linear layer of the model: take the base that it was trained on"
+            )
         factors[name] = _geolora(name, pair, config, folder)
         max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *layer.weight.shape)
     if not factors:
@@ -212,29 +216,29 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
             trained={name: tensor for name, tensor in others.items() if name in parameters},
             buffers={name: tensor for name, tensor in others.items() if name in buffers},
             base_name=base_name(model),
-            base_hash="",  # PEFT keeps none
+            base_hash="",  # PEFT stores no hash
         ),
     )
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether PEFT's LoRA of a linear layer goes onto it: GPT-2's ``Conv1D`` is one (``fan_in_fan_out``)."""
+    """Whether PEFT's LoRA of a linear layer fits it; this includes GPT-2's ``Conv1D`` (``fan_in_fan_out``)."""
     return isinstance(layer, nn.Linear) or adapter_class_of(layer) is GeoLoRAConv1D
 
 
 def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The tensors of parameters that go by several names under the first of them."""
+    """The tensors by the first name of their parameter, because a shared parameter has several names."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not torch.equal(found.setdefault(names.get(name, name), tensor), tensor):
-            raise ValueError(f"{folder}: {names[name]} has two values, and is one weight in the model: untie it")
+            raise ValueError(f"{folder}: {names[name]} has two values but is one weight in the model: untie it")
     return found
 
 
 def _lora(factors: Factors, alpha: float, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, n) and B (m, rank), the singular values shared evenly, zeros beyond the live rank."""
+    """A (rank, n) and B (m, rank) with evenly shared singular values, and zeros beyond the live rank."""
     P, sigma, Qh = svd(factors.S)
     root = (alpha * sigma).sqrt()
     padding = (0, rank - len(root))
@@ -252,13 +256,13 @@ def _geolora(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], f
         raise ValueError(f"{folder}: {name} has {shapes}, which are not the two sides of a LoRA of rank {r}")
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
     A, B = pair["A"].double(), pair["B"].double()
-    # What is noise in the precision in which the factors are kept is no direction.
+    # A direction must be larger than the rounding of the precision in which the factors are kept.
     dtype = working_dtype(pair["A"].dtype)
     return leading(*(tensor.to(dtype) for tensor in svd_of_product(scaling * B, A.mT, r)))
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The entry for a layer, found as PEFT finds it: the first whose expression matches the end of the name."""
+    """The entry for a layer, chosen as PEFT does: the first one whose expression matches the end of the name."""
     found = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
     return next(found, default)
 
@@ -270,24 +274,24 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
         )
     if other := [name for name in _OTHER_KINDS if config.get(name)]:
         raise ValueError(
-            f"{folder} has {other[0]}={config[other[0]]!r}, which is more than a plain LoRA: merge it there"
+            f"{folder} has {other[0]}={config[other[0]]!r}, which is more than a plain LoRA: merge it with PEFT"
         )
     if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
         raise ValueError(
-            f"{folder} has init_lora_weights={start!r}, which changed the base weights, too: convert it to a plain "
+            f"{folder} has init_lora_weights={start!r}, which also changed the base weights: convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
     if wrong := [name for name in ("r", "lora_alpha") if not isinstance(config.get(name), (int, float))]:
-        raise ValueError(f"{folder}: {_CONFIG} has {wrong[0]}={config.get(wrong[0])!r} and must have a number there")
+        raise ValueError(f"{folder}: {_CONFIG} has {wrong[0]}={config.get(wrong[0])!r}, which must be a number")
 
 
 def _anchored(name: str) -> str:
-    """An expression for PEFT's patterns, which it matches against the end of a name, that means one layer alone."""
+    """An expression for one layer alone in PEFT's patterns, which are matched against the end of a name."""
     return f"^{re.escape(name)}"
 
 
 def _targets(model: nn.Module, names: Sequence[str]) -> list[str] | str:
-    """The layers by their whole names; as one expression where a name is also the end of another layer's."""
+    """The whole names of the layers, or one expression if a name is also the end of another layer's name."""
     everything = [name for name, _ in model.named_modules() if name not in set(names)]
     if any(other.endswith(f".{name}") for name in names for other in everything):
         return f"({'|'.join(map(re.escape, names))})"
@@ -295,11 +299,11 @@ def _targets(model: nn.Module, names: Sequence[str]) -> list[str] | str:
 
 
 def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], list[str]]:
-    """What was trained besides the adapters: the modules to save whole, and the names of single biases."""
+    """What was trained besides the adapters: whole modules to save, and the names of single biases."""
     adapters = find_adapters(model)
     parameters = base_parameters(model)
     trained = {id(parameters[name]) for name in state.trained}
-    # Under every name: of modules that share a weight, PEFT keeps a copy for each that it is told of.
+    # All names are needed, because PEFT keeps one copy per module for modules that share a weight.
     owners = {
         name: name.rpartition(".")[0]
         for name, parameter in model.named_parameters(remove_duplicate=False)

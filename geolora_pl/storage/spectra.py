@@ -1,4 +1,4 @@
-"""The singular values of the adapters in a checkpoint."""
+"""Read the singular values of the adapters in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from geolora_pl.storage.checkpoint import read_checkpoint
 
 
 def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tensor]]:
-    """The adapters in a state dict: out + in features, rank, and the singular values of the update by name.
+    """For each adapter in a state dict by name: out + in features, rank, and the singular values of its update.
 
-    Pending increments count; ``alpha`` does not.
+    The update includes pending increments, but not the factor ``alpha``.
     """
     found: dict[str, tuple[int, int, Tensor]] = {}
     for key in state_dict:
@@ -30,10 +30,10 @@ def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tenso
 
 
 def checkpoint_spectra(ckpt_path: str | Path) -> dict[str, list[float]]:
-    """The singular values of each adapter in a checkpoint by name; of another kind of checkpoint there are none.
+    """The singular values of each adapter in a checkpoint by name; none for a checkpoint without adapters.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The checkpoint cannot be read.
     """
     found = spectra(read_checkpoint(ckpt_path, mmap=True).get("state_dict", {}))
     return {name: sigma.tolist() for name, (_, _, sigma) in found.items()}

@@ -1,4 +1,4 @@
-"""The tasks: model, loss and metrics; what each needs is imported when it is used."""
+"""This folder has the tasks (model, loss and metrics); the libraries of a task are imported at its first use."""
 
 from typing import TYPE_CHECKING
 

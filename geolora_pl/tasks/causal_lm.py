@@ -1,4 +1,4 @@
-"""Causal language modelling with the decoders of transformers."""
+"""Define the task of causal language modelling with the decoders of transformers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
-IGNORED = -100  # the label of a token that is not learnt: what cross_entropy leaves out
+IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
 
 
 class CausalLM(TransformerTask):
     r"""Adapt a pretrained decoder to texts, or to completions of prompts.
 
     The loss is the mean over the learnt tokens of :math:`-\log p(x_t \mid x_{<t})`, in nats; a label of -100 means a
-    token that is not learnt. Over an evaluation every token counts once, whatever batch it is in, and the perplexity
-    is the exponential of that mean.
+    token that is not learnt. In an evaluation every token counts once, whatever batch it is in, and the perplexity is
+    the exponential of that mean.
 
-    Any model that ``AutoModelForCausalLM`` builds. Nothing but the adapters is trained, by default on the linear layers
-    of the blocks; embeddings and ``lm_head`` are frozen, whether tied or not.
+    The model is any that ``AutoModelForCausalLM`` builds. Only the adapters are trained, by default those of the linear
+    layers of the blocks; embeddings and ``lm_head`` are frozen, whether they are tied or not.
 
     The arguments are those of :class:`TransformerTask`.
 
@@ -41,13 +41,13 @@ class CausalLM(TransformerTask):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer, which pads on the right: positions count from the first token of a text."""
+        """The model's own tokenizer, which pads on the right so that positions count from the first token."""
         tokenizer = super().tokenizer
         tokenizer.padding_side = "right"
         return tokenizer
 
     def setup(self, stage: str) -> None:
-        """Make the metrics, a pair for every set of texts."""
+        """Make the metrics, loss and perplexity per set of texts."""
         self.val_splits = getattr(self._data(), "splits_of", lambda kind: [kind])("val") or ["val"]
         self.metrics = nn.ModuleDict(
             {
@@ -57,32 +57,35 @@ class CausalLM(TransformerTask):
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (batch, length, vocabulary) of tokens (batch, length)."""
+        """Return logits (batch, length, vocabulary) of tokens (batch, length)."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
 
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of predicting each token's successor, zero for those that are not learnt, and which are learnt.
+        """Return the loss of predicting the successor of each token, and which successors are learnt.
 
         Returns:
-            Two tensors (batch, length), the first in float32.
+            Two tensors (batch, length): the losses in float32, zero where nothing is learnt, and the mask.
         """
-        logits, successors = self(batch), F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # shifts the smaller one
+        logits, successors = (
+            self(batch),
+            F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED),
+        )  # labels are smaller than logits to shift
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), successors.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view_as(successors), successors != IGNORED
 
     def training_step(self, batch: Batch) -> Tensor:
-        """The mean loss of the batch's learnt tokens; zero if there are none."""
+        """Return the mean loss of the learnt tokens of the batch, or zero if there are none."""
         losses, learnt = self.token_losses(batch)
         loss = losses.sum() / learnt.sum().clamp_min(1)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def evaluate(self, split: str, batch: Batch) -> None:
-        """Loss and perplexity on a batch of a split."""
+        """Log loss and perplexity of a batch of a split."""
         losses, learnt = self.token_losses(batch)
         kind, _, other = split.partition("_")  # val_other
         end = f"_{other}" if other else ""
@@ -94,7 +97,7 @@ class CausalLM(TransformerTask):
             self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The mean loss of each sequence's learnt tokens, in nats (batch,)."""
+        """Return the mean loss of each sequence's learnt tokens, in nats (batch,)."""
         losses, learnt = self.token_losses(batch)
         return losses.sum(1) / learnt.sum(1).clamp_min(1)
 
@@ -102,7 +105,7 @@ class CausalLM(TransformerTask):
 class Perplexity(MeanMetric):
     """The exponential of a weighted mean of losses in nats.
 
-    That of torchmetrics goes through probabilities, which are zero in float32 for what is very unlikely.
+    The perplexity of torchmetrics uses probabilities, which underflow to zero in float32 for very unlikely tokens.
 
     Example:
         >>> import torch
@@ -113,5 +116,5 @@ class Perplexity(MeanMetric):
     """
 
     def compute(self) -> Tensor:
-        """The exponential of the mean."""
+        """Return the exponential of the mean."""
         return super().compute().exp()

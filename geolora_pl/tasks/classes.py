@@ -1,4 +1,4 @@
-"""How many classes there are and what each weighs: said by the user, by the data, or by both alike."""
+"""Settle the number, names and weights of the classes from what the user gave and what the data say."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def settle_num_classes(given: int | None, data: object) -> int:
-    """The number of classes that the user gave or the data module has.
+    """Return the number of classes that the user gave or the data module has.
 
     Args:
         given: What the user gave.
         data: The data module, if there is one.
 
     Raises:
-        ValueError: Neither says it, or they disagree.
+        ValueError: Neither gives the number, or they disagree.
     """
     of_data: int | None = getattr(data, "num_classes", None)
     if given is not None and of_data is not None and given != of_data:
@@ -25,7 +25,7 @@ def settle_num_classes(given: int | None, data: object) -> int:
 
 
 def settle_class_names(given: Sequence[str] | None, num_classes: int, data: object) -> list[str] | None:
-    """The names of the classes, which a checkpoint keeps for data without labels.
+    """Return the names of the classes, which a checkpoint stores for data without labels.
 
     Args:
         given: What the user or the checkpoint gave.
@@ -33,14 +33,14 @@ def settle_class_names(given: Sequence[str] | None, num_classes: int, data: obje
         data: The data module, if there is one.
 
     Returns:
-        One name a class, or ``None`` where nobody names them.
+        One name per class, or ``None`` if nobody names them.
 
     Raises:
-        ValueError: They are not one a class, or the data name them otherwise.
+        ValueError: There is not one name per class, or the data have other names.
     """
     of_data: Sequence[str] | None = getattr(data, "class_names", None) or None
     if given is not None and len(given) != num_classes:
-        raise ValueError(f"class_names={list(given)} must be one name for each of the {num_classes} classes")
+        raise ValueError(f"class_names={list(given)} must be one name per class, and there are {num_classes} classes")
     if given is not None and of_data is not None and list(given) != list(of_data):
         raise ValueError(f"class_names={list(given)} do not fit the data, which have {list(of_data)}: leave them out")
     names = given or of_data
@@ -48,37 +48,39 @@ def settle_class_names(given: Sequence[str] | None, num_classes: int, data: obje
 
 
 def check_class_weights(given: Sequence[float] | str | None) -> None:
-    """Refuse what can be the weights of no data set.
+    """Refuse class weights that are wrong for every data set.
 
     Raises:
-        ValueError: They are a word other than ``balanced``, or one is below 0.
+        ValueError: The weights are a word other than ``balanced``, or one weight is below 0.
     """
     if given is None or given == "balanced":
         return
     if isinstance(given, str) or not all(weight >= 0 for weight in given):
-        raise ValueError(f"class_weights={given!r} must be 'balanced', or for each class at least 0")
+        raise ValueError(f"class_weights={given!r} must be 'balanced', or one weight per class of at least 0")
 
 
 def settle_class_weights(given: Sequence[float] | str | None, num_classes: int, data: object) -> list[float] | None:
-    """The weight of each class in the loss.
+    """Return the weight of each class in the loss.
 
     Args:
-        given: The weights, ``balanced`` or ``None``.
+        given: The weights that the user gave, ``balanced`` or ``None``.
         num_classes: Number of classes.
         data: The data module, which counts the classes for ``balanced``.
 
     Returns:
-        One weight a class. A balanced one is the inverse of the class's share of the training samples, divided by the
-        number of classes, so that it is 1 on average over the samples.
+        One weight per class. A balanced weight is the inverse of the class's share of the training samples, divided by
+        the number of classes, so that the mean over the samples is 1.
 
     Raises:
-        ValueError: The weights are not one a class, or cannot be balanced.
+        ValueError: There is not one weight per class, or the weights cannot be balanced.
     """
     if given is None:
         return None
     if not isinstance(given, str):
         if len(given) != num_classes:
-            raise ValueError(f"class_weights={list(given)} must be one weight for each of the {num_classes} classes")
+            raise ValueError(
+                f"class_weights={list(given)} must be one weight per class, and there are {num_classes} classes"
+            )
         return list(given)
     counts: list[int] | None = getattr(data, "class_counts", None)
     if counts is None:

@@ -1,4 +1,4 @@
-"""Image classification with any timm model."""
+"""Define the task of image classification with timm models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
-from timm.models._hub import save_for_hf  # the oldest timm that will do does not export it
+from timm.models._hub import save_for_hf  # the oldest supported timm does not export it
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -21,20 +21,25 @@ from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
-_OF_IMAGES |= {"test_crop_pct", "crop_mode", "num_classes", "pool_size"}  # what a checkpoint may say of the images
+_OF_IMAGES |= {
+    "test_crop_pct",
+    "crop_mode",
+    "num_classes",
+    "pool_size",
+}  # a checkpoint may set these properties of the images
 
 
 class ImageClassification(GeoLoRAModule):
-    """Adapt a pretrained timm model to the classes of a data set; its head is made anew and trained in full.
+    """Adapt a pretrained timm model to the classes of a data set; it gets a new head, which is trained in full.
 
     Args:
         model_name: A name that ``timm.create_model`` knows, such as ``vit_base_patch16_224``.
         pretrained: Whether to fetch the pretrained weights of that name from the hub.
-        checkpoint_path: A file of weights on this machine instead (``.safetensors``, ``.pth`` and what else timm
-            loads); its head is dropped.
+        checkpoint_path: A file of weights on this machine to use instead of the hub (``.safetensors``, ``.pth`` or
+            another format that timm loads); the weights of its head are dropped.
         model_args: More arguments for ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         num_classes: Number of classes; by default that of the data module.
-        label_smoothing: Part of the target spread over all classes, in [0, 1).
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
         class_names: Names of the classes; by default those of the data module.
         **kwargs: Arguments of :class:`GeoLoRAModule`.
 
@@ -64,8 +69,8 @@ class ImageClassification(GeoLoRAModule):
     ) -> None:
         super().__init__(**kwargs)
         if not timm.is_model(model_name.partition(".")[0]):
-            near = ", ".join(timm.list_models(f"*{model_name.partition('.')[0].split('_')[0]}*")[:5]) or "none alike"
-            raise ValueError(f"model_name={model_name!r} is not known to timm; there are, for one: {near}")
+            near = ", ".join(timm.list_models(f"*{model_name.partition('.')[0].split('_')[0]}*")[:5]) or "none"
+            raise ValueError(f"model_name={model_name!r} is not known to timm; similar names are: {near}")
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
         if not 0 <= label_smoothing < 1:
@@ -80,10 +85,10 @@ class ImageClassification(GeoLoRAModule):
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
-        """Of ``model_args`` sizes alone, and what an image must look like; of names only those of timm itself.
+        """Accept names of timm models, and ``model_args`` that only say sizes and what an image must look like.
 
         Raises:
-            ValueError: The file says more.
+            ValueError: The checkpoint says more.
         """
         if name == "model_name":
             check_sizes({name: value})
@@ -98,7 +103,7 @@ class ImageClassification(GeoLoRAModule):
             data = getattr(self._trainer, "datamodule", None)
             self.num_classes = settle_num_classes(self.num_classes, data)
             self.class_names = settle_class_names(self.class_names, self.num_classes, data)
-            # So that a checkpoint can be loaded without the data.
+            # A checkpoint can then be loaded without the data.
             self.hparams["num_classes"], self.hparams["class_names"] = self.num_classes, self.class_names
         super().configure_model()
         if not hasattr(self, "metrics"):
@@ -111,7 +116,7 @@ class ImageClassification(GeoLoRAModule):
         """Create the timm model with a new head and pretrained weights in the rest."""
         local = self.checkpoint_path is not None
         if self.checkpoint_path is not None and not Path(self.checkpoint_path).is_file():
-            raise ValueError(f"checkpoint_path={self.checkpoint_path!r} is no file (from {Path.cwd()})")
+            raise ValueError(f"checkpoint_path={self.checkpoint_path!r} is not a file (from {Path.cwd()})")
         try:
             model: nn.Module = timm.create_model(
                 self.model_name,
@@ -119,9 +124,9 @@ class ImageClassification(GeoLoRAModule):
                 num_classes=self.num_classes,
                 **self.model_args,
             )
-        except TypeError as error:  # an unknown name, or a value of another kind
+        except TypeError as error:  # an unknown name, or a value of a wrong type
             raise ValueError(
-                f"model_args={self.model_args!r} do not suit model_name={self.model_name!r}: {error}; drop or mend them"
+                f"model_args={self.model_args!r} do not suit model_name={self.model_name!r}: {error}; drop or fix them"
             ) from error
         except OSError as error:  # of the hub, with or without a connection
             raise ValueError(
@@ -130,27 +135,27 @@ class ImageClassification(GeoLoRAModule):
             ) from error
         if self.checkpoint_path is not None:
             load_backbone(model, self.checkpoint_path)
-        # From now on the weights are in the checkpoints, which must load where neither file nor hub is at hand.
+        # From now on the checkpoints hold the weights, and must load without the file and without the hub.
         self.hparams["checkpoint_path"], self.hparams["pretrained"] = None, False
         return model
 
     def save_model(self, folder: Path) -> None:
         """Write weights and configuration as timm does, for ``timm.create_model``.
 
-        Either ``timm.create_model("local-dir:folder", pretrained=True)``, or the model's own name and arguments with
-        ``checkpoint_path="folder/model.safetensors"``.
+        Load it by ``timm.create_model("local-dir:folder", pretrained=True)``, or with the model's own name and
+        arguments and ``checkpoint_path="folder/model.safetensors"``.
         """
         names = {} if self.class_names is None else {"label_names": self.class_names}
         arguments = {name: value for name, value in self.model_args.items() if name != "pretrained_cfg_overlay"}
         save_for_hf(self.model, str(folder), names, arguments, safe_serialization=True)
 
     def new_modules(self) -> Sequence[str]:
-        """The head."""
+        """Return the names of the head, which is new."""
         return head_names(self.model)
 
     @property
     def data_config(self) -> Mapping[str, Any]:
-        """Input size, normalisation and interpolation that the model was pretrained with."""
+        """Input size, normalisation and interpolation with which the model was pretrained."""
         size = {key: self.model_args[key] for key in ("img_size", "in_chans") if key in self.model_args}
         config: dict[str, Any] = resolve_data_config(size, model=self.model)
         channels = config["input_size"][0]
@@ -160,23 +165,23 @@ class ImageClassification(GeoLoRAModule):
         return config
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, channels, height, width)."""
+        """Return logits (batch, classes) of images (batch, channels, height, width)."""
         logits: Tensor = self.model(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The cross-entropy loss."""
+        """Return the cross-entropy loss."""
         images, labels = batch
         loss: Tensor = self.loss(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Loss and accuracy on the validation images."""
+        """Log loss and accuracy on the validation images."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Loss and accuracy on the test images."""
+        """Log loss and accuracy on the test images."""
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
@@ -188,29 +193,29 @@ class ImageClassification(GeoLoRAModule):
         self.log(f"{split}_accuracy", accuracy, prog_bar=True)  # type: ignore[arg-type]  # a Metric
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Probabilities of the classes (batch, classes)."""
+        """Return the probabilities of the classes (batch, classes)."""
         return self(batch[0]).softmax(-1)  # type: ignore[no-any-return]
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier of a timm model: one, or two for a distilled one."""
+    """Return the names of the classifier of a timm model: one, or two for a distilled model."""
     names = model.pretrained_cfg["classifier"]  # type: ignore[index]
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def load_backbone(model: nn.Module, path: str) -> None:
-    """Load a file of weights into a timm model, all but the head.
+    """Load a file of weights into a timm model, except for the head.
 
     Args:
         model: A timm model.
-        path: What ``timm.models.load_state_dict`` reads.
+        path: A file that ``timm.models.load_state_dict`` reads.
 
     Raises:
         ValueError: The file is broken, or holds the weights of another model.
     """
     try:
         weights = load_state_dict(path, weights_only=True)
-    except Exception as error:  # each format has errors of its own
+    except Exception as error:  # each format raises its own errors
         raise ValueError(f"checkpoint_path={path!r} cannot be read: {' '.join(str(error).split())}") from error
     heads = head_names(model)
     own = model.state_dict()

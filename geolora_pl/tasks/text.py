@@ -1,4 +1,4 @@
-"""Classification of texts and pairs of texts, and regression on them, with the models of transformers."""
+"""Define the task of classification and regression of texts and pairs, with the models of transformers."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from geolora_pl.tasks.transformer import Batch, TransformerTask
 class TextClassification(TransformerTask):
     """Adapt a pretrained transformer to the classes of a data set, or to numbers.
 
-    Any model that ``AutoModelForSequenceClassification`` builds: encoders, and decoders with a classification head.
-    The head, and the pooler before it, are trained in full; what of them has no pretrained weights is initialised
-    at random. One class means a regression, with the squared error as loss.
+    The model is any that ``AutoModelForSequenceClassification`` builds: an encoder, or a decoder with a classification
+    head. The head and the pooler before it are trained in full; those without pretrained weights are initialised at
+    random. One class means a regression, with the squared error as loss.
 
     Args:
         model_name: A name of the hub, a folder, or ``pkg://package/folder``; see :class:`TransformerTask`.
         num_classes: Number of classes, 1 for a regression; by default that of the data module.
         class_weights: Weight of each class in the loss, at least 0, or ``balanced`` for the inverse of its share of
-            the training texts (1 on average over those).
-        label_smoothing: Part of the target spread over all classes, in [0, 1).
-        metrics: What to log of ``accuracy``, ``f1``, ``matthews``, ``pearson`` and ``spearman``; by default what the
-            data module names.
+            the training texts (the mean over these texts is 1).
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+        metrics: Metrics to log, among ``accuracy``, ``f1``, ``matthews``, ``pearson`` and ``spearman``; by default
+            those that the data module names.
         class_names: Names of the classes; by default those of the data module.
         **kwargs: Arguments of :class:`TransformerTask`.
 
@@ -91,13 +91,15 @@ class TextClassification(TransformerTask):
             self.class_names = settle_class_names(self.class_names, self.num_classes, data)
         if self.num_classes == 1:
             if self.class_weights is not None or self.label_smoothing:
-                raise ValueError("class_weights and label_smoothing are for classes, and this is a regression")
+                raise ValueError(
+                    "class_weights and label_smoothing are for classes, but this is a regression: leave them out"
+                )
             self.loss: nn.Module = nn.MSELoss()
         else:
             self.class_weights = settle_class_weights(self.class_weights, self.num_classes, data)
             weight = None if self.class_weights is None else torch.tensor(self.class_weights)
             self.loss = nn.CrossEntropyLoss(weight=weight, label_smoothing=self.label_smoothing)
-        # So that a checkpoint can be loaded without the data.
+        # A checkpoint can then be loaded without the data.
         self.hparams["num_classes"], self.hparams["class_weights"] = self.num_classes, self.class_weights
         self.hparams["class_names"] = self.class_names
 
@@ -109,7 +111,7 @@ class TextClassification(TransformerTask):
             config.pad_token_id = self.tokenizer.pad_token_id
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
-        """The head, and the pooler before it."""
+        """Return the names of the head and of the pooler before it."""
         return head_names(model)
 
     def save_model(self, folder: Path) -> None:
@@ -121,11 +123,11 @@ class TextClassification(TransformerTask):
         super().save_model(folder)
 
     def new_modules(self) -> Sequence[str]:
-        """The head, and the pooler before it."""
+        """Return the names of the head and of the pooler before it."""
         return head_names(self.model)
 
     def setup(self, stage: str) -> None:
-        """Make the metrics, a set for every set of texts."""
+        """Make the metrics, one collection per set of texts."""
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
         of_data = getattr(data, "metrics", None)
@@ -138,19 +140,19 @@ class TextClassification(TransformerTask):
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""
+        """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits: Tensor = self.model(**inputs).logits
         return logits.squeeze(-1) if self.num_classes == 1 else logits
 
     def training_step(self, batch: Batch) -> Tensor:
-        """The cross-entropy, or the squared error."""
+        """Return the cross-entropy, or the squared error in a regression."""
         loss: Tensor = self.loss(self(batch), batch["labels"])
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def evaluate(self, split: str, batch: Batch) -> None:
-        """Loss and metrics on a batch of a split."""
+        """Log loss and metrics of a batch of a split."""
         outputs, labels = self(batch), batch["labels"]
         predictions = outputs.float() if self.num_classes == 1 else outputs.argmax(-1)
         kind, _, other = split.partition("_")  # val_mismatched
@@ -161,10 +163,10 @@ class TextClassification(TransformerTask):
         assert isinstance(of_split, nn.ModuleDict)
         for name, metric in of_split.items():
             assert isinstance(metric, Metric)
-            metric.update(predictions, labels)  # and no value of this batch alone, as a call makes: it may be undefined
+            metric.update(predictions, labels)  # calling it would also compute this batch alone, which may be undefined
             self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Probabilities of the classes (batch, classes), or numbers (batch,)."""
+        """Return probabilities of the classes (batch, classes), or numbers (batch,) in a regression."""
         outputs: Tensor = self(batch)
         return outputs if self.num_classes == 1 else outputs.softmax(-1)

@@ -1,4 +1,4 @@
-"""The metrics of text classification and regression, by the names under which they are logged."""
+"""Make the metrics of text classification and regression by the names under which they are logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-# Each is made for a number of classes.
+# Each of these is made for a given number of classes.
 _OF_CLASSES: dict[str, Callable[[int], Metric]] = {
     "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro"),
     "f1": lambda classes: BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
@@ -25,16 +25,16 @@ METRICS = (*_OF_CLASSES, *_OF_NUMBERS)
 
 
 def usual_metrics(num_classes: int) -> list[str]:
-    """The metrics where nobody names any: accuracy, or both correlations for a regression (one class)."""
+    """Return the default metrics: accuracy, or both correlations for a regression (one class)."""
     return list(_OF_NUMBERS) if num_classes == 1 else ["accuracy"]
 
 
 def make_metrics(names: Sequence[str], num_classes: int) -> nn.ModuleDict:
-    """Make metrics, which take class indices, or numbers in a regression.
+    """Make metrics of class indices, or of numbers for a regression.
 
     Args:
-        names: Of ``accuracy``, ``f1`` (of class 1 where there are two classes, else the mean over them), ``matthews``,
-            ``pearson`` and ``spearman``.
+        names: Names among ``accuracy``, ``f1`` (of class 1 if there are two classes, otherwise the mean over the
+            classes), ``matthews``, ``pearson`` and ``spearman``.
         num_classes: Number of classes, or 1 for a regression.
 
     Raises:
@@ -51,6 +51,6 @@ def make_metrics(names: Sequence[str], num_classes: int) -> nn.ModuleDict:
             raise ValueError(f"metrics={name!r} does not suit {kind}: choose among {', '.join(suited)}")
     if num_classes > 1:
         return nn.ModuleDict({name: _OF_CLASSES[name](num_classes) for name in names})
-    with warnings.catch_warnings():  # that Spearman's keeps all predictions, which it must
+    with warnings.catch_warnings():  # Spearman's metric warns that it keeps all predictions, which it must
         warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef`")
         return nn.ModuleDict({name: _OF_NUMBERS[name]() for name in names})

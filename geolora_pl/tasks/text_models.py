@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers: where they lie, what of them is new, how long a text may be."""
+"""Find and load models and tokenizers of transformers, and say what is new in them and how long a text may be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.lightning.hyperparameters import check_sizes
 
 _PACKAGE = "pkg://"
-_SAID = "checkpoint-says://"  # before a name that only a checkpoint gives
+_SAID = "checkpoint-says://"  # the prefix of a name that only a checkpoint gives
 _FOR_PEOPLE = {"_name_or_path", "architectures", "id2label", "label2id", "transformers_version"}
 # Settings of a configuration that make transformers fetch weights or kernels.
 _FETCHES = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config"}
@@ -37,16 +37,16 @@ _IN_BLOCK = re.compile(r".*\.\d+\..+")  # a part of a numbered block, as in enco
 
 
 def find_source(model_name: str) -> tuple[str, bool]:
-    """Where a model lies: a folder, or a name of the hub.
+    """Find out where a model lies: in a folder, or on the hub.
 
     Args:
         model_name: Name of the hub, path of a folder, or ``pkg://package/folder`` for a folder of an installed package.
 
     Returns:
-        What ``from_pretrained`` takes, and whether it is a folder of this machine.
+        The argument for ``from_pretrained``, and whether it is a folder on this machine.
 
     Raises:
-        ValueError: The folder or package is not there, or a checkpoint alone names the model.
+        ValueError: The folder or package does not exist, or only a checkpoint names the model.
     """
     if model_name.startswith(_SAID):
         raise ValueError(
@@ -64,12 +64,12 @@ def find_source(model_name: str) -> tuple[str, bool]:
         if not folder.is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) and model_name[0] != ".":
             return model_name, False
     if not folder.is_dir():
-        raise ValueError(f"model_name={model_name!r}: {folder} is no folder (from {Path.cwd()})")
+        raise ValueError(f"model_name={model_name!r}: {folder} is not a folder (from {Path.cwd()})")
     return str(folder), True
 
 
 def said_by_checkpoint(model_name: str) -> str:
-    """Mark a name of the hub that stands in a checkpoint: it is shown and handed on, but nothing is fetched by it."""
+    """Mark a name of the hub that comes from a checkpoint, so that it is shown but nothing is fetched by it."""
     if model_name.startswith(_SAID):
         return model_name
     try:
@@ -80,18 +80,18 @@ def said_by_checkpoint(model_name: str) -> str:
 
 
 def check_config(model_args: Mapping[str, Any]) -> None:
-    """Refuse a configuration from a checkpoint that is not whole, or that says more than what a model is like.
+    """Refuse a configuration from a checkpoint if it is incomplete or says more than the sizes of a model.
 
     Raises:
-        ValueError: Of what it says, a part would be fetched or run.
+        ValueError: Something would be fetched or run because of the configuration.
     """
     if not isinstance(model_args, Mapping) or "model_type" not in model_args:
-        raise ValueError("is no whole configuration, so that it would be fetched")
+        raise ValueError("is not a complete configuration, so that the rest would be fetched")
     check_sizes(model_args, never=_FETCHES, labels=_FOR_PEOPLE)
 
 
 def load_config(model_name: str, model_args: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model with some of its settings replaced, or all if ``model_type`` is among them."""
+    """Load the configuration of a model and replace some settings, or all if ``model_type`` is among them."""
     if "model_type" in model_args:
         return AutoConfig.for_model(**model_args)
     with _from(model_name) as source:
@@ -103,23 +103,23 @@ def load_config(model_name: str, model_args: Mapping[str, Any]) -> PreTrainedCon
 
 
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """A configuration as plain values, complete, for :func:`load_config`."""
+    """Return a complete configuration as plain values, for :func:`load_config`."""
     return json.loads(config.to_json_string(use_diff=False))  # type: ignore[no-any-return]
 
 
 def load_tokenizer(
     model_name: str, config: PreTrainedConfig, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, which has a padding token and knows how long a text may be by the configuration.
+    """Load the tokenizer of a model, with a padding token and the configuration's limit on the length of a text.
 
     Raises:
-        ValueError: It is not there, or has no token to pad with.
+        ValueError: The tokenizer does not exist, or has no token to pad with.
     """
     with _from(model_name) as source:
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"model_name={model_name!r} has a {type(tokenizer).__name__} in the place of a tokenizer")
-    if tokenizer.pad_token is None:  # as of most decoders
+        raise ValueError(f"model_name={model_name!r} has a {type(tokenizer).__name__} instead of a tokenizer")
+    if tokenizer.pad_token is None:  # most decoders have none
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {model_name} has no token to pad with: give it one and save it")
         tokenizer.pad_token = tokenizer.eos_token
@@ -131,10 +131,10 @@ def load_tokenizer(
 def position_limit(
     config: PreTrainedConfig, auto_class: Any = AutoModelForSequenceClassification, trust_remote_code: bool = False
 ) -> int | None:
-    """Tokens that a model has positions for; ``None`` if its positions are relative.
+    """Return the number of tokens that a model has positions for, or ``None`` if its positions are relative.
 
-    RoBERTa and its kin count positions from the one after the padding token's, so they have two fewer than their
-    configuration says; the tables of Nystromformer, YOSO and MRA have two more. Only the model itself tells.
+    RoBERTa and similar models count positions from the one after the padding token's, so they have two fewer than
+    their configuration says; the tables of Nystromformer, YOSO and MRA have two more. So only the model itself tells.
     """
     with torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
@@ -162,8 +162,8 @@ def load_model(
     Args:
         model_name: Where its weights lie.
         config: Its configuration.
-        pretrained: Whether to load weights; else they are random.
-        auto_class: What builds it; by default for sequence classification.
+        pretrained: Whether to load weights; otherwise they are random.
+        auto_class: The class that builds the model; by default that for sequence classification.
         trust_remote_code: Whether code that lies beside the weights is run.
 
     Returns:
@@ -171,11 +171,11 @@ def load_model(
         weights.
 
     Raises:
-        ValueError: The weights are not there.
+        ValueError: The weights cannot be loaded.
     """
-    dtype = torch.get_default_dtype()  # and not that of the file: the precision of a run is the trainer's business
+    dtype = torch.get_default_dtype()  # not that of the file, because the trainer sets the precision of a run
     new: list[str] = []
-    with torch.device("cpu"):  # on another device transformers would want accelerate
+    with torch.device("cpu"):  # on another device transformers would need accelerate
         if pretrained:
             with _from(model_name) as source:
                 model, report = auto_class.from_pretrained(
@@ -190,15 +190,15 @@ def load_model(
             new = sorted({name.rpartition(".")[0] for name in weights})
         else:
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.train()  # from_pretrained leaves it in evaluation, and Lightning leaves that as it is
+    model.train()  # from_pretrained returns it in evaluation mode, which Lightning would not change
     return model, new
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """What comes after the transformer's blocks: the classifier, and the pooler before it.
+    """Return the names of what follows the transformer's blocks: the classifier, and the pooler before it.
 
-    A pooler inside the body has pretrained weights, but often of no use: a sentence encoder's was never trained, and
-    frozen it would keep the head from what the body learns.
+    A pooler inside the body has pretrained weights, but they are often useless: that of a sentence encoder was never
+    trained, and if it were frozen, it would keep what the body learns from the head.
     """
     prefix = str(model.base_model_prefix)
     after = {name: child for name, child in model.named_children() if name != prefix}
@@ -208,14 +208,14 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers in the numbered blocks of a transformer: neither embeddings, pooler nor head."""
+    """Return the names of the linear layers in the numbered blocks of a transformer, without pooler and head."""
     kinds = {name: adapter_class_of(module) for name, module in model.named_modules() if _IN_BLOCK.fullmatch(name)}
     return [name for name, kind in kinds.items() if kind is not None and kind.is_linear]
 
 
 @contextmanager
 def _from(model_name: str) -> Iterator[dict[str, Any]]:
-    """Where ``from_pretrained`` finds a model; its reports are silenced, its errors name the argument."""
+    """Yield the arguments for ``from_pretrained``, silence its reports, and name the argument in its errors."""
     source, local = find_source(model_name)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

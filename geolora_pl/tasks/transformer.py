@@ -1,4 +1,4 @@
-"""What the tasks with models of transformers share: where the model comes from, its tokenizer, what is adapted."""
+"""Define the base of the tasks with models of transformers: loading the model, its tokenizer, what is adapted."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Batch = Mapping[str, Tensor]
 
 
 class TransformerTask(GeoLoRAModule):
-    """The base of the tasks with models of transformers: a subclass says which, and writes the steps.
+    """The base of the tasks with models of transformers: a subclass says which models, and writes the steps.
 
-    A checkpoint holds the model and its configuration, and is loaded without data, hub or folder. It does not hold the
-    tokenizer, which comes from ``model_name`` when texts are tokenized.
+    A checkpoint holds the model and its configuration, and loads without data, hub or folder. It does not hold the
+    tokenizer, which is loaded from ``model_name`` when texts are tokenized.
 
     Attributes:
-        auto_class: Of the class: what builds the model, such as ``transformers.AutoModelForCausalLM``.
+        auto_class: The class that builds the model, such as ``transformers.AutoModelForCausalLM``; a class attribute.
 
     Args:
         model_name: A name of the hub, the path of a folder that ``save_pretrained`` wrote, or ``pkg://package/folder``
             for a folder inside an installed Python package.
-        pretrained: Whether to load the pretrained weights; without them they are random.
-        model_args: Settings of the model's configuration to replace, such as ``hidden_dropout_prob``; with
-            ``model_type`` among them they are the whole configuration, as in a checkpoint.
+        pretrained: Whether to load the pretrained weights; otherwise they are random.
+        model_args: Settings that replace those of the model's configuration, such as ``hidden_dropout_prob``. If
+            ``model_type`` is among them, they are the whole configuration, as in a checkpoint.
         adapter: What to adapt; by default (``target_modules: auto``) the linear layers of the transformer's blocks.
         **kwargs: Arguments of :class:`GeoLoRAModule`.
     """
@@ -68,10 +68,10 @@ class TransformerTask(GeoLoRAModule):
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
-        """Of ``model_args`` a whole configuration without code or places; a name of the hub is kept but never used.
+        """Accept a whole configuration without code or places; a name of the hub is kept but never used.
 
         Raises:
-            ValueError: The file says more, or less.
+            ValueError: The checkpoint says more, or its configuration is incomplete.
         """
         if name == "model_args":
             check_config(value)
@@ -80,17 +80,17 @@ class TransformerTask(GeoLoRAModule):
         return super().argument_from_checkpoint(name, value)
 
     def adjust(self, config: PreTrainedConfig) -> None:
-        """Set in the model's configuration what the task knows."""
+        """Set what the task knows, such as the number of classes, in the model's configuration."""
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
-        """Names of the modules of a model that need no pretrained weights, such as a new head."""
+        """Return the names of the modules of a model that need no pretrained weights, such as a new head."""
         return ()
 
     def build_model(self) -> nn.Module:
         """Load the model.
 
         Raises:
-            ValueError: It is not there, or has no weights for what is not new.
+            ValueError: The model cannot be loaded, or has no weights for a module that is not new.
         """
         config = load_config(self.model_name, self.model_args)
         self.adjust(config)
@@ -102,8 +102,8 @@ class TransformerTask(GeoLoRAModule):
                 f"all): they belong to another model than {config.model_type}, or model_args changed its size"
             )
         if new:
-            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: initialised at random")
-        # From now on the weights are in the checkpoints, which must load where neither folder nor hub is at hand.
+            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: they are initialised at random")
+        # From now on the checkpoints hold the weights, and must load without the folder and without the hub.
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
         return model
 
@@ -114,7 +114,7 @@ class TransformerTask(GeoLoRAModule):
         self.model.save_pretrained(folder)
 
     def default_targets(self) -> str | Sequence[str]:
-        """The linear layers of the transformer's blocks; every linear layer of a model that has no such blocks."""
+        """Return the linear layers of the transformer's blocks, or every linear layer if there are no such blocks."""
         if names := block_linears(self.model):
             return names
         rank_zero_info(f"{self.model_name} has no numbered blocks: every linear layer but the head is adapted")
@@ -122,7 +122,7 @@ class TransformerTask(GeoLoRAModule):
 
     @property
     def _trusts_code(self) -> bool:
-        """Whether the user allows code of the model's own, by ``model_args``; a checkpoint cannot."""
+        """Whether the user allows the model's own code by ``model_args``; a checkpoint cannot allow it."""
         return bool(self.model_args.get("trust_remote_code"))
 
     @property
@@ -138,12 +138,12 @@ class TransformerTask(GeoLoRAModule):
 
     @cached_property
     def max_positions(self) -> int | None:
-        """Tokens that the model has positions for; ``None`` if its positions are relative."""
+        """The number of tokens that the model has positions for, or ``None`` if its positions are relative."""
         config = load_config(self.model_name, self.model_args)
         return position_limit(config, self.auto_class, self._trusts_code)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Evaluate on the validation texts; what is logged of a further set has its name at the end."""
+        """Evaluate on the validation texts; the logged names of a further set end with its name."""
         self.evaluate(self.val_splits[dataloader_idx], batch)
 
     def test_step(self, batch: Batch) -> None:

@@ -181,7 +181,7 @@ SETTINGS = [
     pytest.param([f"{MODEL}model_name=vit_tinny"], r"model_name='vit_tinny' is not known to timm.*vit_", id="model"),
     pytest.param([f"{MODEL}model_args.depth=5"], r"does not fit the model: blocks\.4.* choose", id="weights-of-other"),
     pytest.param([f"{MODEL}model_args={{size: 3}}"], r"model_args=.* unexpected .*'size'; drop", id="model-args"),
-    pytest.param([f"{MODEL}checkpoint_path=gone.pth"], r"checkpoint_path='gone\.pth' is no file", id="weights-gone"),
+    pytest.param([f"{MODEL}checkpoint_path=gone.pth"], r"checkpoint_path='gone\.pth' is not a file", id="weights-gone"),
     pytest.param([f"{MODEL}checkpoint_path=configs/quickstart.yaml"], r"cannot be read", id="weights-are-text"),
     # data
     pytest.param([f"{DATA}batch_size=0"], r"^batch_size=0 must be at least 1", id="batch-zero"),
@@ -211,7 +211,7 @@ SETTINGS = [
     # files
     pytest.param(["--config=gone.yaml"], r"gone\.yaml", id="config-gone"),
     pytest.param(["--config=configs"], r"Path is not a file", id="config-is-a-folder"),
-    pytest.param(["--ckpt_path=gone.ckpt"], r"ckpt_path='gone\.ckpt' is no file", id="checkpoint-gone"),
+    pytest.param(["--ckpt_path=gone.ckpt"], r"ckpt_path='gone\.ckpt' is not a file", id="checkpoint-gone"),
     pytest.param(["--ckpt_path=configs"], r"ckpt_path='configs' is a folder", id="checkpoint-is-a-folder"),
     pytest.param(["--ckpt_path=configs/quickstart.yaml"], r"ckpt_path=.* cannot be read", id="checkpoint-is-text"),
 ]
@@ -320,8 +320,10 @@ class Unsafe:
         pytest.param(lambda good, path: path.touch(), r"cannot be read: it is cut short", id="empty"),
         pytest.param(_truncated, r"bad\.ckpt' cannot be read: it is cut short.*earlier", id="truncated"),
         pytest.param(_flipped, r"bad\.ckpt' cannot be read: .* changed", id="one-bit-flipped"),
-        pytest.param(lambda good, path: torch.save({"a": 1}, path), r"holds a and is no checkpoint", id="other-dict"),
-        pytest.param(lambda good, path: torch.save([1], path), r"holds list and is no checkpoint", id="a-list"),
+        pytest.param(
+            lambda good, path: torch.save({"a": 1}, path), r"holds a and is not a checkpoint", id="other-dict"
+        ),
+        pytest.param(lambda good, path: torch.save([1], path), r"holds list and is not a checkpoint", id="a-list"),
         pytest.param(
             lambda good, path: torch.save(Unsafe(), path), r"holds objects that are not loaded", id="unsafe-pickle"
         ),
@@ -518,7 +520,7 @@ def _spoil_idx(path: Path, change) -> None:
         pytest.param(
             "train-labels-idx1-ubyte",
             lambda b: b[:-1] + b"\x0a",
-            r"train image 39 has label 10, and the 10 classes are 0 to 9: mend",
+            r"train image 39 has label 10, and the 10 classes are 0 to 9: fix",
             id="label-range",
         ),
         pytest.param(
@@ -530,7 +532,7 @@ def _spoil_idx(path: Path, change) -> None:
         pytest.param(
             "t10k-images-idx3-ubyte",
             lambda b: b"\0\0\x08\x01\0\0\0\x0c" + b"\0" * 12,
-            r"shape \(12,\) holds no images",
+            r"shape \(12,\) does not hold images",
             id="labels-for-images",
         ),
         pytest.param("train-images-idx3-ubyte", None, r"is missing, with and without \.gz", id="file-gone"),
@@ -609,7 +611,7 @@ def texts(tiny: str, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [
-        pytest.param(None, [], r"train\.csv is no file", id="gone"),
+        pytest.param(None, [], r"train\.csv is not a file", id="gone"),
         pytest.param("", [], r"train\.csv is empty", id="empty"),
         pytest.param("text,label\n", [], r"train\.csv holds no rows", id="no-rows"),
         pytest.param("text,stars\na,b\n", [], r"has no column 'label'; it has 'text', 'stars'", id="no-label-column"),
@@ -619,7 +621,7 @@ def texts(tiny: str, *more: str) -> list[str]:
         pytest.param(
             "text,label\n" + "a,1.5\nb,2.5\n" * 8 + "c,nan\n",
             [],
-            r"row 17 has label='nan', which is no fin",
+            r"row 17 has label='nan', which is not a fin",
             id="label-nan",
         ),
         pytest.param("text,label\n" + "a,1.5\nb,2.5\n" * 8 + "c,inf\n", [], r"row 17 has label='inf'", id="label-inf"),
@@ -636,12 +638,14 @@ def texts(tiny: str, *more: str) -> list[str]:
         pytest.param(GOOD + "fine,maybe\n", [], r"class 'maybe' has one text", id="class-of-one-text"),
         pytest.param(GOOD, [f"{DATA}text_column=label"], r"must be different columns", id="same-columns"),
         pytest.param(GOOD, [f"{DATA}train_file=configs/quickstart.yaml"], r"must end in one of \.csv", id="other-kind"),
-        pytest.param(GOOD, [f"{DATA}val_file=gone.csv"], r"gone\.csv is no file", id="val-gone"),
+        pytest.param(GOOD, [f"{DATA}val_file=gone.csv"], r"gone\.csv is not a file", id="val-gone"),
         pytest.param(GOOD, [f"{DATA}max_length=0"], r"max_length=0 must be at least 1", id="length-zero"),
         pytest.param(GOOD, [f"{DATA}max_length=2"], r"max_length=2 leaves no room .* 2 special", id="length-two"),
         pytest.param(GOOD, [f"{DATA}max_length=99"], r"max_length=99 is more than the 32 positions", id="too-long"),
         pytest.param(GOOD, [f"{DATA}val_fraction=0.01"], r"val_fraction=0\.01 of 16 texts is 0", id="fraction"),
-        pytest.param(GOOD, [f"{MODEL}model_name=./gone"], r"model_name='\./gone': gone is no folder", id="model-gone"),
+        pytest.param(
+            GOOD, [f"{MODEL}model_name=./gone"], r"model_name='\./gone': gone is not a folder", id="model-gone"
+        ),
         pytest.param(GOOD, [f"{MODEL}model_name=configs"], r"model_name='configs' cannot be loaded", id="no-model"),
         pytest.param(GOOD, [f"{MODEL}metrics=[acuracy]"], r"metrics=\['acuracy'\] are not known: choose", id="metric"),
         pytest.param(GOOD, [f"{MODEL}metrics=[pearson]"], r"'pearson' does not suit 2 classes: choose", id="metrics"),
@@ -664,7 +668,7 @@ def test_texts_that_are_broken(folder, only_fit, capfd, tiny, content, more, mes
     [
         pytest.param("a.csv", b"text,label\n\xff\xfe,yes\n", r"a\.csv cannot be read: .*UTF8", id="no-utf8"),
         pytest.param("a.parquet", b"PAR1 cut short", r"a\.parquet cannot be read: .*", id="parquet-truncated"),
-        pytest.param("a.jsonl", b'{"text": "a", "label": ', r"one object a line", id="json-cut-short"),
+        pytest.param("a.jsonl", b'{"text": "a", "label": ', r"one object per line", id="json-cut-short"),
         pytest.param("a.jsonl", json.dumps({"text": ["a"], "label": "b"}).encode(), r"must hold strings", id="nested"),
         pytest.param("a.jsonl", json.dumps({"text": "a"}).encode(), r"has no column 'label'", id="json-no-label"),
     ],

@@ -227,7 +227,7 @@ def test_help_of_the_task(folder, capfd):
         (["--model.init_args.label_smoothing=3"], "label_smoothing=3"),
         (["--model.init_args.adapter.init_rank=0"], "init_rank=0"),
         (["--geolora.budget=10"], "budget=10 is below the floor"),
-        (["--model.init_args.checkpoint_path=gone.pth"], "checkpoint_path='gone.pth' is no file"),
+        (["--model.init_args.checkpoint_path=gone.pth"], "checkpoint_path='gone.pth' is not a file"),
         (["--data=geolora_pl.data.ImageFolder", "--data.init_args.folder=gone"], "folder='gone' must hold"),
         (["--config=gone.yaml"], "gone.yaml"),
     ],

@@ -108,7 +108,7 @@ def test_fashion_mnist_of_debian_is_found_by_itself():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is missing"), (b"hello world", "is no IDX file of bytes"), (b"\0\0\x08\1\0\0\0\5abc", "is cut short")],
+    [(None, "is missing"), (b"hello world", "is not an IDX file of bytes"), (b"\0\0\x08\1\0\0\0\5abc", "is cut short")],
 )
 def test_broken_idx_files_are_refused(tmp_path, content, message):
     path = tmp_path / "t10k-labels-idx1-ubyte"

@@ -77,7 +77,7 @@ def test_a_hub_that_cannot_be_reached_names_the_remedy(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ValueError, match=r"folder=None: nyu-mll/glue cannot be had .*no network.*name the folder"):
+    with pytest.raises(ValueError, match=r"folder=None: nyu-mll/glue cannot be loaded .*no network.*name the folder"):
         GLUE("rte").load_splits()
 
 
@@ -92,7 +92,7 @@ def test_lines_that_lack_a_field_are_left_out_and_counted(tmp_path, messages):
     write_tsv(tmp_path / "QQP" / "dev.tsv", [LAYOUTS["qqp"][1], *LAYOUTS["qqp"][2]])
     messages()
     assert GLUE("qqp", folder).load_splits()["train"]["text"][:] == ['what is "a?', "c?", "e?"]
-    assert "train.tsv: lines left out for not having 6 fields: 1" in messages()
+    assert "train.tsv: lines left out because they do not have 6 fields: 1" in messages()
 
 
 def test_an_unknown_task_and_a_folder_without_it_are_refused_at_once(tmp_path):

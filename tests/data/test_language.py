@@ -128,7 +128,7 @@ def test_the_hub_gives_the_same_and_empty_rows_are_left_out_and_counted(tmp_path
     datasets.Dataset.from_dict({"text": ["", *TEXTS, " \n"]}).to_parquet(tmp_path / "hub" / "train.parquet")
     hub, files = LanguageHub(str(tmp_path / "hub")), LanguageFiles(texts)
     assert hub.load_splits()["train"][:] == files.load_splits()["train"][:]
-    assert "train: rows left out, where text is empty: 2" in messages()
+    assert "train: rows left out because text is empty: 2" in messages()
     datasets.Dataset.from_dict({"text": [""]}).to_parquet(tmp_path / "hub" / "train.parquet")
     with pytest.raises(ValueError, match="text is empty in every row"):
         LanguageHub(str(tmp_path / "hub")).load_splits()

@@ -96,8 +96,8 @@ def test_labels_are_classes_or_numbers(tmp_path, suffix, labels, settings, names
         ("text,label\na,x\nb,y\n", {"label_column": "stars"}, "has no column 'stars'"),
         ("text,label\na,x\nb,\nc,y\n", {}, "row 2 has label='', which is none of the labels x, y"),
         ("text,label\na,x\nb,x\n", {}, "every label is 'x': there must be two classes"),
-        ("text,label\na,0.5\nb,nan\n", {"regression": True}, "row 2 has label='nan', which is no finite number"),
-        ("text,label\na,0.5\nb,much\n", {"regression": True}, "row 2 has label='much', which is no finite number"),
+        ("text,label\na,0.5\nb,nan\n", {"regression": True}, "row 2 has label='nan', which is not a finite number"),
+        ("text,label\na,0.5\nb,much\n", {"regression": True}, "row 2 has label='much', which is not a finite number"),
         (b"text,label\n\xff,x\nb,y\n", {}, "cannot be read: .*UTF8"),
     ],
 )
@@ -144,14 +144,14 @@ def test_a_text_that_looks_like_a_date_stays_as_it_is(tmp_path):
 def test_a_column_of_lists_is_refused(tmp_path, suffix, column):
     columns = {"text": ["a", "b"], "label": ["x", "y"], column: [["a"], ["b"]]}
     file = write(tmp_path / f"train{suffix}", **columns)
-    with pytest.raises(ValueError, match=rf"train{suffix}: {column} holds list<.*>, and must hold strings or numbers"):
+    with pytest.raises(ValueError, match=rf"train{suffix}: {column} holds list<.*>, but must hold strings or numbers"):
         TextFiles(file).load_splits()
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a", "label": 0}]', '[\n{"text": "a", "label": 0}\n]'])
 def test_a_json_file_that_is_one_list_is_told_its_form(tmp_path, content):
     (tmp_path / "train.json").write_text(content)
-    with pytest.raises(ValueError, match=r"train\.json cannot be read: .*; it must hold one object a line"):
+    with pytest.raises(ValueError, match=r"train\.json cannot be read: .*; it must hold one object per line"):
         TextFiles(str(tmp_path / "train.json")).load_splits()
 
 
@@ -171,7 +171,7 @@ def test_an_unknown_label_of_another_split_is_refused_with_its_row(tmp_path, tra
 
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.tsv is no file"):
+    with pytest.raises(ValueError, match=r"gone\.tsv is not a file"):
         TextFiles("gone.tsv").load_splits()
     for suffix in (".jsonl", ".parquet"):
         file = write(tmp_path / f"train{suffix}", text=["a", "b"], label=["x", "y"])

@@ -133,13 +133,13 @@ def test_broken_and_foreign_checkpoints_are_refused_in_one_sentence(image, tmp_p
     def refused(path, message, *more):
         fails(["export", "--ckpt_path", str(path), "--format=adapter", "--output=x", *more], message, capsys)
 
-    refused(tmp_path / "gone", "is no file")
+    refused(tmp_path / "gone", "is not a file")
     (tmp_path / "half.ckpt").write_bytes(Path(ckpt).read_bytes()[:3000])
     refused(tmp_path / "half.ckpt", "cannot be read")
     torch.save({"state_dict": Path}, tmp_path / "unsafe.ckpt")
     refused(tmp_path / "unsafe.ckpt", "holds objects that are not loaded with weights_only=True")
     torch.save([1], tmp_path / "list.ckpt")
-    refused(tmp_path / "list.ckpt", "is no checkpoint of a run")
+    refused(tmp_path / "list.ckpt", "is not a checkpoint of a run")
     checkpoint = torch.load(ckpt, weights_only=True)
     checkpoint["state_dict"].pop("model.cls_token")
     torch.save(checkpoint, tmp_path / "part.ckpt")
@@ -157,7 +157,7 @@ def test_broken_and_foreign_checkpoints_are_refused_in_one_sentence(image, tmp_p
     ):
         (tmp_path / "c.yaml").write_text(config)
         refused(ckpt, message, f"--config={tmp_path / 'c.yaml'}")
-    fails(["ranks", f"--ckpt_path={tmp_path / 'gone'}"], "is no file", capsys)
+    fails(["ranks", f"--ckpt_path={tmp_path / 'gone'}"], "is not a file", capsys)
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6"}, tmp_path / "plain.ckpt")
     fails(["ranks", f"--ckpt_path={tmp_path / 'plain.ckpt'}"], "holds no adapters", capsys)
     assert not Path("x").exists()

@@ -92,7 +92,9 @@ def test_a_configuration_in_a_checkpoint_brings_neither_code_nor_places(tmp_path
 
 def test_another_repository_and_its_code_are_not_fetched(tmp_path, capsys):
     ckpt, _ = text_checkpoint(tmp_path, model_name="attacker/repo", model_args={"trust_remote_code": True})
-    export_fails(ckpt, "model_args of the checkpoint is not taken from a file: it is no whole configuration", capsys)
+    export_fails(
+        ckpt, "model_args of the checkpoint is not taken from a file: it is not a complete configuration", capsys
+    )
 
 
 @pytest.mark.parametrize("task", [TextClassification, CausalLM])

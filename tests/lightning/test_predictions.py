@@ -164,19 +164,19 @@ def test_several_sets_and_a_module_without_names(tmp_path):
 def test_mistakes_are_refused(tmp_path, image_task, images):
     with pytest.raises(ValueError, match=r"output='p.txt' must end in \.csv or \.jsonl"):
         PredictionWriter("p.txt")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         UnlabelledImages(str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="holds no image"):
         UnlabelledImages(str(images / "inside"))
     with pytest.raises(ValueError, match="pair_column='b' is for a table"):
         UnlabelledTexts("a.txt", pair_column="b")
-    for content, message in ((None, "is no file"), (b"", "is empty"), (b"\xff\xff", "is no text in UTF-8")):
+    for content, message in ((None, "is not a file"), (b"", "is empty"), (b"\xff\xff", "is not text in UTF-8")):
         if content is not None:
             (tmp_path / "t.txt").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             UnlabelledTexts(str(tmp_path / "t.txt")).load_splits()
     (images / "f.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"f\.png is no image that can be read"):
+    with pytest.raises(ValueError, match=r"f\.png cannot be read as an image"):
         predict(image_task, UnlabelledImages(str(images), num_workers=0), tmp_path / "p.csv", **QUIET)
     assert not (tmp_path / "p.csv").exists()
     (images / "f.png").unlink()

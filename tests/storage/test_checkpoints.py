@@ -167,5 +167,5 @@ def test_a_small_checkpoint_of_a_task_takes_its_base_from_where_the_caller_says(
     for (name, a), (_, b) in zip(task.model.state_dict().items(), loaded.model.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     source.unlink()
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         ImageClassification.load_from_checkpoint(tmp_path / "last.ckpt", **base)

@@ -211,15 +211,15 @@ def unknown_parameter(metadata, tensors):
     ("change", "message"),
     [
         (newer, "is of version 2, and this geolora_pl reads up to 1"),
-        (foreign, "is no adapter of geolora_pl"),
+        (foreign, "is not an adapter of geolora_pl"),
         (infinite, "trained/3.bias is not finite"),
-        (without_V, "an adapter is U, S and V"),
+        (without_V, "at least one adapter, each with U, S and V"),
         (other_rank, r"0 has U \(8, 4\), S \(4, 4\), V \(6, 2\)"),
         (other_size, "0 is 5 x 6 in the file and 8 x 6 in the model"),
-        (unknown_kind, "no well-formed adapter"),
-        (unknown_layer, "no well-formed adapter"),
-        (unknown_setting, "no well-formed adapter .*beta"),
-        (broken_json, "no well-formed adapter"),
+        (unknown_kind, "not a well-formed adapter"),
+        (unknown_layer, "not a well-formed adapter"),
+        (unknown_setting, "not a well-formed adapter .*beta"),
+        (broken_json, "not a well-formed adapter"),
         (other_head, r"3.bias is \(3,\) in the adapter and \(2,\) in the model"),
         (unknown_parameter, "the model has no 4.bias"),
     ],
@@ -250,18 +250,18 @@ def test_a_truncated_or_altered_file_is_refused_wherever_it_was_cut(file):
         refuses(file, "is corrupt")
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # what safetensors itself does not see
     refuses(file, "its checksum does not fit")
-    refuses(file.parent / "gone", "gone is no file")
+    refuses(file.parent / "gone", "gone is not a file")
 
 
 def test_another_base_is_refused(file):
     model = base()
     model[0].weight.data[0, 0] += 1
-    refuses(file, "of another base, one without a name", model=model)
+    refuses(file, r"on another base \(without a name\)", model=model)
 
 
 def test_other_fresh_adapters_are_refused(file, trained):
     for config, message in (
-        (AdapterConfig(target_modules="0"), "2.0 has an adapter in the file alone"),
+        (AdapterConfig(target_modules="0"), "2.0 has an adapter only in the file"),
         (AdapterConfig(init_rank=2, max_rank=2, target_modules=["0", "2.0"], alpha=2.0), "max_rank=2"),
         (AdapterConfig(target_modules=["0", "2.0"]), "alpha=1.0 does not fit"),
     ):
@@ -308,7 +308,7 @@ def test_an_error_while_writing_leaves_nothing_and_what_was_there(tmp_path):
         with pytest.raises(ValueError, match="exists already"), atomic(target, overwrite=False):
             pass
         if target.name == "file":  # never replaces a folder
-            with pytest.raises(ValueError, match="is a folder, and a file is to be written"), atomic(target) as path:
+            with pytest.raises(ValueError, match="is a folder, but a file must be written"), atomic(target) as path:
                 write(path)
             assert (target / "old").read_text() == "old"
         else:
@@ -325,7 +325,7 @@ def test_a_folder_replaces_a_file_and_a_path_through_a_file_is_refused(tmp_path)
         path.mkdir()
     assert (tmp_path / "x").is_dir()
     (tmp_path / "y").write_text("file")
-    with pytest.raises(ValueError, match="is a file and no folder"), atomic(tmp_path / "y" / "z"):
+    with pytest.raises(ValueError, match="is a file and not a folder"), atomic(tmp_path / "y" / "z"):
         pass
 
 
@@ -360,7 +360,7 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     (tmp_path / "folder" / "precious").touch()
     model = Shared()
     inject_adapters(model)
-    with pytest.raises(ValueError, match="is a folder, and a file is to be written"):
+    with pytest.raises(ValueError, match="is a folder, but a file must be written"):
         save_adapter(model, tmp_path / "folder")
     assert (tmp_path / "folder" / "precious").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -153,11 +153,11 @@ def test_mistakes_are_refused_and_change_nothing(three, tmp_path):
     inject_adapters(other)
     save_adapter(other, tmp_path / "other")
     for act, message in (
-        (lambda: library.use("z"), "name='z' is no adapter of the library: it has a, b, c"),
+        (lambda: library.use("z"), "name='z' is not an adapter of the library: it has a, b, c"),
         (lambda: library.remove("z"), "name='z'"),
         (lambda: library.load("a", tmp_path / "a"), "name='a' is taken"),
         (lambda: library.load("d", tmp_path / "other"), "another base"),
-        (lambda: library.load("d", tmp_path / "gone"), "is no file"),
+        (lambda: library.load("d", tmp_path / "gone"), "is not a file"),
         (lambda: library.combine("a", {"b": 1.0}), "name='a' is taken"),
         (lambda: library.combine("d", {}), "weights={}"),
         (lambda: library.combine("d", {"a": float("nan")}), "finite"),

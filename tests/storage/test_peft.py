@@ -304,7 +304,7 @@ def test_linear_layers_beside_conv1d_are_exported(tmp_path):
     [
         ({"use_dora": True}, "use_dora=True, which is more than a plain LoRA"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changed the base weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which also changed the base weights"),
     ],
 )
 def test_other_kinds_are_refused(tmp_path, settings, message):
@@ -324,7 +324,7 @@ def refuses(folder, message, model=None):
 def test_broken_and_foreign_folders_are_refused(tmp_path):
     refuses(tmp_path, "holds no readable adapter_config.json")
     peft_model(MODELS["bert"][0], tmp_path, target_modules=["query"], r=2)
-    refuses(tmp_path, "is no linear layer of the model", timm_vit())
+    refuses(tmp_path, "is not a linear layer of the model", timm_vit())
     path = tmp_path / "adapter_config.json"
     whole = json.loads(path.read_text())
     for change, message in (

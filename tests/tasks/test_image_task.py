@@ -90,7 +90,7 @@ def test_size_and_channels_of_the_model_reach_the_images_without_an_overlay():
 
 
 def test_a_file_of_weights_that_is_not_there_is_refused_before_training():
-    with pytest.raises(ValueError, match=r"checkpoint_path='nowhere.safetensors' is no file"):
+    with pytest.raises(ValueError, match=r"checkpoint_path='nowhere.safetensors' is not a file"):
         trainer(GeoLoRACallback()).fit(task(checkpoint_path="nowhere.safetensors"), Digits())
 
 
@@ -147,7 +147,8 @@ def test_a_class_count_that_does_not_fit_is_refused_before_training():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(["a"], "one name for each of the 10 classes"), (list("9876543210"), "do not fit the data")]
+    ("names", "message"),
+    [(["a"], "one name per class, and there are 10 classes"), (list("9876543210"), "do not fit the data")],
 )
 def test_names_of_classes_that_are_not_those_of_the_data_are_refused(names, message):
     with pytest.raises(ValueError, match=message):

@@ -95,7 +95,7 @@ def test_the_model_starts_as_the_pretrained_one_and_in_training_mode(model):
 def test_fit_says_what_is_new_and_nothing_of_the_libraries_own(model, texts, messages):
     trainer(GeoLoRACallback(), max_steps=1).fit(TextClassification(model), data(texts))
     said = messages()
-    assert f"{model} has no weights for classifier: initialised at random" in said
+    assert f"{model} has no weights for classifier: they are initialised at random" in said
     assert not re.search("LOAD REPORT|MISSING|newly initialized|Loading weights", said)
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_needs_neither_data_nor_folder(tmp_path, model, texts):
     assert torch.equal(loaded.eval()(batch()), module.eval()(batch()))
     assert loaded.class_weights == module.class_weights == [2.0, pytest.approx(2 / 3)]
     assert loaded.metric_names == ["accuracy"]
-    with pytest.raises(ValueError, match=r"model_name=.* is no folder"):
+    with pytest.raises(ValueError, match=r"model_name=.* is not a folder"):
         _ = loaded.tokenizer
 
 
@@ -275,7 +275,7 @@ def test_a_model_inside_a_package(tmp_path, monkeypatch):
     module = TextClassification("pkg://packaged/model", num_classes=2)
     module.configure_model()
     assert module.tokenizer.model_max_length == 32
-    with pytest.raises(ValueError, match=r"model_name='pkg://packaged/models': .*packaged/models is no folder"):
+    with pytest.raises(ValueError, match=r"model_name='pkg://packaged/models': .*packaged/models is not a folder"):
         TextClassification("pkg://packaged/models", num_classes=2).configure_model()
     with pytest.raises(ValueError, match="no package 'absent' is installed; install it with pip"):
         TextClassification("pkg://absent/model", num_classes=2).configure_model()
@@ -406,7 +406,7 @@ def test_bad_settings_are_refused_at_once(settings, message):
     ("settings", "of_data", "message"),
     [
         ({"num_classes": 3}, {}, "num_classes=3 does not fit the data, which has 2 classes"),
-        ({"class_weights": [1.0, 1.0, 1.0]}, {}, "must be one weight for each of the 2 classes"),
+        ({"class_weights": [1.0, 1.0, 1.0]}, {}, "must be one weight per class, and there are 2 classes"),
         (
             {"metrics": ["pearson"]},
             {},
@@ -415,7 +415,7 @@ def test_bad_settings_are_refused_at_once(settings, message):
         ({"metrics": ["accuracy"]}, {"label_column": "score"}, "metrics='accuracy' does not suit a regression"),
         ({"class_weights": "balanced"}, {"label_column": "score"}, "this is a regression"),
         ({"class_weights": "balanced"}, {"labels": ["neg", "pos", "none"]}, "class 2 does not occur in training"),
-        ({"model_name": "nowhere/at/all"}, {}, "model_name='nowhere/at/all': .* is no folder"),
+        ({"model_name": "nowhere/at/all"}, {}, "model_name='nowhere/at/all': .* is not a folder"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_before_training(model, texts, settings, of_data, message):

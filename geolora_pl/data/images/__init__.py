@@ -1,4 +1,4 @@
-"""Sources of images."""
+"""This folder has the sources of images."""
 
 from geolora_pl.data.images.base import ArrayImages, ImageDataModule
 

@@ -1,4 +1,4 @@
-"""What every image source shares: splits, the model's own transforms, loaders."""
+"""Define the base of the image sources: splits, the model's own transforms, loaders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class ArrayImages(Dataset[Sample]):
                 f"there are {len(images)} images and {len(labels)} labels: the files do not belong together"
             )
         if images.ndim not in (3, 4):
-            raise ValueError(f"an array of shape {images.shape} holds no images: the files are not what they are named")
+            raise ValueError(
+                f"an array of shape {images.shape} does not hold images: the files are not what their names say"
+            )
         self.images = images
         self.labels = [int(label) for label in labels]
 
@@ -58,18 +60,18 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 class ImageDataModule(L.LightningDataModule):
     """The base of the image sources: a subclass names its classes and loads its samples.
 
-    Images are brought to the size, channels and normalisation of the model that is trained on them: the task offers
-    them as ``data_config`` (``timm.data.resolve_model_data_config``), and the transforms come from ``timm.data``.
+    Images get the size, channels and normalisation that the trained model expects. The task offers these as
+    ``data_config`` (``timm.data.resolve_model_data_config``), and the transforms come from ``timm.data``.
 
     Args:
-        batch_size: Images a step and process, at least 1.
-        val_fraction: The share of the training images held out for validation where the source has no split of its
-            own, in (0, 1).
+        batch_size: Images per step and process, at least 1.
+        val_fraction: The share of the training images that is held out for validation if the source has no validation
+            split, in (0, 1).
         seed: Seed of the splits.
-        num_workers: Loader processes; by default as many as there are cores beyond the first two, at most 8, so that
-            a small machine is left to the training.
+        num_workers: Number of loader processes; by default the number of cores beyond the first two, at most 8, so
+            that they do not slow the training down on a small machine.
         augment: Arguments of ``timm.data.create_transform`` for the training images, such as
-            ``{hflip: 0.5, scale: [0.8, 1.0]}``; none by default: the training images are treated as the others are.
+            ``{hflip: 0.5, scale: [0.8, 1.0]}``; by default the training images are not augmented.
 
     Raises:
         ValueError: An argument is out of range.
@@ -98,15 +100,15 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; ``None`` without names of classes: the model knows it then."""
+        """Number of classes; ``None`` without names of classes, because then only the model knows it."""
         return len(self.class_names) or None
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
-        """Read the samples: ``train``, ``test``, ``val`` and ``predict``, those that the source has."""
+        """Read the samples of those of the splits ``train``, ``test``, ``val`` and ``predict`` that the source has."""
         raise NotImplementedError(f"{type(self).__name__} must load its samples")
 
     def setup(self, stage: str) -> None:
-        """Load the samples once and hold out a part of ``train`` where there is no ``val``."""
+        """Load the samples once and hold out a part of ``train`` if there is no ``val``."""
         if self.splits:
             return
         splits = self.load_splits()
@@ -124,19 +126,19 @@ class ImageDataModule(L.LightningDataModule):
         self.splits = splits
 
     def _check(self, split: str, samples: Dataset[Sample]) -> None:
-        """Refuse an empty split, and labels that are known without reading the images and belong to no class."""
+        """Refuse an empty split, and labels of no class if the labels are known without reading the images."""
         if not len(samples):  # type: ignore[arg-type]  # every source here is a sized data set
             raise ValueError(f"{type(self).__name__} has no {split} images: the split is empty, so fill or remove it")
         labels, classes = getattr(samples, "labels", ()), len(self.class_names)
         for index, label in enumerate(labels):
             if not 0 <= label < classes:
                 raise ValueError(
-                    f"{split} image {index} has label {label}, and the {classes} classes are 0 to {classes - 1}: mend "
+                    f"{split} image {index} has label {label}, and the {classes} classes are 0 to {classes - 1}: fix "
                     "the labels"
                 )
 
     def data_config(self) -> Mapping[str, Any]:
-        """Input size, mean, standard deviation and interpolation that the model wants.
+        """Return the input size, mean, standard deviation and interpolation that the model expects.
 
         Raises:
             ValueError: The module that is trained has no ``data_config``.
@@ -170,23 +172,23 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training images."""
+        """Return shuffled training images."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation images."""
+        """Return validation images."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test images."""
+        """Return test images."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Images to predict, or those of the test where there are none."""
+        """Return the images to predict, or the test images if there are none."""
         return self._loader("predict" if "predict" in self.splits else "test")
 
 
 def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sample]]:
-    """Split samples into the rest and ``count`` held out, the same for the same seed."""
+    """Split samples into the rest and ``count`` held-out samples; the seed decides which."""
     rest = len(samples) - count  # type: ignore[arg-type]  # every source here is a sized data set
     return random_split(samples, [rest, count], torch.Generator().manual_seed(seed))

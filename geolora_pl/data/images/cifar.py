@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: 60,000 colour images of 32 x 32, read or downloaded by torchvision."""
+"""Read CIFAR-10 and CIFAR-100, 60,000 colour images of 32 x 32 each, by torchvision, which can download them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from geolora_pl.data.images.base import ArrayImages, ImageDataModule, Sample
 
 
 class CIFAR10(ImageDataModule):
-    """CIFAR-10 (Krizhevsky 2009) from a folder, fetched into it if asked to.
+    """CIFAR-10 (Krizhevsky 2009) from a folder; ``download`` fetches it into the folder.
 
     Args:
-        folder: Where the extracted ``cifar-10-batches-py`` lies.
+        folder: The folder with the extracted ``cifar-10-batches-py``.
         download: Whether to fetch the files when they are missing.
         **kwargs: Arguments of :class:`ImageDataModule`.
 
@@ -36,7 +36,7 @@ class CIFAR10(ImageDataModule):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Fetch the files, in one process only."""
+        """Fetch the files; Lightning calls this in one process only."""
         if self.download:
             self._source(self.folder, download=True)
 
@@ -47,7 +47,7 @@ class CIFAR10(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The names in the files."""
+        """The names of the classes in the files."""
         return list(self._open().classes)
 
     def _open(self, train: bool = True) -> datasets.CIFAR10:
@@ -66,7 +66,7 @@ class CIFAR10(ImageDataModule):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100 (Krizhevsky 2009) from a folder that holds ``cifar-100-python``; arguments as :class:`CIFAR10`."""
+    """CIFAR-100 (Krizhevsky 2009) from a folder with ``cifar-100-python``, with the arguments of :class:`CIFAR10`."""
 
     _source = datasets.CIFAR100
 

@@ -1,4 +1,4 @@
-"""Handwritten digits that scikit-learn ships: 1,797 real grey images of 8 x 8, no download."""
+"""Read the handwritten digits that come with scikit-learn: 1,797 real grey images of 8 x 8, without a download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from geolora_pl.data.images.base import ArrayImages, ImageDataModule, Sample, ho
 
 
 class Digits(ImageDataModule):
-    """The digits of scikit-learn (UCI, Alpaydin and Kaynak 1998); a seeded 500 of them are the test images."""
+    """The digits of scikit-learn (UCI, Alpaydin and Kaynak 1998); the seed draws 500 of them as test images."""
 
     test_size = 500
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its IDX files: 70,000 grey images of 28 x 28 in ten classes of clothing."""
+"""Read Fashion-MNIST from its IDX files: 70,000 grey images of 28 x 28 in ten classes of clothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FashionMNIST(ImageDataModule):
     """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017) from a folder with the four IDX files, gzipped or not.
 
     Args:
-        folder: Where the files lie; by default ``data/fashion-mnist``, then the folder of Debian's package
+        folder: The folder of the files; by default ``data/fashion-mnist``, then the folder of Debian's package
             ``dataset-fashion-mnist``.
         **kwargs: Arguments of :class:`ImageDataModule`.
 
@@ -65,7 +65,7 @@ def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         The array, in the shape that the file's header gives.
 
     Raises:
-        ValueError: The file is missing or is no IDX file of bytes.
+        ValueError: The file is missing or is not an IDX file of bytes.
     """
     if path.is_file():
         content = path.read_bytes()
@@ -77,7 +77,7 @@ def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     else:
         raise ValueError(f"{path} is missing, with and without .gz")
     if len(content) < 4 or content[:3] != b"\0\0\x08":  # two zeros, then the code of unsigned bytes
-        raise ValueError(f"{path} is no IDX file of bytes: fetch it again")
+        raise ValueError(f"{path} is not an IDX file of bytes: fetch it again")
     dimensions = content[3]
     if len(content) < 4 + 4 * dimensions:
         raise ValueError(f"{path} is cut short in its header: fetch it again")

@@ -1,4 +1,4 @@
-"""Your own images: one folder a class, inside one folder a split."""
+"""Read your own images from one folder per class, inside one folder per split."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ImageFolder(ImageDataModule):
         super().__init__(**kwargs)
         self.folder = Path(folder)
         if not (self.folder / "train").is_dir():
-            raise ValueError(f"folder={folder!r} must hold a folder 'train' with one folder of images for each class")
+            raise ValueError(f"folder={folder!r} must hold a folder 'train' with one folder of images per class")
         self._classes = _class_folders(self.folder / "train")
         if not self._classes:
-            raise ValueError(f"{self.folder / 'train'} is empty: it must hold one folder of images for each class")
+            raise ValueError(f"{self.folder / 'train'} is empty: it must hold one folder of images per class")
         for split in self._others():
             if (classes := _class_folders(self.folder / split)) != self._classes:
                 differ = ", ".join(sorted(set(classes) ^ set(self._classes)))
@@ -65,8 +65,8 @@ def _class_folders(path: Path) -> list[str]:
 def _read_image(path: str) -> Image.Image:
     try:
         image = Image.open(path)
-        with image:  # closes the file
+        with image:  # the file is closed at the end
             image.load()
-    except (OSError, SyntaxError) as error:  # Pillow's own for a file that is no image, or cut short
+    except (OSError, SyntaxError) as error:  # Pillow raises these for a file that is not an image or is cut short
         raise ValueError(f"{path} cannot be read as an image: remove or replace it") from error
     return image

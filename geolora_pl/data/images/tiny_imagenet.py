@@ -1,4 +1,4 @@
-"""Tiny-ImageNet: 110,000 labelled colour images of 64 x 64 in 200 classes of ImageNet."""
+"""Read Tiny-ImageNet: 110,000 labelled colour images of 64 x 64 in 200 classes of ImageNet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEEDED = ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/im
 
 
 class FileImages(Dataset[Sample]):
-    """Image files, read when they are asked for.
+    """Image files that are read only when they are needed.
 
     Args:
         paths: (n,) image files.
@@ -36,8 +36,8 @@ class FileImages(Dataset[Sample]):
 class TinyImageNet(ImageDataModule):
     """Tiny-ImageNet (Stanford CS231n) from its folder, as ``tiny-imagenet-200.zip`` unpacks.
 
-    The official test images have no labels. So the official validation images are the test split, as papers report
-    them, and ``val_fraction`` of the training images is held out for validation.
+    The official test images have no labels. So the official validation images are the test split, as in papers,
+    and ``val_fraction`` of the training images is held out for validation.
 
     Args:
         folder: The folder with ``wnids.txt``, ``words.txt``, ``train`` and ``val`` in it.
@@ -64,7 +64,7 @@ class TinyImageNet(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """What ``words.txt`` says of each WordNet id, in the order of ``wnids.txt``."""
+        """The names in ``words.txt`` of the WordNet ids, in the order of ``wnids.txt``."""
         lines = (self.folder / "words.txt").read_text().splitlines()
         words = dict(line.split("\t", 1) for line in lines if line)
         return [words.get(wnid, wnid) for wnid in self._wnids]

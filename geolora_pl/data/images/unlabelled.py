@@ -1,4 +1,4 @@
-"""Images to predict: the files of one folder."""
+"""Read images to predict from one folder."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ class UnlabelledImages(ImageDataModule):
     """The images of a folder, in the order of their names, for ``predict`` alone.
 
     Args:
-        folder: The folder; what lies in folders inside it is left out, and so are files that are no images by their
-            endings.
-        batch_size: Images a step and process, at least 1.
-        num_workers: As of :class:`ImageDataModule`.
+        folder: The folder; folders inside it are left out, and so are files without the ending of an image.
+        batch_size: Images per step and process, at least 1.
+        num_workers: Number of loader processes, as for :class:`ImageDataModule`.
 
     Raises:
-        ValueError: There is no such folder, or no image in it.
+        ValueError: The folder does not exist, or holds no image.
     """
 
     def __init__(self, folder: str, batch_size: int = 64, num_workers: int | None = None) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         if not Path(folder).is_dir():
-            raise ValueError(f"folder={folder!r} is no folder (from {Path.cwd()})")
+            raise ValueError(f"folder={folder!r} is not a folder (from {Path.cwd()})")
         self.files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
         if not self.files:
-            raise ValueError(f"folder={folder!r} holds no image: their endings are {', '.join(IMG_EXTENSIONS)}")
+            raise ValueError(f"folder={folder!r} holds no image: the endings of images are {', '.join(IMG_EXTENSIONS)}")
 
     @property
     def class_names(self) -> list[str]:
-        """None: the model knows them."""
+        """An empty list, because only the model knows the classes."""
         return []
 
     @property
@@ -61,4 +60,4 @@ class _Files(Dataset[Sample]):
                 image.load()
                 return image, -1
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is no image that can be read: mend or remove it ({error})") from error
+            raise ValueError(f"{path} cannot be read as an image: fix or remove it ({error})") from error

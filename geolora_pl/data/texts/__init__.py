@@ -1,1 +1,1 @@
-"""Sources of texts."""
+"""This folder has the sources of texts."""

@@ -1,4 +1,4 @@
-"""What every source of token ids shares: splits, tokenizing with the model's own tokenizer, loaders."""
+"""Define the base of the text sources: splits, tokenizing with the model's own tokenizer, loaders."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from geolora_pl.data.texts.token_cache import tokenizer_hash
 class TokenDataModule(L.LightningDataModule):
     """The base of the text sources: a subclass loads texts, tokenizes them and collates batches.
 
-    Texts are tokenized by the tokenizer of the model that is trained on them, which the task offers as ``tokenizer``,
-    and ``max_positions`` beside it where the model has only so many: once, before training, and from then on read from
-    a cache on disk that notices when a text, the tokenizer or a setting changes. A batch is padded to its longest text.
+    Texts are tokenized by the tokenizer of the trained model, which the task offers as ``tokenizer``, together with
+    ``max_positions`` if the number of positions is limited. This happens once, before training; afterwards the token
+    ids are read from a cache on disk, which notices a change of a text, of the tokenizer or of a setting. A batch is
+    padded to its longest text.
 
     Args:
-        batch_size: Texts or pairs a step and process, at least 1.
-        max_length: Tokens that a text or pair is cut to, special ones included; by default the limit of the tokenizer.
-        val_fraction: The share of the training texts held out for validation where the source has no split of its
-            own, in (0, 1).
+        batch_size: Texts or pairs per step and process, at least 1.
+        max_length: Number of tokens that a text or pair is cut to, special tokens included; by default the limit of
+            the tokenizer.
+        val_fraction: The share of the training texts that is held out for validation if the source has no validation
+            split, in (0, 1).
         seed: Seed of the splits and of the order of the training texts.
-        num_workers: Loader processes; by default as many as there are cores beyond the first two, at most 8, so that
-            a small machine is left to the training.
-        cache_dir: Where the token ids are kept; by default beside the cache of ``datasets``. It may be deleted.
-        group_by_length: Whether the training texts of a batch are of similar length, which saves padding.
+        num_workers: Number of loader processes; by default the number of cores beyond the first two, at most 8, so
+            that they do not slow the training down on a small machine.
+        cache_dir: The folder of the cached token ids; by default beside the cache of ``datasets``. It may be deleted.
+        group_by_length: Whether the training texts of a batch have similar lengths, which saves padding.
 
     Raises:
         ValueError: An argument is out of range.
@@ -62,15 +64,15 @@ class TokenDataModule(L.LightningDataModule):
         self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
-        self.predict_inputs: dict[str, list[str]] = {}  # by column, to write beside the predictions
+        self.predict_inputs: dict[str, list[str]] = {}  # columns to write beside the predictions
         self._made_with: tuple[str, int] | None = None
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the texts; needs no trainer.
+        """Read the texts, without a trainer.
 
         Returns:
-            Data sets by name: ``train``, and where the source has them ``val``, ``test`` and ``predict``; of ``val``
-            and ``predict`` there may be several, as ``val`` and ``val_other``.
+            Data sets by name: ``train``, and ``val``, ``test`` and ``predict`` if the source has them. There may be
+            several of the kinds ``val`` and ``predict``, such as ``val`` and ``val_other``.
         """
         raise NotImplementedError(f"{type(self).__name__} must load its texts")
 
@@ -79,7 +81,7 @@ class TokenDataModule(L.LightningDataModule):
         self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Load the texts, hold out a part of ``train`` where there is no ``val``, and tokenize."""
+        """Load the texts, hold out a part of ``train`` if there is no ``val``, and tokenize."""
         tokenizer = self.tokenizer()
         limit = self._limit(tokenizer)
         if self._made_with == (made_with := (tokenizer_hash(tokenizer), limit)):
@@ -97,8 +99,8 @@ class TokenDataModule(L.LightningDataModule):
 
     def _limit(self, tokenizer: PreTrainedTokenizerBase) -> int:
         limit = self.max_length or tokenizer.model_max_length
-        if limit > 1_000_000:  # what tokenizers that know of no limit answer
-            raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give it")
+        if limit > 1_000_000:  # the answer of tokenizers without a limit
+            raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give max_length")
         positions = getattr(self._module(), "max_positions", None)
         if positions is not None and limit > positions:
             raise ValueError(f"max_length={limit} is more than the {positions} positions of the model")
@@ -119,11 +121,11 @@ class TokenDataModule(L.LightningDataModule):
 
     @property
     def a_sample_is_a_text(self) -> bool:
-        """Whether every sample is one text: predictions are then written beside it."""
+        """Whether every sample is one text, which is then written beside its prediction."""
         return True
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
-        """Raise a ValueError if so few tokens leave no room for a text."""
+        """Raise a ValueError if the limit leaves no room for a text."""
         raise NotImplementedError(f"{type(self).__name__} must check its limit")
 
     def tokenize(
@@ -133,18 +135,18 @@ class TokenDataModule(L.LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must tokenize")
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Callable[[list[Any]], Any]:
-        """What makes a batch of samples, padded to a multiple of so many tokens."""
+        """Return the function that makes a batch of samples, padded to a multiple of so many tokens."""
         raise NotImplementedError(f"{type(self).__name__} must collate")
 
     def stratify_by(self, texts: datasets.Dataset) -> str | None:
-        """The column whose values keep their shares in what is held out, if there is one."""
+        """Return the column whose values keep their shares in the held-out texts, if there is one."""
         return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the module that is trained.
+        """Return the tokenizer of the module that is trained.
 
         Raises:
-            ValueError: It has none.
+            ValueError: The module has no tokenizer.
         """
         tokenizer = getattr(self._module(), "tokenizer", None)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -158,7 +160,7 @@ class TokenDataModule(L.LightningDataModule):
         return None if self.trainer is None else self.trainer.lightning_module
 
     def splits_of(self, kind: str) -> list[str]:
-        """Names of the splits of a kind: ``splits_of("val")`` may be ``["val", "val_mismatched"]``."""
+        """Return the names of the splits of a kind: ``splits_of("val")`` may be ``["val", "val_mismatched"]``."""
         return _of_kind(kind, self.splits)
 
     def _split(self, name: str) -> datasets.Dataset:
@@ -173,7 +175,7 @@ class TokenDataModule(L.LightningDataModule):
         if name == "train":
             lengths = tokens["length"][:] if self.group_by_length else None
             assert self.trainer is not None
-            processes: dict[str, int] = self.trainer.distributed_sampler_kwargs or {}  # none with one process
+            processes: dict[str, int] = self.trainer.distributed_sampler_kwargs or {}  # None with one process
             sampler = ShuffledSampler(samples, self.batch_size, lengths, self.seed, **processes)
         on_gpu, tokenizer = torch.cuda.is_available(), self.tokenizer()
         return DataLoader(
@@ -191,19 +193,19 @@ class TokenDataModule(L.LightningDataModule):
         return loaders if len(loaders) > 1 else loaders[0]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training texts, in a new order each epoch."""
+        """Return the training texts, in a new order in each epoch."""
         return self._loader("train")
 
     def val_dataloader(self) -> Any:
-        """Validation texts in their order; a list where there are several sets."""
+        """Return the validation texts in their order, as a list of loaders if there are several sets."""
         return self._loaders(self.splits_of("val") or ["val"])
 
     def test_dataloader(self) -> Any:
-        """Test texts in their order."""
+        """Return the test texts in their order."""
         return self._loaders(self.splits_of("test") or ["test"])
 
     def predict_dataloader(self) -> Any:
-        """Texts to predict in their order, or those of the test where there are none."""
+        """Return the texts to predict in their order, or the test texts if there are none."""
         return self._loaders(_predicted(self.splits) or ["test"])
 
 

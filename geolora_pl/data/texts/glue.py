@@ -1,4 +1,4 @@
-"""The nine tasks of GLUE, from the official files or from the hub."""
+"""Read the nine tasks of GLUE, from the official files or from the hub."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class _Source:
-    """How a task lies in the official files and on the hub.
+    """The layout of a task in the official files and on the hub.
 
     Attributes:
-        folder: Name of the folder.
-        texts: Columns of the texts in the files.
-        label: Column of the label in the files; on the hub it is always ``label``.
-        classes: Name of the class by label in the files, in the order of the indices; none in a regression.
-        metrics: What GLUE reports.
-        hub_texts: Columns of the texts on the hub.
-        header: Columns of ``train`` and ``dev`` where their first line is data already.
-        splits: Our splits and the files; on the hub ``dev`` is called ``validation``.
+        folder: The name of the folder.
+        texts: The columns of the texts in the files.
+        label: The column of the label in the files; on the hub it is always ``label``.
+        classes: The name of the class by label in the files, in the order of the indices; none for a regression.
+        metrics: The metrics that GLUE reports.
+        hub_texts: The columns of the texts on the hub.
+        header: The columns of ``train`` and ``dev``, if these files have no header line.
+        splits: The files by our splits; on the hub ``dev`` is called ``validation``.
     """
 
     folder: str
@@ -103,10 +103,10 @@ _SOURCES: dict[str, _Source] = {
 class GLUE(TextDataModule):
     """A task of GLUE (Wang et al., ICLR 2019) with its metrics.
 
-    The development set is the validation set; of MNLI it is the matched one, and the mismatched one is logged with
-    ``_mismatched`` at the end of the names. The test sets have no labels: they are there to predict.
+    The development set is the validation set. MNLI has two: the matched one, and the mismatched one, whose logged names
+    end with ``_mismatched``. The test sets have no labels and are only for ``predict``.
 
-    Lines of the official files with too few or too many fields (a few in QQP) are left out, and their number is said.
+    Lines of the official files with too few or too many fields (a few in QQP) are left out; a message says how many.
 
     Args:
         task: One of ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte`` and ``wnli``.
@@ -115,7 +115,7 @@ class GLUE(TextDataModule):
         **kwargs: Arguments of :class:`TextDataModule`.
 
     Raises:
-        ValueError: The task is unknown, or the files are not there, or those to train on without those to validate on.
+        ValueError: The task is unknown, the files do not exist, or there are files to train on and none to validate on.
     """
 
     def __init__(self, task: Task, folder: str | None = None, **kwargs: Any) -> None:
@@ -136,8 +136,8 @@ class GLUE(TextDataModule):
         absent = {split: path.name for split, path in files.items() if not path.is_file()}
         if len(absent) == len(files):
             raise ValueError(
-                f"folder={str(folder.parent)!r} must hold {folder.name}/{' or '.join(absent.values())}; without it "
-                "GLUE comes from the hub"
+                f"folder={str(folder.parent)!r} must hold {folder.name}/{' or '.join(absent.values())}; without "
+                "folder, GLUE comes from the hub"
             )
         to_validate = [name for split, name in absent.items() if split.startswith("val")]
         if to_validate and "train" not in absent:
@@ -148,16 +148,16 @@ class GLUE(TextDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The names that the hub has, in its order; none for STS-B."""
+        """The names on the hub, in its order; none for STS-B."""
         return list(self._source.classes.values())
 
     @property
     def metrics(self) -> list[str]:
-        """What GLUE reports for the task."""
+        """The metrics that GLUE reports for the task."""
         return list(self._source.metrics)
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the files that there are, or fetch all from the hub."""
+        """Read the files that exist, or fetch all splits from the hub."""
         if self.folder is None:
             return self._from_hub()
         return {split: self._read(split, path) for split, path in self._files(self.folder).items() if path.is_file()}
@@ -177,9 +177,9 @@ class GLUE(TextDataModule):
     def _from_hub(self) -> dict[str, datasets.Dataset]:
         try:
             hub = datasets.load_dataset(_HUB, self.task)
-        except (OSError, ValueError) as error:  # a failed connection is one of the first
+        except (OSError, ValueError) as error:  # a failed connection is an OSError
             raise ValueError(
-                f"folder=None: {_HUB} cannot be had from the hub ({error}); name the folder of the official files"
+                f"folder=None: {_HUB} cannot be loaded from the hub ({error}); name the folder of the official files"
             ) from error
         theirs = getattr(hub["train"].features["label"], "names", [])
         if theirs != self.class_names:
@@ -197,10 +197,10 @@ class GLUE(TextDataModule):
         return splits
 
     def test_dataloader(self) -> NoReturn:
-        """There are no labels to test with.
+        """Refuse a test, because the test sets have no labels.
 
         Raises:
-            ValueError: Always.
+            ValueError: This is always raised.
         """
         raise ValueError(
             "the test sets of GLUE have no labels: use validate for the score on the development set, and predict for "

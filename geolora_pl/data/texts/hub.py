@@ -1,4 +1,4 @@
-"""Data sets of the hub, split by split and column by column."""
+"""Load data sets of the hub, by splits and columns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _USUAL = {"train": "train", "val": "validation", "test": "test"}
 
 
 def check_split_names(splits: Mapping[str, str] | None) -> None:
-    """Refuse names of splits without one to train on.
+    """Refuse names of splits if the split to train on is missing.
 
     Raises:
-        ValueError: There is none.
+        ValueError: ``train`` is missing.
     """
     if splits is not None and "train" not in splits:
         raise ValueError(f"splits={splits!r} must name the split to train on: {{train: ...}}")
@@ -28,19 +28,19 @@ def load_hub(
     """Fetch a data set, or take it from the cache of ``datasets``.
 
     Args:
-        dataset: Its name on the hub, or a folder that ``datasets.load_dataset`` can read.
-        subset: Name of the subset, where it has several.
-        splits: Its split for each of ours; by default those of the usual names that it has.
+        dataset: The name of the data set on the hub, or a folder that ``datasets.load_dataset`` can read.
+        subset: The name of the subset, if there are several.
+        splits: The name in the data set for each of our splits; by default the usual names that the data set has.
 
     Returns:
-        What to call it in messages, and the rows, by our names of the splits.
+        For each of our splits, its name for messages and its rows.
 
     Raises:
-        ValueError: The data set or a split is not there.
+        ValueError: The data set or a split does not exist.
     """
     try:
         hub = datasets.load_dataset(dataset, subset)
-    except (OSError, ValueError) as error:  # a failed connection is one of the first
+    except (OSError, ValueError) as error:  # a failed connection is an OSError
         raise ValueError(f"dataset={dataset!r}, subset={subset!r} cannot be loaded: {error}") from error
     names = splits or {ours: theirs for ours, theirs in _USUAL.items() if theirs in hub or ours == "train"}
     if absent := [theirs for theirs in names.values() if theirs not in hub]:
@@ -49,10 +49,10 @@ def load_hub(
 
 
 def select(texts: datasets.Dataset, columns: Sequence[str], source: str) -> pa.Table:
-    """Some columns as a table of plain values.
+    """Return some columns as a table of plain values.
 
     Raises:
-        ValueError: A column is not there or not plain.
+        ValueError: A column does not exist or is not plain.
     """
     if absent := [name for name in columns if name not in texts.column_names]:
         raise ValueError(f"{source} has no column {absent[0]!r}; it has {', '.join(texts.column_names)}")

@@ -1,4 +1,4 @@
-"""What the sources of texts with labels share: classes or numbers, one text or a pair."""
+"""Define the base of the sources of texts with labels: classes or numbers, single texts or pairs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from geolora_pl.data.texts.token_cache import tokenize
 class TextDataModule(TokenDataModule):
     """The base of the sources of labelled texts: a subclass names its classes and loads its texts.
 
-    Columns are ``text``, ``text_pair`` for pairs, and ``label``, a class index or a number, where labels are known.
-    Every class keeps its share in what is held out for validation. The arguments are those of
+    The columns are ``text``, ``text_pair`` for pairs, and ``label``, a class index or a number, if labels are known.
+    Every class keeps its share in the texts held out for validation. The arguments are those of
     :class:`TokenDataModule`.
     """
 
@@ -37,17 +37,17 @@ class TextDataModule(TokenDataModule):
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that are usual for these data."""
+        """The default metrics of these data."""
         return ["pearson", "spearman"] if self.is_regression else ["accuracy"]
 
     @property
     def class_counts(self) -> list[int]:
-        """How often each class occurs among the training texts, once they are set up."""
+        """The number of training texts of each class, known after ``setup``."""
         labels = np.asarray(self._split("train")["label"][:])
         return np.bincount(labels, minlength=self.num_classes).tolist()  # type: ignore[no-any-return]
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
-        """Refuse a limit that the special tokens alone reach."""
+        """Refuse a limit that leaves no token beside the special tokens."""
         special = tokenizer.num_special_tokens_to_add(
             any("text_pair" in texts.column_names for texts in splits.values())
         )
@@ -59,24 +59,24 @@ class TextDataModule(TokenDataModule):
     def tokenize(
         self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
     ) -> datasets.Dataset:
-        """Texts or pairs, cut to the limit."""
+        """Tokenize texts or pairs and cut them to the limit."""
         return tokenize(texts, tokenizer, limit, self.cache_dir, name)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Any:
-        """A batch padded to its longest text."""
+        """Return the function that pads a batch to its longest text."""
         return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
 
     def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
-        """Split training texts into ``train`` and ``val``; plain indices will do as classes."""
+        """Split training texts into ``train`` and ``val``; labels may be plain indices."""
         if not self.is_regression and not isinstance(texts.features["label"], datasets.ClassLabel):
             texts = texts.cast_column("label", datasets.ClassLabel(names=self.class_names))
         return super().hold_out(texts)
 
     def stratify_by(self, texts: datasets.Dataset) -> str | None:
-        """The labels, where they are classes.
+        """Return the column of labels, if they are classes.
 
         Raises:
-            ValueError: A class has one text.
+            ValueError: A class has only one text.
         """
         if self.is_regression:
             return None

@@ -1,4 +1,4 @@
-"""From the columns of a table to texts and labels as every text source gives them."""
+"""Turn the columns of a table into texts and labels as every text source gives them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def to_dataset(
 ) -> datasets.Dataset:
     """Name the columns ``text``, ``text_pair`` and ``label``, and turn labels into class indices or numbers.
 
-    A missing text is an empty one, since CSV cannot tell them apart; the number of such rows is said.
+    A missing text becomes an empty text, because CSV cannot tell them apart; a message says how many there are.
 
     Args:
-        table: What was read.
-        texts: Its column of texts, or both of a pair.
-        label: Its column of labels, or ``None`` where there are none.
-        classes: Name of the class by label, in the order of the indices; none for a regression.
-        source: Where the table comes from, for messages.
+        table: The table.
+        texts: The column of texts, or both columns of a pair.
+        label: The column of labels, or ``None`` if there is none.
+        classes: The name of the class by label, in the order of the indices; none for a regression.
+        source: The name of the table in messages.
 
     Returns:
         The data set; ``label`` is a ``ClassLabel`` or a float.
 
     Raises:
-        ValueError: A label is missing or unknown; the row is named, the first one is 1.
+        ValueError: A label is missing or unknown; the message names its row, counted from 1.
 
     Example:
         >>> table = pa.table({"review": ["good", "bad"], "stars": ["5", "1"]})
@@ -46,26 +46,26 @@ def to_dataset(
     features = {name: datasets.Value("string") for name in columns}
     if label is not None and classes:
         indices = pc.index_in(as_strings(table[label]), value_set=as_strings(pa.array(list(classes))))
-        why = f"is none of the labels {', '.join(classes)}: mend the row, or name all labels"
+        why = f"is none of the labels {', '.join(classes)}: fix the row, or name all labels"
         _refuse(table[label], indices.is_null(), source, label, why)
         columns["label"] = indices.cast(pa.int64())
         features["label"] = datasets.ClassLabel(names=list(classes.values()))
     elif label is not None:
         numbers = as_numbers(table[label])
         finite = pc.fill_null(pc.is_finite(numbers), False)
-        _refuse(table[label], pc.invert(finite), source, label, "is no finite number: mend the row")
+        _refuse(table[label], pc.invert(finite), source, label, "is not a finite number: fix the row")
         columns["label"] = numbers.cast(pa.float32(), safe=False)
         features["label"] = datasets.Value("float32")
     return datasets.Dataset(pa.table(columns), info=datasets.DatasetInfo(features=datasets.Features(features)))
 
 
 def as_strings(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Labels as the words by which they are mapped to classes: the number 1 is ``"1"``, and so is ``" 1 "``."""
+    """Return labels as the strings that are mapped to classes: both 1 and ``" 1 "`` become ``"1"``."""
     return pc.utf8_trim_whitespace(column.cast(pa.string()))
 
 
 def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Labels as numbers; null where one is none."""
+    """Return labels as numbers, and null for a label that is not a number."""
     try:
         return column.cast(pa.float64())
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""Texts, or prompts and their completions, to train a language model on: from files or from the hub."""
+"""Read texts, or prompts and completions, for language models, from files or from the hub."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
 class LanguageDataModule(TokenDataModule):
     """The base of the sources for language models: a subclass reads tables.
 
-    Every text ends with the tokenizer's end-of-text token, and starts as the tokenizer starts one. Of a prompt and its
-    completion, which follows it as it stands (begin it with a space if the model is to write one), only the completion
-    and the end are learnt. A sequence is
+    Every text ends with the tokenizer's end-of-text token, and starts as the tokenizer starts a text. A completion is
+    appended to its prompt unchanged, so begin it with a space if the model should write one; only the completion and
+    the end-of-text token are learnt. There are two kinds of sequences:
 
-    - *packed*: all texts one after the other, cut into blocks of ``max_length``, so that nothing is padded and nothing
-      lost; a token then sees texts before its own. All token ids of a split are held in memory;
-    - or a text by itself: one that is too long loses its end, and of a pair the beginning of the prompt first.
+    - Packed sequences: all texts are joined and cut into blocks of ``max_length``, so that nothing is padded or lost.
+      A token then sees earlier texts of its block. All token ids of a split are held in memory.
+    - Single texts: a text that is too long loses its end, and a pair first loses the beginning of its prompt.
 
     Args:
-        text_column: The column of texts, where there are no prompts.
+        text_column: The column of texts, if there are no prompts.
         prompt_column: The column of prompts, for pairs.
         completion_column: The column of completions, for pairs.
         packed: Whether sequences are packed; by default texts are and pairs are not.
@@ -61,15 +61,15 @@ class LanguageDataModule(TokenDataModule):
 
     @property
     def a_sample_is_a_text(self) -> bool:
-        """A block of packed texts is not."""
+        """Whether every sample is one text, which a block of packed texts is not."""
         return not self.packed
 
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Read the tables: where each comes from and what it holds, by split."""
+        """Read the tables: for each split, its name for messages and its rows."""
         raise NotImplementedError(f"{type(self).__name__} must read its tables")
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the tables; columns are ``text``, or ``prompt`` and ``completion``."""
+        """Read the tables; the columns are ``text``, or ``prompt`` and ``completion``."""
         return {split: self._texts(table, source) for split, (source, table) in self.read().items()}
 
     def _texts(self, table: pa.Table, source: object) -> datasets.Dataset:
@@ -80,11 +80,11 @@ class LanguageDataModule(TokenDataModule):
         if count := pc.sum(empty).as_py():
             if count == len(texts):
                 raise ValueError(f"{source}: {self.columns[last]} is empty in every row: name another column")
-            rank_zero_info(f"{source}: rows left out, where {self.columns[last]} is empty: {count}")
+            rank_zero_info(f"{source}: rows left out because {self.columns[last]} is empty: {count}")
         return datasets.Dataset(texts.filter(pc.invert(empty)))
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
-        """Refuse a limit that leaves nothing to predict, and a tokenizer that cannot end a text."""
+        """Refuse a limit that leaves nothing to predict, and a tokenizer without an end-of-text token."""
         if limit < 2:
             raise ValueError(f"max_length={limit} leaves no token to predict from another: it must be at least 2")
         if tokenizer.eos_token_id is None:
@@ -93,7 +93,7 @@ class LanguageDataModule(TokenDataModule):
     def tokenize(
         self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
     ) -> datasets.Dataset:
-        """Sequences of ``input_ids``; with ``labels`` beside them where not every token is learnt."""
+        """Make sequences of ``input_ids``, with ``labels`` if not every token is learnt."""
         cut = None if self.packed else limit
         encode = encode_pairs if self.pairs else encode_texts
         ends = (str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))
@@ -107,7 +107,7 @@ class LanguageDataModule(TokenDataModule):
         return pack(tokens, limit) if self.packed else tokens
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Sequences:
-        """A batch padded to its longest sequence, with labels."""
+        """Return the function that pads a batch to its longest sequence, with labels."""
         return Sequences(tokenizer, multiple)
 
 
@@ -121,7 +121,7 @@ class LanguageFiles(LanguageDataModule):
         **kwargs: Arguments of :class:`LanguageDataModule`.
 
     Raises:
-        ValueError: A file is missing, empty, broken or of another kind, or a column is not there or empty.
+        ValueError: A file is missing, empty, broken or of another kind, or a column does not exist or is empty.
 
     Example:
         >>> import tempfile, pathlib
@@ -147,14 +147,14 @@ class LanguageHub(LanguageDataModule):
     """Texts from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
 
     Args:
-        dataset: Its name, or the folder.
-        subset: Name of the subset, where it has several.
-        splits: Its split for each of ours, such as ``{train: train, val: validation}``; by default those of the usual
-            names ``train``, ``validation`` and ``test`` that it has.
+        dataset: The name of the data set, or the folder.
+        subset: The name of the subset, if there are several.
+        splits: The name in the data set for each of our splits, such as ``{train: train, val: validation}``; by default
+            those of the usual names ``train``, ``validation`` and ``test`` that exist.
         **kwargs: Arguments of :class:`LanguageDataModule`.
 
     Raises:
-        ValueError: The data set, a split or a column is not there.
+        ValueError: The data set, a split or a column does not exist.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The order of the training samples: shuffled, in batches of similar length, the same in every process."""
+"""Shuffle the training samples into batches of similar length, in the same order in every process."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
-_POOL = 50  # batches among which texts are sorted: as many as transformers' sampler takes
+_POOL = 50  # number of batches among which texts are sorted, as in transformers' sampler
 
 
 class ShuffledSampler(DistributedSampler[int]):
-    """A new order of the samples each epoch, a function of seed and epoch alone.
+    """A sampler with a new order in each epoch, which depends only on the seed and the epoch.
 
     With lengths, the samples of a batch have similar lengths, so that little is padded. The shuffled samples are cut
-    into pools of 50 batches, each pool is sorted and cut into batches, and the batches are shuffled. Of a global
-    batch every process takes its share, and they are of similar length across the processes, too.
+    into pools of 50 batches, each pool is sorted and cut into batches, and the batches are shuffled. Every process
+    takes its share of a global batch, so the lengths are also similar across processes.
 
-    It is a ``DistributedSampler`` with one process as well: Lightning leaves such a sampler as it is and tells it the
-    epoch, where it would wrap another in one.
+    It is a ``DistributedSampler`` also with one process, because Lightning uses such a sampler unchanged and tells it
+    the epoch, while it would wrap any other sampler.
 
     Args:
-        dataset: What is sampled.
-        batch_size: Samples a step and process.
-        lengths: Length of every sample; by default the order is merely shuffled.
+        dataset: The data set to sample.
+        batch_size: Samples per step and process.
+        lengths: Length of every sample; without lengths the order is only shuffled.
         seed: Seed.
         num_replicas: Number of processes.
-        rank: Which of them this is.
+        rank: The index of this process.
     """
 
     def __init__(
@@ -44,14 +44,16 @@ class ShuffledSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self.order()
-        return (order[position] for position in super().__iter__())  # which of the positions are this process's
+        return (
+            order[position] for position in super().__iter__()
+        )  # the base class chooses the positions of this process
 
     def order(self) -> list[int]:
-        """The samples of this epoch, over all processes."""
+        """Return the order of the samples in this epoch, over all processes."""
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self.dataset))  # type: ignore[arg-type]  # a sized data set
         if self.lengths is not None:
-            whole = len(order) - len(order) % self.global_batch  # a smaller batch stays the last
+            whole = len(order) - len(order) % self.global_batch  # an incomplete batch stays at the end
             size = _POOL * self.global_batch
             for start in range(0, whole, size):
                 pool = order[start : min(start + size, whole)]

@@ -1,4 +1,4 @@
-"""From texts to the sequences that a language model is trained on: ends, masks, blocks and batches."""
+"""Turn texts into the sequences that a language model is trained on: ends, masks, blocks and batches."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import pyarrow.compute as pc
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that is not learnt: what cross_entropy leaves out
+IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
 
 Columns = dict[str, list[list[int]] | list[int]]
 
 
 def encode_texts(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
-    """Token ids of texts with the end-of-text token at their end.
+    """Return token ids of texts, each with the end-of-text token at its end.
 
     Args:
-        batch: A column ``text``.
-        tokenizer: The model's own.
-        limit: Tokens that a text is cut to at its end, which is then no end of a text; ``None`` for no limit.
+        batch: A batch with the column ``text``.
+        tokenizer: The tokenizer of the model.
+        limit: Number of tokens that a text is cut to, which removes the end-of-text token; ``None`` for no limit.
 
     Returns:
-        Columns ``input_ids`` and ``length``.
+        The columns ``input_ids`` and ``length``.
     """
     texts = [[*_open(ids, tokenizer), tokenizer.eos_token_id][:limit] for ids in _ids(tokenizer, batch["text"])]
     return {"input_ids": texts, "length": [len(text) for text in texts]}
 
 
 def encode_pairs(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
-    """Token ids of prompts, their completions and the end-of-text token, and labels that leave out the prompt.
+    """Return token ids of prompts, completions and the end-of-text token, and labels that leave out the prompt.
 
     Args:
-        batch: Columns ``prompt`` and ``completion``.
-        tokenizer: The model's own.
-        limit: Tokens that a pair is cut to: first the beginning of the prompt, but not the token that starts a text,
-            then the end of the completion; ``None`` for no limit.
+        batch: A batch with the columns ``prompt`` and ``completion``.
+        tokenizer: The tokenizer of the model.
+        limit: Number of tokens that a pair is cut to. First the beginning of the prompt is removed, except for the
+            token that starts a text, then the end of the completion; ``None`` for no limit.
 
     Returns:
-        Columns ``input_ids``, ``labels`` and ``length``.
+        The columns ``input_ids``, ``labels`` and ``length``.
     """
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     prompts = _ids(tokenizer, batch["prompt"])
@@ -60,22 +60,24 @@ def encode_pairs(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, l
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **settings: bool) -> list[list[int]]:
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False, **settings)  # silent on what it cuts later
+    encoded = tokenizer(
+        texts, return_attention_mask=False, verbose=False, **settings
+    )  # no warning about long texts, which are cut later
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
 def _open(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text without the end that some tokenizers give it: a completion is to follow, or the end just once."""
+    """Remove the end that some tokenizers add, because a completion follows or the end is added later."""
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def pack(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
-    """Put all sequences one after the other and cut them into blocks.
+    """Join all sequences and cut them into blocks.
 
     Args:
-        tokens: Columns of lists of numbers, all of the same lengths, and ``length``.
-        size: Numbers in a block; the last one may have fewer.
+        tokens: Columns of lists of numbers, with the same lengths in every column, and the column ``length``.
+        size: Number of tokens per block; the last block may have fewer.
 
     Example:
         >>> tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "length": [3, 2]})
@@ -94,18 +96,18 @@ def pack(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
 
 
 class Sequences:
-    """Make a batch of sequences: padded on the right, what is padding has no label.
+    """Make a batch of sequences, padded on the right; padding is not learnt.
 
     Args:
-        tokenizer: Pads, with a token that may be the end of a text as well.
-        multiple: What the length of a batch is a multiple of.
+        tokenizer: The tokenizer, which pads; its padding token may also be the end-of-text token.
+        multiple: The length of a batch is a multiple of this number.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> None:
         self.collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=multiple)
 
     def __call__(self, samples: list[dict[str, Any]]) -> Mapping[str, Tensor]:
-        """Labels are the tokens themselves where there are no others."""
+        """Return a batch; samples without labels get their own tokens as labels."""
         batch: Mapping[str, Tensor] = self.collate(
             [{**sample, "labels": sample.get("labels", sample["input_ids"])} for sample in samples]
         )

@@ -1,4 +1,4 @@
-"""Your own texts: CSV, TSV, JSON lines or Parquet, or any data set of the hub."""
+"""Read your own texts from CSV, TSV, JSON lines or Parquet files, or from a data set of the hub."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from geolora_pl.data.texts.tables import read_table
 class LabelledTexts(TextDataModule):
     """The base of the sources whose columns the user names: a subclass reads tables.
 
-    Labels that are words or whole numbers are classes; numbers with decimals are a regression, and so are whole ones
-    with ``regression``.
+    Labels that are words or whole numbers are classes. Numbers with decimals are the targets of a regression, and so
+    are whole numbers with ``regression=True``.
 
     Args:
         text_column: The column of texts.
@@ -31,8 +31,8 @@ class LabelledTexts(TextDataModule):
         **kwargs: Arguments of :class:`TextDataModule`.
 
     Raises:
-        ValueError: ``labels`` holds one twice or what is no string, or is given for a regression, or two columns have
-            the same name.
+        ValueError: ``labels`` holds a label twice or one that is not a string, or is given for a regression, or two
+            columns have the same name.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LabelledTexts(TextDataModule):
         self._labels = labels
 
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Read the tables: where each comes from and what it holds, by split; all but ``predict`` have labels."""
+        """Read the tables: for each split, its name for messages and its rows; only ``predict`` has no labels."""
         raise NotImplementedError(f"{type(self).__name__} must read its tables")
 
     @property
@@ -74,7 +74,7 @@ class LabelledTexts(TextDataModule):
         return self._labels
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the tables and map the labels of every split as those of ``train`` are mapped."""
+        """Read the tables and map the labels of every split in the same way as those of ``train``."""
         tables = self.read()
         if self._labels is None:
             source, table = tables["train"]
@@ -108,7 +108,7 @@ class TextFiles(LabelledTexts):
         **kwargs: Arguments of :class:`LabelledTexts`.
 
     Raises:
-        ValueError: A file is missing, empty, broken or of another kind, a column is not there, or a text or label in
+        ValueError: A file is missing, empty, broken or of another kind, a column does not exist, or a text or label in
             it is missing or unknown.
 
     Example:
@@ -145,14 +145,14 @@ class TextHub(LabelledTexts):
     """Texts with labels from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
 
     Args:
-        dataset: Its name, or the folder.
-        subset: Name of the subset, where it has several.
-        splits: Its split for each of ours, such as ``{train: train, val: validation}``; by default those of the usual
-            names ``train``, ``validation`` and ``test`` that it has.
+        dataset: The name of the data set, or the folder.
+        subset: The name of the subset, if there are several.
+        splits: The name in the data set for each of our splits, such as ``{train: train, val: validation}``; by default
+            those of the usual names ``train``, ``validation`` and ``test`` that exist.
         **kwargs: Arguments of :class:`LabelledTexts`.
 
     Raises:
-        ValueError: The data set, a split or a column is not there, or a text or label is missing or unknown.
+        ValueError: The data set, a split or a column does not exist, or a text or label is missing or unknown.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class TextHub(LabelledTexts):
 
 
 def _find_labels(column: pa.ChunkedArray, regression: bool | None) -> list[str]:
-    """The classes, sorted, numbers by their value; none for a regression."""
+    """Return the classes, sorted, numbers by their value; none for a regression."""
     words = pc.unique(as_strings(column.drop_null()))
     words = words.filter(pc.not_equal(words, ""))
     numbers = _cast(words, pa.float64())

@@ -1,4 +1,4 @@
-"""Tables of plain columns from files: CSV, TSV, JSON lines and Parquet."""
+"""Read tables of plain columns from CSV, TSV, JSON lines and Parquet files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from pyarrow import csv, json, parquet
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-_BLOCK = 1 << 26  # bytes read at once: the longest row that there may be
+_BLOCK = 1 << 26  # bytes read at once, which limits the length of a row
 
 
 def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
-    """Read some columns of a file, by its suffix.
+    """Read some columns of a file; its suffix says how it is read.
 
-    In ``.csv`` a field may be quoted; in ``.tsv`` quotes are data. Both are read as UTF-8, every column as strings;
-    ``.jsonl`` (or ``.json`` with one object a line) and ``.parquet`` know their types, and a string is one also where
+    In ``.csv`` a field may be quoted; in ``.tsv`` quotes are data. Both are read as UTF-8, and every column as strings.
+    ``.jsonl`` (or ``.json`` with one object per line) and ``.parquet`` have types, and a string stays a string even if
     it looks like a date.
 
     Args:
@@ -26,7 +26,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
         columns: The columns to keep, in this order.
 
     Raises:
-        ValueError: The file is missing, empty, broken or of another kind, or a column is not there or not plain.
+        ValueError: The file is missing, empty, broken or of another kind, or a column does not exist or is not plain.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -43,7 +43,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
             table = _read_json_lines(path)
             there = table.column_names
     except pa.ArrowInvalid as error:
-        remedy = "" if suffix == ".parquet" else "; it must hold one object a line"
+        remedy = "" if suffix == ".parquet" else "; it must hold one object per line"
         raise ValueError(f"{path} cannot be read: {error}{remedy}") from error
     if not set(columns) <= set(there):
         raise _absent(path, columns, there)
@@ -62,18 +62,18 @@ def _read_json_lines(path: Path) -> pa.Table:
 def read_delimited(
     path: Path, columns: Sequence[str], *, tab: bool, header: Sequence[str] = (), skip_malformed: bool = False
 ) -> pa.Table:
-    """Read some columns of a file of lines, as strings; an empty line is a row where there is but one column.
+    """Read some columns of a file of lines as strings; an empty line is a row if there is only one column.
 
     Args:
-        path: The file; a byte-order mark at its start is no data.
+        path: The file; a byte-order mark at its start is ignored.
         columns: The columns to keep, in this order.
-        tab: Whether tabs separate the fields and quotes are data; else commas do, and a field may be quoted.
-        header: Names of all columns of a file whose first line is data already.
-        skip_malformed: Whether lines with too many or too few fields are left out, and their number said, rather than
-            refused.
+        tab: Whether tabs separate the fields and quotes are data; otherwise commas do, and a field may be quoted.
+        header: The names of all columns, for a file without a header line.
+        skip_malformed: Whether to leave out lines with too many or too few fields, with a message that says how many,
+            instead of refusing the file.
 
     Raises:
-        ValueError: The file is missing, empty or broken, or a column is not there.
+        ValueError: The file is missing, empty or broken, or a column does not exist.
     """
     _refuse_missing(path)
     malformed: list[csv.InvalidRow] = []
@@ -92,7 +92,7 @@ def read_delimited(
         ignore_empty_lines=not one_column,
         invalid_row_handler=skip,
     )
-    # A row has no number, for a message, where several threads read.
+    # With several threads, pyarrow would not say the number of a wrong row.
     read = csv.ReadOptions(column_names=list(header) or None, block_size=_BLOCK, use_threads=False)
     convert = csv.ConvertOptions(
         include_columns=list(columns),
@@ -108,18 +108,18 @@ def read_delimited(
         raise ValueError(f"{path} cannot be read: {error}") from error
     if malformed:
         rank_zero_info(
-            f"{path}: lines left out for not having {malformed[0].expected_columns} fields: {len(malformed)}"
+            f"{path}: lines left out because they do not have {malformed[0].expected_columns} fields: {len(malformed)}"
         )
     return _not_empty(path, table)
 
 
 def _refuse_missing(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is no file (from {Path.cwd()})")
+        raise ValueError(f"{path} is not a file (from {Path.cwd()})")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{path} cannot be read: give yourself the permission to")
+        raise ValueError(f"{path} cannot be read: give yourself the permission to read it")
 
 
 def _absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> ValueError:
@@ -128,14 +128,14 @@ def _absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> ValueEr
 
 
 def plain(table: pa.Table, source: object) -> pa.Table:
-    """Columns of pandas' categories as the values that they stand for, the others as they are.
+    """Replace columns of categories, as pandas writes them, by their values; leave other columns unchanged.
 
     Raises:
         ValueError: A column holds lists or structures.
     """
     for index, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
-            raise ValueError(f"{source}: {field.name} holds {field.type}, and must hold strings or numbers")
+            raise ValueError(f"{source}: {field.name} holds {field.type}, but must hold strings or numbers")
         if pa.types.is_dictionary(field.type):
             table = table.set_column(index, field.name, table[index].cast(field.type.value_type))
     return table

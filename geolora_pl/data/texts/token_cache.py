@@ -1,4 +1,4 @@
-"""Token ids of a data set, made once and kept on disk under a name that says what they were made from."""
+"""Make the token ids of a data set once and keep them on disk, under a hash of what they were made from."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 def tokenize(
     texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path, name: str
 ) -> datasets.Dataset:
-    """Replace texts by token ids, or take those of an earlier run from the cache.
+    """Replace texts by token ids, or take the token ids of an earlier run from the cache.
 
     Args:
-        texts: Columns ``text``, ``text_pair`` if there are pairs, and ``label`` if there are labels.
-        tokenizer: The model's own.
-        max_length: Tokens that a text or pair is cut to, special ones included.
-        cache_dir: Where the token ids are kept.
-        name: What the progress bar calls the texts.
+        texts: A data set with the columns ``text``, ``text_pair`` for pairs, and ``label`` if there are labels.
+        tokenizer: The tokenizer of the model.
+        max_length: Number of tokens that a text or pair is cut to, special tokens included.
+        cache_dir: The folder of the cached token ids.
+        name: The name of the texts in the progress bar.
 
     Returns:
-        The data set with ``input_ids``, ``length`` (their number), what else the model takes (but no attention mask,
-        which comes with the padding) and ``label``.
+        The data set with ``input_ids``, their number ``length``, the other inputs of the model and ``label``. There is
+        no attention mask, because padding adds it.
     """
 
     def encode(batch: Mapping[str, Any]) -> BatchEncoding:
@@ -53,17 +53,17 @@ def cached(
     cache_dir: Path,
     name: str,
 ) -> datasets.Dataset:
-    """Replace all columns but ``label`` by those that a function makes of them, or take them from the cache.
+    """Replace all columns except ``label`` by those that a function makes of them, or take them from the cache.
 
-    The cache file is written under another name and moved into place, so that processes that meet there all find
-    whole data.
+    The cache file is written under another name and moved into place, so that several processes with one cache always
+    find complete data.
 
     Args:
         texts: The data set.
-        encode: From a batch of columns to one of new columns.
-        made_with: Besides the rows themselves, all that the new columns depend on.
-        cache_dir: Where they are kept.
-        name: What the progress bar calls the texts.
+        encode: The function from a batch of columns to a batch of new columns.
+        made_with: Everything besides the rows on which the new columns depend.
+        cache_dir: The folder of the cache.
+        name: The name of the texts in the progress bar.
     """
     fingerprint = hashlib.sha256("\n".join((content_hash(texts), *made_with)).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def cached(
 
 
 def content_hash(dataset: datasets.Dataset) -> str:
-    """A hash of the rows themselves, whatever files and names they come from."""
+    """Return a hash of the rows themselves, whatever files and names they come from."""
     digest = hashlib.sha256(str(dataset.features).encode())
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
         for batch in table.combine_chunks().to_batches():
@@ -87,10 +87,10 @@ def content_hash(dataset: datasets.Dataset) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does, which is the same before and after its first use.
+    """Return a hash of what a tokenizer does, which is the same before and after its first use.
 
-    Calling a fast tokenizer leaves the truncation and padding of that call in its state; they do not count here. That
-    of a slow one is of the whole object, with the folder from which it was loaded.
+    A call of a fast tokenizer leaves truncation and padding in its state, so the hash leaves them out. The hash of a
+    slow tokenizer is that of the whole object, which includes the folder from which it was loaded.
     """
     if not tokenizer.is_fast:
         return str(Hasher.hash(tokenizer))

@@ -1,4 +1,4 @@
-"""Texts to predict: the lines of a file, or a column of a table."""
+"""Read texts to predict, from the lines of a file or from a column of a table."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class UnlabelledTexts(TextDataModule):
     r"""The texts of a file, in their order, for ``predict`` alone.
 
     Args:
-        file: A ``.txt`` with a text a line, or a table: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+        file: A ``.txt`` file with one text per line, or a table: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
         text_column: The column of texts in a table.
-        pair_column: The column of the second texts, for pairs; not in a ``.txt``.
-        batch_size: Texts or pairs a step and process, at least 1.
-        max_length: As of :class:`TextDataModule`: give what the model was trained with.
-        num_workers: As of :class:`TextDataModule`.
-        cache_dir: As of :class:`TextDataModule`.
+        pair_column: The column of the second texts, for pairs; not for a ``.txt`` file.
+        batch_size: Texts or pairs per step and process, at least 1.
+        max_length: Number of tokens that a text is cut to; give the value with which the model was trained.
+        num_workers: Number of loader processes, as for :class:`TextDataModule`.
+        cache_dir: The folder of the cached token ids, as for :class:`TextDataModule`.
 
     Raises:
-        ValueError: The file is missing, empty, broken or of another kind, or a column is not there.
+        ValueError: The file is missing, empty, broken or of another kind, or a column does not exist.
 
     Example:
         >>> import tempfile
@@ -49,21 +49,21 @@ class UnlabelledTexts(TextDataModule):
         self.file = Path(file)
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
         if self.file.suffix == ".txt" and pair_column is not None:
-            raise ValueError(f"pair_column={pair_column!r} is for a table, and {file} is one of lines: leave it out")
+            raise ValueError(f"pair_column={pair_column!r} is for a table, but {file} is a file of lines: leave it out")
 
     @property
     def class_names(self) -> list[str]:
-        """None: the model knows them."""
+        """An empty list, because only the model knows the classes."""
         return []
 
     @property
     def num_classes(self) -> None:  # type: ignore[override]  # nobody knows it here
-        """Unknown: the model knows it."""
+        """``None``, because only the model knows the number of classes."""
         return None
 
     @property
     def metrics(self) -> list[str]:
-        """None: there are no labels."""
+        """An empty list, because there are no labels."""
         return []
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
@@ -76,11 +76,11 @@ class UnlabelledTexts(TextDataModule):
 
     def _lines(self) -> list[str]:
         if not self.file.is_file():
-            raise ValueError(f"{self.file} is no file (from {Path.cwd()})")
+            raise ValueError(f"{self.file} is not a file (from {Path.cwd()})")
         try:
             text = self.file.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.file} is no text in UTF-8: {error}") from error
+            raise ValueError(f"{self.file} is not text in UTF-8: {error}") from error
         if not text:
             raise ValueError(f"{self.file} is empty")
         return text.removesuffix("\n").split("\n")  # not splitlines, which splits at form feeds, too
