@@ -3,7 +3,7 @@ r"""RiemannianAdam: moments that do not depend on the basis for the adapters, Ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +91,6 @@ class RiemannianAdam(Optimizer):
             polar factor of each momentum, scaled to norm one (Muon in tangent coordinates), which fills the rank it is
             given; ``entrywise``: Adam's division entry by entry, scaled to the same norm.
 
-    Attributes:
-        found_inf: Set to a tensor just before a step, as torch's gradient scaler does: the step is taken where it is 0,
-            and leaves weights and state alone where it is 1, without waiting for the device.
-
     Raises:
         ValueError: An argument is out of range, or no group holds adapters.
 
@@ -105,7 +101,7 @@ class RiemannianAdam(Optimizer):
         >>> optimizer = RiemannianAdam(model, lr=0.1)
     """
 
-    found_inf: Tensor | None
+    _left_out: Tensor | None = None
 
     def __init__(
         self,
@@ -135,6 +131,14 @@ class RiemannianAdam(Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             _check(group)
+
+    def leave_out_next_step_if(self, flag: Tensor) -> None:
+        """Let the next step change neither weights nor state if ``flag`` is 1, without waiting for the device.
+
+        Args:
+            flag: (), 0 or 1, on the device of the parameters.
+        """
+        self._left_out = flag
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of an optimizer of the same geometry.
@@ -167,7 +171,7 @@ class RiemannianAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = self.__dict__.pop("found_inf", None)
+        left_out, self._left_out = self._left_out, None
         adapters = adapter_of_factor()
         for group in self.param_groups:
             parameters = group["params"]
@@ -176,54 +180,45 @@ class RiemannianAdam(Optimizer):
                 having = ((K, L) for K, L in pairs if K.grad is not None and L.grad is not None)
                 for stack in stacks(having, adapters):
                     with without_autocast(stack.factors[0].device):  # a step may be taken inside autocast
-                        self._step_adapters(stack, group, found_inf)
+                        self._step_adapters(stack, group, left_out)
             else:
-                self._step_others([p for p in parameters if p.grad is not None], group, found_inf)
+                self._step_others([p for p in parameters if p.grad is not None], group, left_out)
         return loss
 
-    def _step_adapters(self, stack: Stack, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        """K and L of one adapter are neighbours; all of them are one matrix here, one under the other."""
-        (factors, columns), (beta1, beta2), eps = stack, group["betas"], group["eps"]
+    def _step_adapters(self, stack: Stack, group: dict[str, Any], left_out: Tensor | None) -> None:
+        """Step many adapters as one matrix: K and L of each adapter are neighbours, one under the other."""
+        (factors, columns), (beta1, beta2) = stack, group["betas"]
         rows = [len(factor) for factor in factors]
         owner = owners(tuple(a + b for a, b in zip(rows[::2], rows[1::2], strict=True)), factors[0].device)
         G = torch.cat(leading(_gradients(factors), columns))
         taken: float | Tensor = 1.0
-        if found_inf is not None:
-            G, taken = torch.where(found_inf > 0, 0, G), 1.0 - found_inf.to(G.dtype)
-        M = self._lerp(factors, "exp_avg", G, rows, (1 - beta1) * taken)
+        if left_out is not None:
+            G, taken = torch.where(left_out > 0, 0, G), 1.0 - left_out.to(G.dtype)
+        M = self._average(factors, "exp_avg", G, rows, (1 - beta1) * taken)
+        v = self._second_moment(group["geometry"], factors, G, rows, (1 - beta2) * taken)
         steps = self._count(factors[::2], taken)
-        bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
-
-        # A direction, the weights of its rows, and the scale of each adapter that gives both the norm 1 at most.
-        direction = M
-        of_rows: float | Tensor = 1.0
-        if group["geometry"] == "spectral":
-            direction = torch.cat([polar_factor(momentum) for momentum in M.split(rows)])
-            scale = 1 / _pair_norms(direction.split(rows)).clamp_min(eps)
-        elif group["geometry"] == "isotropic":
-            squares = _pair_norms(G.split(rows)).square()
-            seconds = self._states(factors[::2], "exp_avg_sq", squares.unbind())
-            v = torch.stack(seconds).lerp_(squares, (1 - beta2) * taken)
-            torch._foreach_copy_(seconds, list(v.unbind()))
-            scale = 1 / (bias1 * ((v / bias2).sqrt() + eps))
-        elif group["geometry"] == "rowwise":
-            ones = G.new_ones(G.shape[1])  # sums over rows are several times faster as products
-            v = self._lerp(factors, "exp_avg_sq", G.square() @ ones, rows, (1 - beta2) * taken)
-            # Cautious: the rows in which momentum and gradient agree, and no step in the others.
-            of_rows = ((M * G) @ ones > 0) / ((v / bias2[owner]).sqrt() + eps)
-            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
-        else:
-            v = self._lerp(factors, "exp_avg_sq", G.square(), rows, (1 - beta2) * taken)
-            direction = M / ((v / bias2[owner, None]).sqrt() + eps)
-            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
+        adapters = Adapters(rows, owner, 1 - torch.pow(beta1, steps), 1 - torch.pow(beta2, steps), group["eps"])
+        direction, weights, scale = _GEOMETRIES[group["geometry"]](G, M, v, adapters)
         live = leading(factors, columns)
         if group["weight_decay"]:
             kept = 1 - group["lr"] * group["weight_decay"] * taken
             torch._foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
-        step = direction * (of_rows * (-group["lr"] * taken * scale)[owner])[:, None]
+        step = direction * (weights * (-group["lr"] * taken * scale)[owner])[:, None]
         torch._foreach_add_(live, list(step.split(rows)))
 
-    def _step_others(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _second_moment(
+        self, geometry: Geometry, factors: Sequence[Tensor], G: Tensor, rows: list[int], weight: float | Tensor
+    ) -> Tensor:
+        """The average of the squares of every row, pair or entry, as the geometry wants it; spectral keeps none."""
+        if geometry == "rowwise":
+            return self._average(factors, "exp_avg_sq", _sum_of_rows(G.square()), rows, weight)
+        if geometry == "isotropic":
+            return self._average(factors[::2], "exp_avg_sq", _pair_norms(G.split(rows)).square(), None, weight)
+        if geometry == "entrywise":
+            return self._average(factors, "exp_avg_sq", G.square(), rows, weight)
+        return G.new_empty(0)
+
+    def _step_others(self, parameters: list[Tensor], group: dict[str, Any], left_out: Tensor | None) -> None:
         if not parameters:
             return
         adamw(
@@ -234,8 +229,8 @@ class RiemannianAdam(Optimizer):
             [],
             self._steps(parameters),
             foreach=False,
-            fused=found_inf is not None or parameters[0].device.type != "cpu",
-            found_inf=found_inf,
+            fused=left_out is not None or parameters[0].device.type != "cpu",
+            found_inf=left_out,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -245,16 +240,25 @@ class RiemannianAdam(Optimizer):
             maximize=False,
         )
 
-    def _lerp(
-        self, factors: Sequence[Tensor], key: str, new: Tensor, lengths: list[int], weight: float | Tensor
+    def _average(
+        self, parameters: Sequence[Tensor], key: str, new: Tensor, rows: list[int] | None, weight: float | Tensor
     ) -> Tensor:
-        """Move a moment of all factors towards ``new``, of which each has so many rows, and return it whole."""
-        of_rows = new.dim() == 1
-        moments = self._states(factors, key, new.split(lengths) if of_rows else factors)
-        moments = moments if of_rows else leading(moments, new.shape[1])
-        moved = torch.cat(moments).lerp_(new, weight)
-        torch._foreach_copy_(moments, list(moved.split(lengths)))
-        return moved
+        """Move a running average of all parameters towards ``new`` and return it whole.
+
+        Args:
+            parameters: Whose state it is.
+            key: The name of the average in their state.
+            new: (rows, columns), or (rows,), or (parameters,): one number for each entry, row or parameter.
+            rows: How many rows of ``new`` each parameter has; ``None`` if it has one number.
+            weight: Of ``new`` in the average.
+        """
+        parts = new.unbind() if rows is None else new.split(rows)
+        averages = self._states(parameters, key, parameters if new.dim() == 2 else parts)
+        if new.dim() == 2:
+            averages = leading(averages, new.shape[1])
+        whole = (torch.stack(averages) if rows is None else torch.cat(averages)).lerp_(new, weight)
+        torch._foreach_copy_(averages, list(whole.unbind() if rows is None else whole.split(rows)))
+        return whole
 
     def _states(self, parameters: Sequence[Tensor], key: str, like: Sequence[Tensor]) -> list[Tensor]:
         for parameter, example in zip(parameters, like, strict=True):
@@ -276,11 +280,88 @@ class RiemannianAdam(Optimizer):
         return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
 
 
-def _norm_of_ones(v: Tensor, owner: Tensor, adapters: int) -> Tensor:
-    """Norm of each K and L together if every entry were one, but for rows whose second moment is zero."""
+class Adapters(NamedTuple):
+    """What a geometry knows of the adapters whose K and L lie one under the other in a matrix.
+
+    Attributes:
+        rows: The number of rows of every factor, K and L of one adapter side by side.
+        owner: (rows,), the number of the adapter that each row belongs to.
+        bias1: (adapters,), ``1 - beta1^t`` with the steps t of each adapter, by which its first moment is too small.
+        bias2: (adapters,), ``1 - beta2^t``, by which its second moment is too small.
+        eps: Added to the root of the second moment.
+    """
+
+    rows: list[int]
+    owner: Tensor
+    bias1: Tensor
+    bias2: Tensor
+    eps: float
+
+
+class Direction(NamedTuple):
+    """A step of norm one at most of every adapter: row i of ``direction`` times ``weights[i] * scale[owner[i]]``.
+
+    A geometry gives it in three parts because only the first is as large as the gradient: the step is formed from them
+    in one pass, together with the learning rate.
+    """
+
+    direction: Tensor
+    weights: Tensor | float
+    scale: Tensor
+
+
+def rowwise(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""One second moment per row, and no step in the rows whose gradient has turned against the momentum.
+
+    .. math::
+        \frac{1}{\sqrt{m + n}} \; \frac{\hat M_{i:}}{\sqrt{\hat v_i} + \epsilon} \;
+        [\langle M_{i:}, G_{i:} \rangle > 0]
+    """
+    v_hat = v / adapters.bias2[adapters.owner]
+    agrees = _sum_of_rows(M * G) > 0
+    return Direction(M, agrees / (v_hat.sqrt() + adapters.eps), 1 / (adapters.bias1 * _norm_of_ones(v, adapters)))
+
+
+def isotropic(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""One second moment per adapter: :math:`\hat M / (\sqrt{\hat v} + \epsilon)`."""
+    v_hat = v / adapters.bias2
+    return Direction(M, 1.0, 1 / (adapters.bias1 * (v_hat.sqrt() + adapters.eps)))
+
+
+def spectral(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""The polar factor P of the momentum of K, and that of L, scaled together: :math:`P / \lVert P \rVert`.
+
+    The polar factor does not depend on the size of the momentum, and so this needs neither v nor a bias correction.
+    """
+    polar = torch.cat([polar_factor(momentum) for momentum in M.split(adapters.rows)])
+    return Direction(polar, 1.0, 1 / _pair_norms(polar.split(adapters.rows)).clamp_min(adapters.eps))
+
+
+def entrywise(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""Adam: one second moment per entry, :math:`\hat M / (\sqrt{\hat v} + \epsilon) / \sqrt{\text{entries}}`."""
+    v_hat = v / adapters.bias2[adapters.owner, None]
+    direction = M / (v_hat.sqrt() + adapters.eps)
+    return Direction(direction, 1.0, 1 / (adapters.bias1 * _norm_of_ones(v, adapters)))
+
+
+_GEOMETRIES: dict[Geometry, Callable[[Tensor, Tensor, Tensor, Adapters], Direction]] = {
+    "rowwise": rowwise,
+    "isotropic": isotropic,
+    "spectral": spectral,
+    "entrywise": entrywise,
+}
+
+
+def _norm_of_ones(v: Tensor, adapters: Adapters) -> Tensor:
+    """The norm of each K and L together if every entry of v were one that is not zero, that is, ever had a gradient."""
     present = (v != 0).to(v.dtype)
-    counts = v.new_zeros(adapters).index_add_(0, owner, present if v.dim() == 1 else present.sum(1))
+    counts = torch.zeros_like(adapters.bias2).index_add_(0, adapters.owner, present if v.dim() == 1 else present.sum(1))
     return counts.clamp_min(1).sqrt()
+
+
+def _sum_of_rows(matrix: Tensor) -> Tensor:
+    """The sum of each row, as a product, which is several times faster than a sum."""
+    return matrix @ matrix.new_ones(matrix.shape[1])
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

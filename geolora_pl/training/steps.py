@@ -89,7 +89,7 @@ class StepWatch:
         """Ask the device which of the steps taken were skipped there, count them as skipped, and return how many."""
         if not self._unsettled:
             return 0
-        flags: list[float] = torch.stack([found_inf for found_inf, _ in self._unsettled]).tolist()
+        flags: list[float] = torch.stack([flag for flag, _ in self._unsettled]).tolist()
         for skipped, (_, decay) in zip(flags, self._unsettled, strict=True):
             if not skipped:
                 self._decay_by(decay)
@@ -140,27 +140,12 @@ class StepWatch:
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        found_inf = None
-        if self._can_skip_on_device(optimizer, parameters):
-            found_inf = (~_squares_are_finite(parameters).all()).to(torch.float32)
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        broken_on_device = None
+        if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
+            broken_on_device = (~_squares_are_finite(parameters).all()).to(torch.float32)
+            optimizer.leave_out_next_step_if(broken_on_device)
         elif (broken := _first_non_finite(parameters)) is not None:
-            names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-            finite = bool(_values(broken).isfinite().all())
-            for parameter in parameters:
-                parameter.grad = None
-            how = "so large that its square is not finite" if finite else "not finite"
-            what = f"the gradient of {names.get(id(broken), 'a parameter')} is {how}"
-            # A gradient scaler that leaves the check to the optimizer overflows as a matter of course.
-            if self.on_nonfinite == "raise" and getattr(optimizer, "found_inf", None) is None:
-                raise FloatingPointError(
-                    f"{what}: no step was taken and nothing has changed; look at the last batch, lower lr, clip the "
-                    "gradients, or set on_nonfinite='skip'"
-                )
-            self.skipped_steps += 1
-            _warn(
-                f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps"
-            )
+            self._skip(optimizer, parameters, broken)
             return
         trained = {name: K for name, layer in self.adapters.items() if (K := layer.K).requires_grad}
         missing = {name for name, K in trained.items() if K.grad is None}
@@ -170,10 +155,27 @@ class StepWatch:
             return
         self.new_steps += 1
         decay = self._decay_of(optimizer)
-        if found_inf is None:
+        if broken_on_device is None:
             self._decay_by(decay)
         else:
-            self._unsettled.append((found_inf, decay))
+            self._unsettled.append((broken_on_device, decay))
+
+    def _skip(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], broken: nn.Parameter) -> None:
+        """Leave out a step, or raise, for the gradient of the parameter ``broken``."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        how = "so large that its square is not finite" if _values(broken).isfinite().all() else "not finite"
+        what = f"the gradient of {names.get(id(broken), 'a parameter')} is {how}"
+        for parameter in parameters:
+            parameter.grad = None
+        # A gradient scaler that leaves the check to the optimizer, by this attribute, overflows as a matter of course.
+        scaled = getattr(optimizer, "found_inf", None) is not None
+        if self.on_nonfinite == "raise" and not scaled:
+            raise FloatingPointError(
+                f"{what}: no step was taken and nothing has changed; look at the last batch, lower lr, clip the "
+                "gradients, or set on_nonfinite='skip'"
+            )
+        self.skipped_steps += 1
+        _warn(f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps")
 
     def _decay_of(self, optimizer: Optimizer) -> dict[str, float]:
         """By what the step shrinks the updates, of those adapters that it does shrink."""
@@ -190,11 +192,10 @@ class StepWatch:
         for name, factor in decay.items():
             self.decay[name] *= factor
 
-    def _can_skip_on_device(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
-        """Whether a step can be left out without knowing here that it is."""
+    def _may_be_left_out_on_device(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether the step of an optimizer that can leave it out itself need not be judged here, after a wait."""
         return (
-            isinstance(optimizer, RiemannianAdam)
-            and self.on_nonfinite == "skip"
+            self.on_nonfinite == "skip"
             and bool(parameters)
             and all(p.device == parameters[0].device and _waits(p.device) for p in parameters)
             and not any(is_sharded(p) or p.grad.is_sparse for p in parameters if p.grad is not None)
