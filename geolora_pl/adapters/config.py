@@ -49,30 +49,36 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_ranks()
+        self._check_names()
+        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r} must be a finite number above 0")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
+        if self.train_bias not in (True, False, "all"):
+            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
+
+    def _check_ranks(self) -> None:
         _check_rank("max_rank", self.max_rank)
         _check_rank("init_rank", self.init_rank)
         if self.init_rank > self.max_rank:
             raise ValueError(
                 f"init_rank={self.init_rank} is above max_rank={self.max_rank}: lower init_rank or raise max_rank"
             )
-        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r} must be a finite number above 0")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
-        if not self.target_modules:
-            raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(expression := getattr(self, name), str):
-                _check_expression(name, expression)
-        if self.train_bias not in (True, False, "all"):
-            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
-        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
         if not isinstance(self.rank_pattern, Mapping):
             raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
         for pattern, rank in self.rank_pattern.items():
             _check_expression("rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
+
+    def _check_names(self) -> None:
+        if not self.target_modules:
+            raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(self, name), str):
+                _check_expression(name, expression)
+        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
 
 
 def _is_number(value: object) -> bool:
@@ -84,7 +90,7 @@ def _check_expression(name: str, expression: str) -> None:
         re.compile(expression)
     except re.error as error:
         raise ValueError(
-            f"{name}={expression!r} is no regular expression: {error}; a list holds plain names"
+            f"{name}={expression!r} is not a regular expression: {error}; a list holds plain names"
         ) from error
 
 

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.adapters.targets import (
-    _all_names,
-)
+from geolora_pl.adapters.targets import all_names
 from geolora_pl.math.precision import exact_products
 
 _INPUTS = 8  # random inputs on which a layer is compared before and after
@@ -121,6 +119,7 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
         ValueError: The model has no adapters, or an update is not finite (nothing is merged then).
 
     Example:
+        >>> from geolora_pl import inject_adapters
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> _ = inject_adapters(model)
         >>> merge_adapters(model)
@@ -142,7 +141,7 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
             )
         norm = torch.linalg.vector_norm(base, dtype=layer.U.dtype)
         changes[name] = float(torch.linalg.vector_norm(delta) / norm.clamp_min(1e-30))
-    names = _all_names(model)
+    names = all_names(model)
     for name, layer in adapters.items():
         plain = layer.plain(merged[name])
         for alias in names[id(layer)]:

@@ -28,6 +28,7 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[GeoLoRALa
         ValueError: One of them is no such class.
 
     Example:
+        >>> import torch
         >>> class Projection(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
