@@ -19,13 +19,23 @@ from geolora_pl.math.precision import without_autocast, working_dtype
 FACTORS = ("U", "S", "V", "K", "L")
 
 
-# So that an optimizer that is given bare parameters can tell which of them are K and L of one adapter.
-_living: weakref.WeakSet[GeoLoRALayer] = weakref.WeakSet()
+class _Owner(weakref.ref["GeoLoRALayer"]):
+    """The adapter that K or L belongs to, as the parameter itself carries it.
+
+    It is held weakly: adapter and parameter would otherwise keep each other, and the model, in memory.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, ()  # a parameter that is saved alone belongs to no adapter, and torch.load takes no class of ours
 
 
-def adapter_of_factor() -> dict[int, GeoLoRALayer]:
-    """Every adapter there is, by the identity of its K."""
-    return {id(layer.K): layer for layer in _living}
+def adapter_of(parameter: Tensor) -> GeoLoRALayer | None:
+    """The adapter that has a parameter as its K or L, for an optimizer that is given bare parameters; or ``None``."""
+    owner = getattr(parameter, "_geolora_owner", None)
+    adapter = owner() if isinstance(owner, _Owner) else None
+    if adapter is None or not (parameter is adapter.K or parameter is adapter.L):
+        return None  # also of a parameter that another has replaced
+    return adapter
 
 
 class GeoLoRALayer(nn.Module):
@@ -86,15 +96,25 @@ class GeoLoRALayer(nn.Module):
 
         self.U, self.S, self.V = zeros(m, trained=False), zeros(R, trained=False), zeros(n, trained=False)
         self.K, self.L = zeros(m, trained=True), zeros(n, trained=True)
-        _living.add(self)
         with torch.no_grad():
             for basis in (self.U, self.V):
                 gaussian = torch.randn(len(basis), self.rank, device=device, dtype=dtype)
                 basis[:, : self.rank] = torch.linalg.qr(gaussian).Q
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, as every assignment does, and mark it if it is K or L."""
+        super().register_parameter(name, param)
+        self._mark_factors()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of a copy, or from a pickle
-        _living.add(self)
+        self._mark_factors()
+
+    def _mark_factors(self) -> None:
+        """Let K and L know their adapter; see :func:`adapter_of`."""
+        for name in ("K", "L"):
+            if (factor := self._parameters.get(name)) is not None:
+                factor._geolora_owner = _Owner(self)  # type: ignore[attr-defined]
 
     @property
     def max_rank(self) -> int:
@@ -200,6 +220,7 @@ class GeoLoRALayer(nn.Module):
             for child in self.children():
                 child._apply(fn)
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        self._mark_factors()  # which torch may have replaced
         return self
 
     def extra_repr(self) -> str:

@@ -15,11 +15,11 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import OnNonfinite, check_settings
+from geolora_pl.training.binding import Binding
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
 from geolora_pl.training.steps import StepWatch
 
-_REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
 _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
 
 
@@ -123,7 +123,8 @@ class RankAdaptiveIntegrator:
                 f"budget={budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
                 "lower min_rank"
             )
-        self._watch = StepWatch(model, self.adapters, on_nonfinite)
+        self._binding = Binding(self.adapters)
+        self._watch = StepWatch(model, self.adapters, self._binding, on_nonfinite)
 
     @property
     def skipped_steps(self) -> int:
@@ -183,23 +184,13 @@ class RankAdaptiveIntegrator:
         """Stop watching the optimizer; the integrator is of no use after it."""
         self._watch.close()
 
+    def is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds K or L of any adapter."""
+        return self._binding.trains_any(optimizer)
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
-        if isinstance(optimizer, _REFUSED):
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
-                "optimizer of the Adam family, or SGD"
-            )
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, layer in self.adapters.items():
-            if layer.K.requires_grad != layer.L.requires_grad:
-                raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
-            for factor in (layer.K, layer.L):
-                if factor.requires_grad and id(factor) not in held:
-                    raise ValueError(
-                        f"the optimizer does not hold the factors of the adapter {name}: make it after "
-                        "inject_adapters(model), from all parameters that require gradients"
-                    )
+        self._binding.check(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from geolora_pl.adapters.base import adapter_of_factor
+from geolora_pl.adapters.base import adapter_of
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import without_autocast
 from geolora_pl.math.ranks import resolution
@@ -41,8 +41,7 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else model
     trained = [p for p in parameters if p.requires_grad]
-    adapters = adapter_of_factor()
-    layers = [adapters[id(p)] for p in trained if id(p) in adapters]
+    layers = [layer for p in trained if (layer := adapter_of(p)) is not None and p is layer.K]
     factors = [factor for layer in layers for factor in (layer.K, layer.L)]
     of_adapters = {id(p) for p in factors}
     rest = [p for p in trained if id(p) not in of_adapters]
@@ -172,13 +171,12 @@ class RiemannianAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         left_out, self._left_out = self._left_out, None
-        adapters = adapter_of_factor()
         for group in self.param_groups:
             parameters = group["params"]
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
                 having = ((K, L) for K, L in pairs if K.grad is not None and L.grad is not None)
-                for stack in stacks(having, adapters):
+                for stack in stacks(having):
                     with without_autocast(stack.factors[0].device):  # a step may be taken inside autocast
                         self._step_adapters(stack, group, left_out)
             else:

@@ -16,6 +16,7 @@ from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
 from geolora_pl.math.ranks import OnNonfinite
+from geolora_pl.training.binding import Binding
 from geolora_pl.training.distributed import anywhere, is_sharded
 from geolora_pl.training.optim import RiemannianAdam
 
@@ -41,14 +42,20 @@ class StepWatch:
     Args:
         model: The model, for the names of its parameters.
         adapters: Its adapters by name.
+        binding: Knows which optimizers train them.
         on_nonfinite: What to do with a step whose gradient is not finite: ``skip`` it, or ``raise`` a
             ``FloatingPointError`` before anything has changed.
     """
 
     def __init__(
-        self, model: nn.Module, adapters: Mapping[str, GeoLoRALayer], on_nonfinite: OnNonfinite = "skip"
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, GeoLoRALayer],
+        binding: Binding,
+        on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         self.adapters = adapters
+        self._binding = binding
         self.on_nonfinite = on_nonfinite
         self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
@@ -123,8 +130,7 @@ class StepWatch:
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
         """
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(factor) in held for layer in self.adapters.values() for factor in (layer.K, layer.L)):
+        if not self._binding.trains_any(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:

@@ -134,7 +134,7 @@ SETTINGS = [
         r"\['gone'\] matches no layer that can be adapted.*qkv",
         id="target-unknown",
     ),
-    pytest.param([f"{ADAPTER}target_modules=[qkv,gone]"], r"'gone' matches none of .*qkv.*mend it", id="one-target"),
+    pytest.param([f"{ADAPTER}target_modules=[qkv,gone]"], r"'gone' matches none of .*qkv.*correct it", id="one-target"),
     pytest.param(
         [f"{ADAPTER}target_modules=(["], r"target_modules='\(\[' is not a regular expression", id="targets-regex"
     ),

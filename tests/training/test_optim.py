@@ -328,7 +328,7 @@ def test_live_columns_alone_and_all_columns_take_the_same_step(monkeypatch, geom
             takes_all.leave_out_next_step_if(torch.tensor(float(t == skipped)))
         optimizer.step()
         with monkeypatch.context() as patch:  # of adapters that it does not know, an optimizer takes all columns
-            patch.setattr("geolora_pl.training.optim.adapter_of_factor", dict)
+            patch.setattr("geolora_pl.training.stacks.adapter_of", lambda factor: None)
             takes_all.step()
         for ours, theirs in zip(model.parameters(), of_all.parameters(), strict=True):
             close(ours, theirs, within=EXACT)
@@ -341,3 +341,20 @@ def test_live_columns_alone_and_all_columns_take_the_same_step(monkeypatch, geom
     assert min(changes) < 0 < max(changes)
     assert any(first != second for first, second in live)
     assert {8, 16, 48} <= {columns for of_step in live for columns in of_step}
+
+
+def test_adapters_that_join_by_add_param_group_are_trained_and_retracted():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    first, second = inject_adapters(model, AdapterConfig(target_modules=["0", "1"])).values()
+    integrator = RankAdaptiveIntegrator(model)
+    optimizer = RiemannianAdam(first.parameters())
+    with pytest.raises(ValueError, match="does not hold the factors of the adapter 1"):
+        integrator.step(optimizer)
+    optimizer.add_param_group({"params": [second.K, second.L], "adapters": True})
+    for t in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        assert integrator.step(optimizer)
+        assert integrator.total_steps == t + 1
+    assert all(adapter.delta_weight().any() for adapter in (first, second))
