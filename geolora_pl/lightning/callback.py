@@ -152,12 +152,7 @@ class GeoLoRACallback(L.Callback):
             wrapped.find_unused_parameters or wrapped.static_graph
         ):
             integrator.require_gradients()
-        factors = {id(layer.K) for layer in integrator.adapters.values()}
-        holders = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if any(id(parameter) in factors for group in optimizer.param_groups for parameter in group["params"])
-        ]
+        holders = [optimizer for optimizer in trainer.optimizers if integrator.is_trained_by(optimizer)]
         if len(holders) != 1:
             raise ValueError(
                 f"{len(holders)} of the {len(trainer.optimizers)} optimizers hold adapters, and exactly one must: in "
