@@ -169,12 +169,10 @@ class RankAdaptiveIntegrator:
         return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.growing else self.adapt_every
 
     def settle(self) -> None:
-        """Take back the steps that a device, as is known only now, has skipped; waits for it."""
+        """Subtract the steps that were counted, but that a device has skipped; waits for the device to know them."""
         skipped = self._watch.settle()
-        uncounted = min(skipped, self._watch.new_steps)
-        self._watch.new_steps -= uncounted
-        self.steps -= skipped - uncounted
-        self.total_steps -= skipped - uncounted
+        self.steps -= skipped
+        self.total_steps -= skipped
 
     def require_gradients(self) -> None:
         """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
@@ -195,16 +193,13 @@ class RankAdaptiveIntegrator:
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
         self.settle()
-        state = {name: getattr(self, name) for name in _STATE}
-        return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
+        return {name: getattr(self, name) for name in _STATE} | self._watch.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave."""
-        self._watch.forget()
+        """Restore what :meth:`state_dict` returned."""
         for name in _STATE:
             setattr(self, name, state[name])
-        self._watch.skipped_steps = state["skipped_steps"]
-        self._watch.decay = dict(state["decay"])
+        self._watch.load_state_dict(state)
 
     def retract(self, optimizer: Optimizer | None = None) -> None:
         """Fold every pending increment into its factors now, whatever the cadence.

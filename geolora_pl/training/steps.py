@@ -93,7 +93,11 @@ class StepWatch:
         return taken
 
     def settle(self) -> int:
-        """Ask the device which of the steps taken were skipped there, count them as skipped, and return how many."""
+        """Ask the device which steps were skipped there, and count them as skipped; waits for the device.
+
+        Returns:
+            How many of the steps that :meth:`take` has already returned were none.
+        """
         if not self._unsettled:
             return 0
         flags: list[float] = torch.stack([flag for flag, _ in self._unsettled]).tolist()
@@ -108,12 +112,20 @@ class StepWatch:
                 f"{count} optimizer steps were skipped whole, for gradients that are not finite or so large that "
                 "their squares are not; nothing has changed in them, and skipped_steps counts them"
             )
-        return count
+        not_yet_taken = min(count, self.new_steps)
+        self.new_steps -= not_yet_taken
+        return count - not_yet_taken
 
-    def forget(self) -> None:
-        """Forget the steps that nobody has taken up, as where another state is loaded."""
+    def state_dict(self) -> dict[str, Any]:
+        """Skipped steps and pending decay, of steps that are settled."""
+        return {"skipped_steps": self.skipped_steps, "decay": dict(self.decay)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, and forget the steps that were seen since."""
         self.new_steps = 0
         self._unsettled = []
+        self.skipped_steps = state["skipped_steps"]
+        self.decay = dict(state["decay"])
 
     def forget_decay(self, names: Iterable[str]) -> None:
         """Start again from a decay of one, for these adapters."""
