@@ -4,14 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from geolora_pl.math.precision import summing_dtype
 
-OnNonfinite = Literal["skip", "raise"]
+
+@dataclass(frozen=True)
+class RankRule:
+    """When retractions are due and how they choose the ranks, checked when it is made.
+
+    Args:
+        tau: Relative truncation tolerance in the Frobenius norm, in [0, 1).
+        budget: Adapter parameters allowed in all, at least 1, or ``None`` for no limit.
+        min_rank: Least rank of an adapter, at least 0.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        grow: Whether the ranks grow first, before tau judges them.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> RankRule(tau=0.1, adapt_every=10).while_growing()
+        RankRule(tau=0.0, budget=None, min_rank=1, adapt_every=10, grow=False)
+    """
+
+    tau: float
+    budget: int | None = None
+    min_rank: int = 1
+    adapt_every: int = 1
+    grow: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tau, (int, float)) and 0 <= self.tau < 1):
+            raise ValueError(
+                f"tau={self.tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped"
+            )
+        for name, least in (("min_rank", 0), ("adapt_every", 1)):
+            if not _is_whole(value := getattr(self, name), least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if self.budget is not None and not _is_whole(self.budget, 1):
+            raise ValueError(
+                f"budget={self.budget!r} must be a whole number of adapter parameters, at least 1, or None"
+            )
+        if not isinstance(self.grow, bool):
+            raise ValueError(f"grow={self.grow!r} must be True or False: it says whether the ranks grow first")
+
+    def while_growing(self) -> RankRule:
+        """The rule while the ranks grow: nothing is dropped but what ``max_rank`` and the budget ask for."""
+        return replace(self, tau=0.0)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def resolution(m: int, n: int, dtype: torch.dtype) -> float:
@@ -119,20 +166,3 @@ def usual_cadence(steps: float) -> int:
         (1, 5, 10)
     """
     return 10 if steps >= 100 else max(1, int(steps // 10))
-
-
-def check_settings(
-    tau: float, budget: int | None, min_rank: int, adapt_every: int, grow: bool, on_nonfinite: str
-) -> None:
-    """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
-    if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
-        raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
-    for name, value, least in (("min_rank", min_rank, 0), ("adapt_every", adapt_every, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-        raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
-    if not isinstance(grow, bool):
-        raise ValueError(f"grow={grow!r} must be True or False: it is whether the ranks grow first")
-    if on_nonfinite not in get_args(OnNonfinite):
-        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import adapter_parameters, find_adapters
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import exact_products
-from geolora_pl.math.ranks import OnNonfinite, check_settings
+from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
-from geolora_pl.training.steps import StepWatch
+from geolora_pl.training.steps import OnNonfinite, StepWatch
 
 _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
 
@@ -48,6 +50,7 @@ class RankAdaptiveIntegrator:
 
     Attributes:
         adapters: The adapters by name.
+        rule: When a retraction is due and how it chooses the ranks.
         growing: Whether the ranks still grow: ``tau`` has not judged yet.
         rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
         steps: Optimizer steps since the last retraction.
@@ -96,18 +99,13 @@ class RankAdaptiveIntegrator:
         grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        check_settings(tau, budget, min_rank, adapt_every, grow, on_nonfinite)
+        self.rule = RankRule(tau, budget, min_rank, adapt_every, grow)
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
         for layer in self.adapters.values():
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
-        if min_rank > (largest := max(layer.max_rank for layer in self.adapters.values())):
-            raise ValueError(f"min_rank={min_rank} is above the largest max_rank, {largest}: lower it")
-        self.tau = tau
-        self.budget = budget
-        self.min_rank = min_rank
-        self.adapt_every = adapt_every
+        _check_floors(self.rule, self.adapters)
         self.growing = grow
         self.rank_changes = True
         self.steps = 0
@@ -115,16 +113,17 @@ class RankAdaptiveIntegrator:
         self.adaptations = 0
         self.truncation_error = 0.0
         self._reset_keys: set[str] = set()  # optimizer state already named
-        floors = [min(min_rank, layer.max_rank) for layer in self.adapters.values()]
-        costs = [layer.in_features + layer.out_features for layer in self.adapters.values()]
-        least = sum(floor * cost for floor, cost in zip(floors, costs, strict=True))
-        if budget is not None and budget < least:
-            raise ValueError(
-                f"budget={budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
-                "lower min_rank"
-            )
         self._binding = Binding(self.adapters)
         self._watch = StepWatch(model, self.adapters, self._binding, on_nonfinite)
+
+    @property
+    def adapt_every(self) -> int:
+        """Optimizer steps from one retraction to the next; may be set, as a run that is resumed keeps its own."""
+        return self.rule.adapt_every
+
+    @adapt_every.setter
+    def adapt_every(self, steps: int) -> None:
+        self.rule = replace(self.rule, adapt_every=steps)
 
     @property
     def skipped_steps(self) -> int:
@@ -215,13 +214,13 @@ class RankAdaptiveIntegrator:
     @torch.no_grad()
     def _fold(self, optimizer: Optimizer | None, grow: bool) -> None:
         self.settle()
-        tau = None if not self.rank_changes else 0.0 if grow else self.tau
+        rule = self.rule.while_growing() if grow else self.rule
         with exact_products(next(iter(self.adapters.values())).U.device):
-            self._retract(tau, optimizer, whole=self.growing and not grow)  # what has grown is judged, pending or not
+            self._retract(rule, optimizer, whole=self.growing and not grow)  # what has grown is judged, pending or not
         self.growing = grow
 
-    def _retract(self, tau: float | None, optimizer: Optimizer | None, whole: bool) -> None:
-        plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank, whole)
+    def _retract(self, rule: RankRule, optimizer: Optimizer | None, whole: bool) -> None:
+        plan = plan_retraction(self.adapters, self._watch.decay, rule, self.rank_changes, whole)
         try:
             for group in plan.groups:
                 self._move(group, optimizer)
@@ -266,3 +265,17 @@ class RankAdaptiveIntegrator:
                 GeoLoRAWarning,
                 stacklevel=2,
             )
+
+
+def _check_floors(rule: RankRule, adapters: Mapping[str, GeoLoRALayer]) -> None:
+    """Raise a ValueError if the adapters cannot have the ranks that ``min_rank`` asks for."""
+    if rule.min_rank > (largest := max(layer.max_rank for layer in adapters.values())):
+        raise ValueError(f"min_rank={rule.min_rank} is above the largest max_rank, {largest}: lower it")
+    least = sum(
+        min(rule.min_rank, layer.max_rank) * (layer.in_features + layer.out_features) for layer in adapters.values()
+    )
+    if rule.budget is not None and rule.budget < least:
+        raise ValueError(
+            f"budget={rule.budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
+            "lower min_rank"
+        )

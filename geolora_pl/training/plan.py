@@ -12,7 +12,7 @@ from torch import Tensor
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
-from geolora_pl.math.ranks import ranks_by_budget, ranks_by_tau, resolution
+from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
 Adapters = Mapping[str, GeoLoRALayer]
@@ -56,21 +56,20 @@ class Plan:
 
 
 def plan_retraction(
-    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
+    adapters: Adapters, decay: Mapping[str, float], rule: RankRule, rank_changes: bool, whole: bool
 ) -> Plan:
     """Plan a retraction; where several processes train together, all have the plan of rank 0, from one message.
 
     Args:
         adapters: By name.
         decay: Factor of S of each adapter, in [0, 1].
-        tau: Relative truncation tolerance, or ``None`` to leave every rank as it is.
-        budget: Adapter parameters allowed in all, or ``None``.
-        min_rank: Least rank, at least 0.
+        rule: Chooses the ranks.
+        rank_changes: Whether tau may change ranks; if not, only the budget may.
         whole: Whether adapters with nothing pending move as well.
     """
     if processes() == 1:
-        return _decide(adapters, decay, tau, budget, min_rank, whole)
-    plan = _decide(adapters, decay, tau, budget, min_rank, whole) if decides() else _blank(adapters, min_rank)
+        return _decide(adapters, decay, rule, rank_changes, whole)
+    plan = _decide(adapters, decay, rule, rank_changes, whole) if decides() else _blank(adapters, rule.min_rank)
     return _agree(plan)
 
 
@@ -95,21 +94,24 @@ def _group_by_shape(adapters: Adapters) -> list[list[str]]:
     return list(groups.values())
 
 
-def _decide(
-    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
-) -> Plan:
+def _decide(adapters: Adapters, decay: Mapping[str, float], rule: RankRule, rank_changes: bool, whole: bool) -> Plan:
     """The new ranks: by tau or as they are, then by the budget. No number is read from a device."""
-    groups = [_decide_group(adapters, names, decay, tau, min_rank, whole) for names in _group_by_shape(adapters)]
-    if budget is not None:
-        groups = _within_budget(adapters, groups, budget, min_rank)
+    groups = [_decide_group(adapters, names, decay, rule, rank_changes, whole) for names in _group_by_shape(adapters)]
+    if rule.budget is not None:
+        groups = _within_budget(adapters, groups, rule.budget, rule.min_rank)
     return Plan(groups, _truncation_error(groups))
 
 
 def _decide_group(
-    adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], tau: float | None, min_rank: int, whole: bool
+    adapters: Adapters,
+    names: Sequence[str],
+    decay: Mapping[str, float],
+    rule: RankRule,
+    rank_changes: bool,
+    whole: bool,
 ) -> GroupPlan:
     layer = adapters[names[0]]
-    columns, columns_after = _columns(adapters, names, min_rank)
+    columns, columns_after = _columns(adapters, names, rule.min_rank)
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factors = [decay[name] for name in names]
     if any(factor != 1 for factor in factors):  # for a copy from the host may wait for a GPU
@@ -117,10 +119,10 @@ def _decide_group(
     step = decomposition.decompose(U, S, V, K, L, columns_after)
     pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
     ranks = (U != 0).any(-2).sum(-1)  # as they are, without such a copy
-    if tau is not None:
+    if rank_changes:
         least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
-        floor = min(min_rank, layer.max_rank)
-        ranks = torch.where(pending, ranks_by_tau(step.sigma, tau, least, floor, layer.max_rank), ranks)
+        floor = min(rule.min_rank, layer.max_rank)
+        ranks = torch.where(pending, ranks_by_tau(step.sigma, rule.tau, least, floor, layer.max_rank), ranks)
     return GroupPlan(names, step, ranks, pending)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
-from geolora_pl.math.ranks import OnNonfinite
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.distributed import anywhere, is_sharded
 from geolora_pl.training.optim import RiemannianAdam
+
+OnNonfinite = Literal["skip", "raise"]
+
+
+def check_on_nonfinite(value: str) -> None:
+    """Raise a ValueError unless the value says what to do with a gradient that is not finite."""
+    if value not in get_args(OnNonfinite):
+        raise ValueError(f"on_nonfinite={value!r} must be one of {', '.join(get_args(OnNonfinite))}")
 
 
 class StepWatch:
@@ -54,6 +61,7 @@ class StepWatch:
         binding: Binding,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
+        check_on_nonfinite(on_nonfinite)
         self.adapters = adapters
         self._binding = binding
         self.on_nonfinite = on_nonfinite

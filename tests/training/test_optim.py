@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters, parameter_groups
 from geolora_pl.math.decomposition import computed_columns
+from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.optim import polar_factor
 
 GEOMETRIES = ["rowwise", "isotropic", "spectral", "entrywise"]
@@ -316,7 +317,7 @@ def test_live_columns_alone_and_all_columns_take_the_same_step(monkeypatch, geom
     integrator = RankAdaptiveIntegrator(model, tau=0.0, adapt_every=2)
     live = []
     for t in range(16):
-        integrator.tau = 0.5 if 8 <= t < 12 else 0.0
+        integrator.rule = RankRule(tau=0.5 if 8 <= t < 12 else 0.0, adapt_every=2)
         optimizer.zero_grad()
         x = torch.randn(64, 48).double()
         (model(x) - x[:, :30]).square().mean().backward()
