@@ -14,14 +14,14 @@ class AdapterConfig:
     """What is adapted, and how large the adapters may become.
 
     Args:
-        init_rank: Rank at the start, in [1, max_rank]; a larger one ends at a somewhat larger rank, with equal scores.
+        init_rank: Rank at the start, in [1, max_rank]; a larger one ends at somewhat larger ranks with equal scores.
         max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the smaller
             side of the layer's matrix.
         target_modules: ``"all-linear"`` (every linear layer, GPT-2's Conv1D among them, but the task head and
             ``modules_to_save``), a list of names (a module matches by its whole name or its last components), or one
             regular expression that must match the whole name, as in PEFT; names also reach convolutions and
-            embeddings. A task takes ``"auto"``, too: what suits its model.
-        exclude_modules: Names, matched likewise, or one regular expression: never adapted.
+            embeddings. A task also accepts ``"auto"``, which means the layers that suit its model.
+        exclude_modules: A list of names or one regular expression, matched in the same way; these are never adapted.
         modules_to_save: Names of modules that are trained in full, such as a new head.
         alpha: Constant factor of the update, above 0: ``scaling = alpha``, never a function of the rank. A setting
             ``alpha / r`` of other libraries carries over as ``alpha / r``.

@@ -70,7 +70,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
         module.requires_grad_(True)
     if config.train_bias == "all":
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # in_proj_bias, too
+            if name.endswith("bias"):  # this includes in_proj_bias
                 parameter.requires_grad_(True)
     return adapters
 
@@ -93,7 +93,7 @@ def adapter_parameters(adapters: Mapping[str, GeoLoRALayer]) -> int:
 def remove_adapters(model: nn.Module) -> None:
     """Put the plain layers back without their updates, in place.
 
-    What else was trained, such as a head, stays as it is.
+    Other modules that were trained, such as a head, stay as they are.
 
     Args:
         model: A model with adapters; plain again afterwards.

@@ -62,7 +62,7 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def resolution(m: int, n: int, dtype: torch.dtype) -> float:
-    """Relative size below which a singular value of an (m, n) retraction is rounding and no direction.
+    """Relative size below which a singular value of an (m, n) retraction is only rounding.
 
     Rounding in inner products of length m grows like its square root. In 656 random retractions with planted dependent
     columns, from 1 x 1 to 2048 x 1024, the largest singular value that should have been zero was
@@ -106,7 +106,7 @@ def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int, ma
 def ranks_by_budget(
     sigmas: Sequence[Tensor], ranks: Sequence[Tensor], costs: Sequence[int], budget: int, min_ranks: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Share a budget of parameters among adapters so that the energy kept a parameter is largest.
+    """Share a budget of parameters among adapters so that the energy kept per parameter is largest.
 
     The floors are paid first, inside the budget. Then singular triplets are bought in descending order of
     ``sigma^2 / cost``, each while it fits; of one adapter only in order.
@@ -116,12 +116,12 @@ def ranks_by_budget(
     many rounds as there are costs buy what one purchase after the other would, without a look at any number.
 
     Args:
-        sigmas: For each group, adapters for which a rank costs the same: their singular values (B, k), descending.
-            Groups may be on different devices.
-        ranks: (B,), int64, most that each adapter may have, at most k, as after :func:`ranks_by_tau`.
+        sigmas: The singular values (B, k), descending, of each group; in a group a rank of every adapter costs the
+            same. Groups may be on different devices.
+        ranks: (B,), int64, the most that each adapter may have, at most k, as after :func:`ranks_by_tau`.
         costs: Parameters that one rank of each adapter of the group takes, ``m + n``.
         budget: Parameters in all, at least what the floors cost.
-        min_ranks: (B,), int64, least that each adapter must have, at most its entry of ``ranks``.
+        min_ranks: (B,), int64, the least that each adapter must have, at most its entry of ``ranks``.
 
     Returns:
         For each group the ranks (B,), int64, on its device.
@@ -137,7 +137,8 @@ def ranks_by_budget(
         rank = torch.arange(sigma.shape[-1], device=sigma.device)
         energies.append((sigma.to(summing_dtype(sigma.device)).square() / cost).flatten().to(device))
         offers.append(((rank >= least[:, None]) & (rank < most[:, None])).flatten().to(device))
-    order = torch.cat(energies).argsort(descending=True, stable=True)  # stable: one adapter's stay in order
+    # The sort is stable, so that the energies of one adapter stay in order.
+    order = torch.cat(energies).argsort(descending=True, stable=True)
     price = torch.cat([torch.full_like(o, cost, dtype=torch.int64) for o, cost in zip(offers, costs, strict=True)])
     price, kept = price[order], torch.cat(offers)[order]
     budget = min(budget, sum(cost * sigma.numel() for sigma, cost in zip(sigmas, costs, strict=True)))  # fits int64
@@ -154,12 +155,12 @@ def ranks_by_budget(
 
 
 def usual_cadence(steps: float) -> int:
-    """Optimizer steps from one retraction to the next in a run of so many steps: 10, fewer in less than 100.
+    """Optimizer steps from one retraction to the next: 10, or a tenth of a run of less than 100 steps.
 
-    Between two retractions a new direction gathers what several gradients say of it before it is judged.
+    With several steps between two retractions a new direction sums up several gradients before tau judges it.
 
     Args:
-        steps: May be infinite.
+        steps: Optimizer steps of the run; may be infinite.
 
     Example:
         >>> usual_cadence(5), usual_cadence(50), usual_cadence(5000)

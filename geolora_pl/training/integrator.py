@@ -43,10 +43,10 @@ class RankAdaptiveIntegrator:
     any torch optimizer that holds its adapters, from the first one on, without being told.
 
     Where several processes train together (``torch.distributed`` is initialised), rank 0 decides every retraction and
-    sends ranks and factors to the others in one message, so that all stay the same to the bit. They must hold the same
-    adapters and gradients that are already reduced, as with DDP.
+    sends ranks and factors to the others in one message, so that all stay equal to the bit. They must hold the same
+    adapters, and gradients that are already reduced, as with DDP.
 
-    The defaults are Algorithm 1; those of :class:`~geolora_pl.GeoLoRACallback` are what was measured best.
+    The defaults are those of Algorithm 1; :class:`~geolora_pl.GeoLoRACallback` has the ones that measured best.
 
     Attributes:
         adapters: The adapters by name.
@@ -112,7 +112,7 @@ class RankAdaptiveIntegrator:
         self.total_steps = 0
         self.adaptations = 0
         self.truncation_error = 0.0
-        self._reset_keys: set[str] = set()  # optimizer state already named
+        self._reset_keys: set[str] = set()  # keys of the optimizer's state that a warning has named
         self._binding = Binding(self.adapters)
         self._watch = StepWatch(model, self.adapters, self._binding, on_nonfinite)
 
@@ -153,7 +153,7 @@ class RankAdaptiveIntegrator:
         self.check_optimizer(optimizer)
         new_steps = self._watch.take()
         if not new_steps and not self.steps and self._anything_pending():
-            new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
+            new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps
         if self.steps >= self._interval():
@@ -216,7 +216,8 @@ class RankAdaptiveIntegrator:
         self.settle()
         rule = self.rule.while_growing() if grow else self.rule
         with exact_products(next(iter(self.adapters.values())).U.device):
-            self._retract(rule, optimizer, whole=self.growing and not grow)  # what has grown is judged, pending or not
+            # After the growth tau judges every adapter, also one with nothing pending.
+            self._retract(rule, optimizer, whole=self.growing and not grow)
         self.growing = grow
 
     def _retract(self, rule: RankRule, optimizer: Optimizer | None, whole: bool) -> None:
@@ -226,7 +227,7 @@ class RankAdaptiveIntegrator:
                 self._move(group, optimizer)
                 self._watch.forget_decay(group.names)
             ranks, self.truncation_error = plan.on_host()
-        except BaseException:  # ranks are those of the factors, however many of them have moved
+        except BaseException:  # keep the ranks true to the factors, however many of them have moved
             for layer in self.adapters.values():
                 layer.read_rank()
             raise

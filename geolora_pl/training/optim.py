@@ -26,8 +26,8 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``.
 
     Args:
-        model: A model with adapters, or parameters of one; those that need no gradient are left out.
-        head_lr: Learning rate of all but the adapters, above 0, or ``None`` for the optimizer's own.
+        model: A model with adapters, or parameters of such a model; those that need no gradient are left out.
+        head_lr: Learning rate, above 0, of everything but the adapters; ``None`` means the optimizer's own.
 
     Returns:
         One to three groups, none of them empty.
@@ -82,10 +82,10 @@ class RiemannianAdam(Optimizer):
     Args:
         params: The model, its parameters, or groups: from :func:`parameter_groups`, or your own, in which those with K
             and L side by side carry ``adapters: True``.
-        lr: Norm of a step of an adapter, at least 0; also AdamW's learning rate in groups without one of their own.
-        betas: Decay of first and second moments, in [0, 1); AdamW's, too.
+        lr: Norm of a step of an adapter, at least 0; also the learning rate of AdamW in groups that set none.
+        betas: Decay of first and second moments, in [0, 1), also of AdamW.
         eps: Added to the root of the second moment, above 0.
-        weight_decay: Decoupled; for the adapters the integrator applies it to S.
+        weight_decay: Decoupled weight decay; of the adapters the integrator decays S.
         geometry: ``rowwise`` as above; ``isotropic``: one second moment for each pair of K and L; ``spectral``: the
             polar factor of each momentum, scaled to norm one (Muon in tangent coordinates), which fills the rank it is
             given; ``entrywise``: Adam's division entry by entry, scaled to the same norm.
@@ -140,10 +140,10 @@ class RiemannianAdam(Optimizer):
         self._left_out = flag
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of an optimizer of the same geometry.
+        """Restore the state of an optimizer of the same geometry.
 
         Raises:
-            ValueError: It has another, whose second moments mean something else.
+            ValueError: The state has another geometry, whose second moments mean something else.
         """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
             if (geometry := theirs.get("geometry")) != ours["geometry"]:
@@ -153,7 +153,7 @@ class RiemannianAdam(Optimizer):
                 )
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
-            if "step" in state:  # torch leaves it where it was saved from
+            if "step" in state:  # torch leaves it on the device that it was saved from
                 state["step"] = state["step"].to(parameter.device)
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class RiemannianAdam(Optimizer):
     def _second_moment(
         self, geometry: Geometry, factors: Sequence[Tensor], G: Tensor, rows: list[int], weight: float | Tensor
     ) -> Tensor:
-        """The average of the squares of every row, pair or entry, as the geometry wants it; spectral keeps none."""
+        """The running average of squares that the geometry needs: per row, pair or entry; spectral keeps none."""
         if geometry == "rowwise":
             return self._average(factors, "exp_avg_sq", _sum_of_rows(G.square()), rows, weight)
         if geometry == "isotropic":
@@ -272,7 +272,7 @@ class RiemannianAdam(Optimizer):
         return [self.state[parameter]["step"] for parameter in parameters]
 
     def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:
-        """Steps taken by each parameter, with this one if it is taken, as a vector; at least 1."""
+        """Count this step, if it is taken, and return the steps of each parameter, at least 1, as a vector."""
         steps = self._steps(parameters)
         torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
         return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
@@ -351,7 +351,7 @@ _GEOMETRIES: dict[Geometry, Callable[[Tensor, Tensor, Tensor, Adapters], Directi
 
 
 def _norm_of_ones(v: Tensor, adapters: Adapters) -> Tensor:
-    """The norm of each K and L together if every entry of v were one that is not zero, that is, ever had a gradient."""
+    """For each adapter the root of the number of rows, or entries, of K and L that ever had a gradient."""
     present = (v != 0).to(v.dtype)
     counts = torch.zeros_like(adapters.bias2).index_add_(0, adapters.owner, present if v.dim() == 1 else present.sum(1))
     return counts.clamp_min(1).sqrt()
@@ -363,7 +363,7 @@ def _sum_of_rows(matrix: Tensor) -> Tensor:
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    """``P Q^T`` of the SVD of a matrix (..., d, R): of the same rank, with every singular value one."""
+    """``P Q^T`` of the SVD of a matrix (..., d, R): it has the same rank, and every singular value is one."""
     P, sigma, Qh = svd(matrix)
     rows, columns = matrix.shape[-2:]
     distinct = sigma > resolution(rows, columns, sigma.dtype) * sigma[..., :1]

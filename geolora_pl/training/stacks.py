@@ -1,4 +1,4 @@
-"""Which K and L an optimizer steps as one matrix, and how many of their columns."""
+"""Decide which K and L an optimizer steps as one matrix, and with how many of their columns."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from geolora_pl.adapters.base import adapter_of
 from geolora_pl.math.decomposition import computed_columns
 
 # Measured on one core for 72 adapters of 768 and 3072 rows.
-_CACHED = 2**18  # entries; from 2**15 to all
-_WORTH_LEAVING_OUT = 32  # zero columns; fewer cost less than memory in pieces
+_CACHED = 2**18  # entries; 2**15 up to all of them were tried
+_WORTH_LEAVING_OUT = 32  # zero columns; fewer cost less than memory that is not contiguous
 
 
 class Stack(NamedTuple):
-    """K and L of adapters, side by side, and the number of their columns that may not be zero."""
+    """K and L of several adapters, side by side, and the number of their columns that may be nonzero."""
 
     factors: list[Tensor]
     columns: int
@@ -62,5 +62,5 @@ def leading(matrices: Sequence[Tensor], columns: int) -> list[Tensor]:
 @lru_cache(maxsize=16)
 def owners(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """The number of the adapter that each row belongs to, for adapters with so many rows."""
-    with torch.inference_mode(False):  # it is kept
+    with torch.inference_mode(False):  # the cache keeps it for later steps
         return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)

@@ -35,16 +35,16 @@ class StepWatch:
     optimizer's parameters are set to ``None`` just before it. A step that never happens, as when a gradient scaler
     skips it, is not counted.
 
-    To know that takes a wait for the device. On a GPU an optimizer that can leave a step out by itself
-    (:class:`~geolora_pl.RiemannianAdam`) is told by a tensor instead, and how many steps were skipped is known at
-    :meth:`settle`.
+    The host has to wait for the device to know that. On a GPU an optimizer that can leave out a step by itself
+    (:class:`~geolora_pl.RiemannianAdam`) gets a tensor instead that tells it to, and :meth:`settle` finds out later how
+    many steps were skipped.
 
     Attributes:
-        new_steps: Steps taken since :meth:`take`.
+        new_steps: Steps since :meth:`take` was called last.
         decay: For each adapter, the product of ``1 - lr * weight_decay`` since :meth:`forget_decay`, with the lr of
             each step.
         skipped_steps: Steps skipped because a gradient was not finite.
-        every_adapter_needs_a_gradient: Raise where one has none, instead of a warning.
+        every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
 
     Args:
         model: The model, for the names of its parameters.
@@ -70,12 +70,12 @@ class StepWatch:
         self.skipped_steps = 0
         self.decay: dict[str, float] = dict.fromkeys(adapters, 1.0)
         self._model = model
-        self._without_gradient: set[str] = set()  # adapters already named
-        self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # whether a step was skipped, and its decay
+        self._without_gradient: set[str] = set()  # adapters that a warning has named
+        self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # per step whether it was skipped, and its decay
         self._register()
 
     def _register(self) -> None:
-        """Hook into all optimizers: a hook on a single one would come too late for its first step."""
+        """Hook into all optimizers, since a hook on a single one would come too late for its first step."""
         reference = weakref.ref(self)
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -136,16 +136,16 @@ class StepWatch:
         self.decay = dict(state["decay"])
 
     def forget_decay(self, names: Iterable[str]) -> None:
-        """Start again from a decay of one, for these adapters."""
+        """Set the decay of these adapters back to one."""
         self.decay.update(dict.fromkeys(names, 1.0))
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at the gradients when they are there: now, or after the closure that computes them.
 
         Args:
-            optimizer: About to step.
-            args: The optimizer itself and what its ``step`` was called with.
-            kwargs: Likewise.
+            optimizer: The optimizer that is about to step.
+            args: The optimizer itself and the positional arguments of its ``step``.
+            kwargs: The keyword arguments of its ``step``.
 
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
@@ -204,7 +204,7 @@ class StepWatch:
         _warn(f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps")
 
     def _decay_of(self, optimizer: Optimizer) -> dict[str, float]:
-        """By what the step shrinks the updates, of those adapters that it does shrink."""
+        """The factor by which this step decays each update, for the adapters whose decay is not one."""
         decaying: dict[int, float] = {}
         for group in optimizer.param_groups:
             decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
@@ -219,7 +219,7 @@ class StepWatch:
             self.decay[name] *= factor
 
     def _may_be_left_out_on_device(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether the step of an optimizer that can leave it out itself need not be judged here, after a wait."""
+        """Whether an optimizer that can leave out a step by itself should do so, which saves a wait for the device."""
         return (
             self.on_nonfinite == "skip"
             and bool(parameters)
@@ -231,7 +231,7 @@ class StepWatch:
         if missing and self.every_adapter_needs_a_gradient:
             raise ValueError(
                 f"no gradient reaches the adapters {', '.join(sorted(missing))} in this process, and the others would "
-                "wait for it without an end: add the layers to exclude_modules, or let every process use the same "
+                "wait for it forever: add the layers to exclude_modules, or let every process use the same "
                 "layers, or set find_unused_parameters of the strategy"
             )
         new = missing - self._without_gradient
@@ -257,7 +257,7 @@ def _warn(message: str) -> None:
 def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     """The first parameter with a gradient that is not finite or squares to infinity; one wait for the device.
 
-    A process holds a part only of a sharded parameter: what one finds there counts for all.
+    A process holds only a part of a sharded parameter, so what one process finds counts for all.
     """
     checked = [parameter for parameter in parameters if _values(parameter).numel()]
     below = _squares_are_finite(checked).tolist() if checked else []
@@ -279,13 +279,13 @@ def _values(parameter: nn.Parameter) -> Tensor:
 
 
 def _squares_are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Whether the squares of each gradient have a finite sum; beyond it second moments break for good."""
+    """Whether the squares of each gradient have a finite sum; otherwise second moments would never recover."""
     values = [_values(parameter) for parameter in parameters]
     norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
-    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are one vector
+    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are stacked into one vector
     return torch.stack([square.to(values[0].device) for square in squares]).isfinite()
 
 
 def _waits(device: torch.device) -> bool:
-    """Whether reading a number from the device waits for what it has been told to do."""
+    """Whether reading a number from the device waits for the work that is queued there."""
     return device.type != "cpu"
