@@ -19,13 +19,23 @@ from geolora_pl.math.precision import without_autocast, working_dtype
 FACTORS = ("U", "S", "V", "K", "L")
 
 
-# So that an optimizer that is given bare parameters can tell which of them are K and L of one adapter.
-_living: weakref.WeakSet[GeoLoRALayer] = weakref.WeakSet()
+class _Owner(weakref.ref["GeoLoRALayer"]):
+    """The adapter that K or L belongs to, as the parameter itself carries it.
+
+    It is held weakly: adapter and parameter would otherwise keep each other, and the model, in memory.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, ()  # a parameter that is saved alone belongs to no adapter, and torch.load takes no class of ours
 
 
-def adapter_of_factor() -> dict[int, GeoLoRALayer]:
-    """Every adapter there is, by the identity of its K."""
-    return {id(layer.K): layer for layer in _living}
+def adapter_of(parameter: Tensor) -> GeoLoRALayer | None:
+    """The adapter that has a parameter as its K or L, for an optimizer that is given bare parameters; or ``None``."""
+    owner = getattr(parameter, "_geolora_owner", None)
+    adapter = owner() if isinstance(owner, _Owner) else None
+    if adapter is None or not (parameter is adapter.K or parameter is adapter.L):
+        return None  # also of a parameter that another has replaced
+    return adapter
 
 
 class GeoLoRALayer(nn.Module):
@@ -44,13 +54,13 @@ class GeoLoRALayer(nn.Module):
     in the precision of the layer's output.
 
     A subclass says how the matrix lies in the weight of its kind of layer (:meth:`matrix_shape`, :meth:`from_matrix`)
-    and how the update acts on an input (:meth:`apply_update`); what is written here is right for a layer
+    and how the update acts on an input (:meth:`apply_update`); the methods here suit a layer
     ``y = W x + b`` with the weight (out, in). :func:`~geolora_pl.register_adapter` makes it known.
 
     Attributes:
         rank: The live rank: how many columns of U and V are in use. A plain integer, so that reading it never waits
             for the device.
-        is_linear: Of the class: whether ``target_modules="all-linear"`` takes this kind of layer; others are named.
+        is_linear: Class attribute: whether ``target_modules="all-linear"`` takes this kind of layer; others are named.
 
     Args:
         base: The layer to adapt; frozen here, and its weight never written to.
@@ -78,7 +88,7 @@ class GeoLoRALayer(nn.Module):
         m, n = self.out_features, self.in_features
         R = min(config.max_rank, m, n)
         self.rank = min(config.init_rank, R)
-        like = next(chain(base.parameters(), base.buffers()))  # quantised layers may have no weight of that name
+        like = next(chain(base.parameters(), base.buffers()))  # a quantised layer may have no attribute "weight"
         device, dtype = like.device, working_dtype(like.dtype)
 
         def zeros(rows: int, *, trained: bool) -> nn.Parameter:
@@ -86,15 +96,25 @@ class GeoLoRALayer(nn.Module):
 
         self.U, self.S, self.V = zeros(m, trained=False), zeros(R, trained=False), zeros(n, trained=False)
         self.K, self.L = zeros(m, trained=True), zeros(n, trained=True)
-        _living.add(self)
         with torch.no_grad():
             for basis in (self.U, self.V):
                 gaussian = torch.randn(len(basis), self.rank, device=device, dtype=dtype)
                 basis[:, : self.rank] = torch.linalg.qr(gaussian).Q
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, as every assignment does, and mark it if it is K or L."""
+        super().register_parameter(name, param)
+        self._mark_factors()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of a copy, or from a pickle
-        _living.add(self)
+        self._mark_factors()
+
+    def _mark_factors(self) -> None:
+        """Let K and L know their adapter; see :func:`adapter_of`."""
+        for name in ("K", "L"):
+            if (factor := self._parameters.get(name)) is not None:
+                factor._geolora_owner = _Owner(self)  # type: ignore[attr-defined]
 
     @property
     def max_rank(self) -> int:
@@ -103,7 +123,7 @@ class GeoLoRALayer(nn.Module):
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
-        """Why this kind of adapter cannot serve a layer, as the end of a sentence about it; ``None`` if it can."""
+        """Say why this kind of adapter cannot serve a layer, as the end of a sentence about it; ``None`` if it can."""
         return None
 
     @staticmethod
@@ -112,11 +132,11 @@ class GeoLoRALayer(nn.Module):
         return base.out_features, base.in_features
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) as it lies in the weight of the layer."""
+        """Rearrange a matrix (out, in) into the layout of the layer's weight."""
         return matrix
 
     def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """What the update ``A B^T``, with A (out, 2 R) and B (in, 2 R), adds to the layer's output for an input x."""
+        """Return what the update ``A B^T``, with A (out, 2 R) and B (in, 2 R), adds to the output for an input x."""
         x = self.dropout(x)
         return F.linear(F.linear(x, B.mT.to(x.dtype)), A.to(x.dtype))
 
@@ -126,8 +146,8 @@ class GeoLoRALayer(nn.Module):
         return weight
 
     def plain(self, weight: Tensor) -> nn.Module:
-        """The layer without its adapter, with this weight in the place of its own."""
-        weight = weight.contiguous()  # files want it so, and from_matrix may have transposed it
+        """Return the layer without its adapter, and with this weight instead of its own."""
+        weight = weight.contiguous()  # safetensors files need that, and from_matrix may have transposed it
         self.base.weight = nn.Parameter(weight, requires_grad=self.base.weight.requires_grad)
         return self.base  # type: ignore[no-any-return]
 
@@ -137,20 +157,20 @@ class GeoLoRALayer(nn.Module):
         return self.updated(self.base_weight(), self.delta_weight())
 
     def updated(self, weight: Tensor, delta: Tensor) -> Tensor:
-        """A weight as it lies in the layer plus an update (out, in), summed in the precision of the latter.
+        """Add an update (out, in) to a weight in the layout of the layer.
 
-        The sum is rounded once, to the precision of the weight.
+        The sum is formed in the precision of the update and rounded once, to that of the weight.
         """
         delta = self.from_matrix(delta)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
+        """The bias of the base, or ``None``."""
         return getattr(self.base, "bias", None)
 
     def _live_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """U, S, V, K and L without columns beyond the live rank, as far as that pays."""
+        """U, S, V, K and L without the columns beyond the live rank, where leaving them out saves time."""
         U, S, V, K, L = self.U, self.S, self.V, self.K, self.L
         if torch.compiler.is_compiling():  # all columns, so that a new rank does not compile the forward again
             return U, S, V, K, L
@@ -164,7 +184,7 @@ class GeoLoRALayer(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """The update of the weight as a matrix, ``alpha ((U S + K) V^T + U L^T)``, (out, in), pending part included."""
-        with without_autocast(self.U.device):  # code that reads ``weight`` makes it a part of a forward pass
+        with without_autocast(self.U.device):  # code that reads ``weight`` calls this inside a forward pass
             A, B = self._factored()
             return self.scaling * (A @ B.mT)
 
@@ -176,7 +196,7 @@ class GeoLoRALayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        for name in FACTORS:  # load_state_dict(assign=True) may have brought them in low precision
+        for name in FACTORS:  # load_state_dict(assign=True) may have put factors of low precision here
             factor = getattr(self, name)
             if factor.dtype != working_dtype(factor.dtype):
                 wide = factor.detach().to(working_dtype(factor.dtype))
@@ -184,7 +204,7 @@ class GeoLoRALayer(nn.Module):
         self.read_rank()
 
     def read_rank(self) -> None:
-        """Count the live columns of U: the factors themselves are what is saved and loaded of the rank."""
+        """Set the rank to the number of live columns of U; only factors are saved, and the rank follows from them."""
         if not self.U.is_meta:
             self.rank = int((self.U != 0).any(0).sum())
 
@@ -200,6 +220,7 @@ class GeoLoRALayer(nn.Module):
             for child in self.children():
                 child._apply(fn)
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        self._mark_factors()  # which torch may have replaced
         return self
 
     def extra_repr(self) -> str:

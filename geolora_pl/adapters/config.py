@@ -14,14 +14,14 @@ class AdapterConfig:
     """What is adapted, and how large the adapters may become.
 
     Args:
-        init_rank: Rank at the start, in [1, max_rank]; a larger one ends at a somewhat larger rank, with equal scores.
+        init_rank: Rank at the start, in [1, max_rank]; a larger one ends at somewhat larger ranks with equal scores.
         max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the smaller
             side of the layer's matrix.
         target_modules: ``"all-linear"`` (every linear layer, GPT-2's Conv1D among them, but the task head and
             ``modules_to_save``), a list of names (a module matches by its whole name or its last components), or one
             regular expression that must match the whole name, as in PEFT; names also reach convolutions and
-            embeddings. A task takes ``"auto"``, too: what suits its model.
-        exclude_modules: Names, matched likewise, or one regular expression: never adapted.
+            embeddings. A task also accepts ``"auto"``, which means the layers that suit its model.
+        exclude_modules: A list of names or one regular expression, matched in the same way; these are never adapted.
         modules_to_save: Names of modules that are trained in full, such as a new head.
         alpha: Constant factor of the update, above 0: ``scaling = alpha``, never a function of the rank. A setting
             ``alpha / r`` of other libraries carries over as ``alpha / r``.
@@ -49,30 +49,36 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_ranks()
+        self._check_names()
+        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r} must be a finite number above 0")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
+        if self.train_bias not in (True, False, "all"):
+            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
+
+    def _check_ranks(self) -> None:
         _check_rank("max_rank", self.max_rank)
         _check_rank("init_rank", self.init_rank)
         if self.init_rank > self.max_rank:
             raise ValueError(
                 f"init_rank={self.init_rank} is above max_rank={self.max_rank}: lower init_rank or raise max_rank"
             )
-        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r} must be a finite number above 0")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
-        if not self.target_modules:
-            raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(expression := getattr(self, name), str):
-                _check_expression(name, expression)
-        if self.train_bias not in (True, False, "all"):
-            raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
-        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
         if not isinstance(self.rank_pattern, Mapping):
             raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
         for pattern, rank in self.rank_pattern.items():
             _check_expression("rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
+
+    def _check_names(self) -> None:
+        if not self.target_modules:
+            raise ValueError(f"target_modules={self.target_modules!r} is empty: name layers, or use 'all-linear'")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(self, name), str):
+                _check_expression(name, expression)
+        if isinstance(self.modules_to_save, str) or not isinstance(self.modules_to_save, Sequence):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names")
 
 
 def _is_number(value: object) -> bool:
@@ -84,7 +90,7 @@ def _check_expression(name: str, expression: str) -> None:
         re.compile(expression)
     except re.error as error:
         raise ValueError(
-            f"{name}={expression!r} is no regular expression: {error}; a list holds plain names"
+            f"{name}={expression!r} is not a regular expression: {error}; a list holds plain names"
         ) from error
 
 

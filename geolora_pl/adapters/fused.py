@@ -14,10 +14,11 @@ from geolora_pl.math.precision import without_autocast
 
 
 class _TangentGradient(torch.autograd.Function):
-    """Identity whose backward removes from the gradient of L its part in the span of V.
+    """The identity, whose backward removes from the gradient of L its part in the span of V.
 
     The gradients of K and L both contain ``U U^T G V V^T``. Without this projection a step would take that part
-    twice, and Algorithm 1 would be missed by exactly it. Here it acts before clipping, reduction and moments.
+    twice, and would differ from Algorithm 1 by exactly that part. The projection acts before gradients are clipped,
+    reduced and averaged.
     """
 
     @staticmethod
@@ -42,9 +43,9 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
 
     .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
 
-    The gradients are those of :class:`~geolora_pl.GeoLoRALinear`, to rounding: of U and S none, of L its part in the
-    span of V removed. Of the activations nothing but ``x`` is kept for them. K and L cost four thin products, two of
-    which LoRA has as well; the rest of the update costs, by :func:`pays_to_merge`,
+    The gradients are those of :class:`~geolora_pl.GeoLoRALinear`, to rounding: U and S have none, and that of L has no
+    part in the span of V. The only activation that is kept for them is ``x``. K and L cost four thin products, two of
+    which LoRA has as well; the rest of the update takes one of two forms, which :func:`pays_to_merge` chooses:
 
     * *merged*: one weight ``W_0 + alpha A B^T`` in the forward and one in the backward, or
     * *beside*: the thin products ``(x B) A^T`` and ``(dy A) B^T``, added to the base's own results.
@@ -53,7 +54,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
 
     Args:
         x: (..., n).
-        weight: (m, n), frozen, of the dtype of ``x``; or the transpose of one that lies so.
+        weight: (m, n), frozen, of the dtype of ``x``; contiguous, or the transpose of a contiguous matrix.
         bias: (m,), of the dtype of ``x``.
         factors: U (m, w), S (w, w), V (n, w), K (m, w) and L (n, w), of any floating dtype.
         alpha: Scale of the update.
@@ -63,18 +64,18 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
     """
     rows = x.reshape(-1, x.shape[-1])
     merged = pays_to_merge(rows, weight, factors[0])
-    # Autograd lets nobody change a view that a function of its own made, so that the shape is given here. As in matmul
-    # it makes no view either, of which an `y += x` behind it would drop the hook by which FSDP2 gathers parameters.
+    # Autograd forbids changing in place a view that a custom function returns, so the output gets its shape here. Like
+    # matmul it makes no view: an `y += x` behind a view would drop the hook by which FSDP2 gathers parameters.
     y = FusedLinear.apply(rows, weight, bias, *factors, alpha, merged)  # type: ignore[no-untyped-call]
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
 
 
 def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
-    r"""Whether one merged weight a pass is cheaper than the update beside it, and as exact.
+    r"""Whether one merged weight per pass is cheaper than the update beside the base, and as exact.
 
-    For T rows the update takes ``4 w m n`` operations a pass merged and ``4 w T (m + n)`` beside, of which in the
-    backward a quarter, ``dy U``, is needed either way; ``benchmarks/speed/products.py`` measures both. In low precision
-    the small update would be rounded away in the sum, and a GPU may form float32 products in TF32.
+    For T rows the update takes ``4 w m n`` operations per pass if it is merged and ``4 w T (m + n)`` if it is not. In
+    the backward pass a quarter of the latter, ``dy U``, is needed in both forms; ``benchmarks/speed/products.py`` measures
+    both. In low precision the sum would round the small update away, and a GPU may form float32 products in TF32.
     """
     m, n = weight.shape
     exact = rows.dtype == torch.float64 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
@@ -82,7 +83,7 @@ def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
 
 
 class FusedLinear(torch.autograd.Function):
-    """The forms of :func:`fused_linear` for rows (T, n); the last argument chooses."""
+    """Both forms of :func:`fused_linear` for rows (T, n); the last argument chooses one."""
 
     @staticmethod
     def forward(
@@ -98,7 +99,7 @@ class FusedLinear(torch.autograd.Function):
         alpha: float,
         merged: bool,
     ) -> Tensor:
-        """(T, m)."""
+        """Return the output (T, m)."""
         A, B = (factor.to(rows.dtype) for factor in factored(U, S, V, K, L))
         ctx.save_for_backward(rows, weight, U, S, V, K, L, A, B)
         ctx.alpha, ctx.merged = alpha, merged
@@ -108,19 +109,19 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the rows, of bias, K and L."""
+        """Return the gradients of the rows, of bias, K and L."""
         (dy,) = grad_outputs
         rows, weight, U, S, V, K, L, A, B = ctx.saved_tensors
         w, alpha, merged = U.shape[1], ctx.alpha, ctx.merged
         needs_rows, _, needs_bias, *_, needs_K, needs_L, _, _ = ctx.needs_input_grad
         of_rows = of_bias = of_K = of_L = None
         with without_autocast(rows.device):  # a backward pass may be run inside autocast
-            if torch.is_grad_enabled():  # the gradients are differentiable themselves, of L again without its part in V
+            if torch.is_grad_enabled():  # for gradients that are differentiable; that of L has no part in V again
                 A, B = (factor.to(rows.dtype) for factor in tangent_factored(U, S, V, K, L))
             beside = needs_rows and not merged
             U_, V_ = (U, V) if merged else (A[:, w:], B[:, :w])  # in the dtype of the rows
             x_parts, dy_parts = _in_parts(rows), _in_parts(dy)
-            # Thin products come first, while dy is in the cache, into which the layer after this one has just put it.
+            # Thin products come first, while dy is still in the cache, where the layer after this one has left it.
             if beside or needs_L:
                 coordinates = _thin(A if beside else U_, dy_parts)  # the last w of them are U^T dy^T
             if needs_L:
@@ -137,16 +138,16 @@ class FusedLinear(torch.autograd.Function):
 
 
 def _merge(weight: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
-    """``weight + alpha A B^T``, laid out as the weight, for a copy into the other layout costs as much again."""
+    """``weight + alpha A B^T`` in the layout of the weight: a copy into the other layout would double the cost."""
     if weight.is_contiguous():
         return torch.addmm(weight, A, B.mT, alpha=alpha)
     return torch.addmm(weight.mT, B, A.mT, alpha=alpha).mT
 
 
 def _in_parts(rows: Tensor) -> Tensor:
-    """Rows (T, n), for several cores as (parts, T / parts, n): BLAS shares a batch out to them, but no thin product."""
+    """Rows (T, n), or (parts, T / parts, n) for several cores: BLAS distributes a batch, but not one thin product."""
     if torch.compiler.is_compiling() or rows.device.type != "cpu" or torch.get_num_threads() == 1:
-        return rows  # compiled, T may be a symbol, which has no divisors
+        return rows  # when compiled, T may be a symbol, which has no divisors
     parts = math.gcd(len(rows), 8)
     return rows.reshape(parts, len(rows) // parts, rows.shape[-1])
 
@@ -157,6 +158,6 @@ def _thin(basis: Tensor, x: Tensor) -> Tensor:
 
 
 def _sum_of_parts(products: Tensor, alpha: float, like: Tensor) -> Tensor:
-    """A gradient (n, w), of the dtype of K or L, from what its parts (..., w, n) are."""
+    """The gradient (n, w), in the dtype of K or L, as the sum of its parts (..., w, n)."""
     gradient = (products if products.dim() == 2 else products.sum(0)).to(like.dtype).mT
-    return gradient if alpha == 1 else alpha * gradient  # a call is what the default saves
+    return gradient if alpha == 1 else alpha * gradient  # the default saves a call

@@ -10,13 +10,13 @@ from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.targets import (
-    _all_names,
-    _bias,
-    _check_rank_pattern,
-    _config_for,
-    _find_targets,
-    _identity,
-    _modules_to_save,
+    all_names,
+    bias_of,
+    check_rank_pattern,
+    config_for,
+    find_modules_to_save,
+    find_targets,
+    weight_identity,
 )
 
 
@@ -49,28 +49,28 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
         raise ValueError("the model already has adapters: merge_adapters(model) first, or inject into a fresh model")
     if adapter_class_of(model) is not None:
         raise ValueError("the model is itself one layer and cannot be replaced in place: wrap it in nn.Sequential")
-    saved = _modules_to_save(model, config.modules_to_save)
-    targets = _find_targets(model, config, saved)
+    saved = find_modules_to_save(model, config.modules_to_save)
+    targets = find_targets(model, config, saved)
 
-    _check_rank_pattern(config, targets)
+    check_rank_pattern(config, targets)
 
     model.requires_grad_(False)
     adapters: dict[str, GeoLoRALayer] = {}
     of_weight: dict[int, GeoLoRALayer] = {}
     for name, layer in targets.items():
-        shared = of_weight.get(_identity(layer))
+        shared = of_weight.get(weight_identity(layer))
         if shared is None:
             kind = adapter_class_of(layer)
             assert kind is not None, "a target has an adapter"
-            shared = adapters[name] = kind(layer, _config_for(name, config))
-            of_weight[_identity(layer)] = shared
-        assert shared.bias is _bias(layer), "tied weights with two biases are refused before anything is replaced"
+            shared = adapters[name] = kind(layer, config_for(name, config))
+            of_weight[weight_identity(layer)] = shared
+        assert shared.bias is bias_of(layer), "tied weights with two biases are refused before anything is replaced"
         model.set_submodule(name, shared)
     for module in saved.values():
         module.requires_grad_(True)
     if config.train_bias == "all":
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # in_proj_bias, too
+            if name.endswith("bias"):  # this includes in_proj_bias
                 parameter.requires_grad_(True)
     return adapters
 
@@ -93,7 +93,7 @@ def adapter_parameters(adapters: Mapping[str, GeoLoRALayer]) -> int:
 def remove_adapters(model: nn.Module) -> None:
     """Put the plain layers back without their updates, in place.
 
-    What else was trained, such as a head, stays as it is.
+    Other modules that were trained, such as a head, stay as they are.
 
     Args:
         model: A model with adapters; plain again afterwards.
@@ -111,7 +111,7 @@ def remove_adapters(model: nn.Module) -> None:
     adapters = find_adapters(model)
     if not adapters or isinstance(model, GeoLoRALayer):
         raise ValueError("the model holds no adapters: there is nothing to remove from it")
-    names = _all_names(model)
+    names = all_names(model)
     for layer in adapters.values():
         for alias in names[id(layer)]:
             model.set_submodule(alias, layer.base)

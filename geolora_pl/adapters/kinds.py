@@ -13,7 +13,7 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.fused import fused_linear
 from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast
 
-_LINEAR = nn.Linear.forward  # of torch itself, should somebody patch the class
+_LINEAR = nn.Linear.forward  # the forward of torch itself, in case the class is patched later
 
 
 class GeoLoRALinear(GeoLoRALayer):
@@ -21,7 +21,7 @@ class GeoLoRALinear(GeoLoRALayer):
 
     .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
 
-    The weight of the base may be quantised: all that is used of it is its forward, and ``in_features``,
+    The weight of the base may be quantised: only the forward of the base is used then, and ``in_features``,
     ``out_features`` and ``bias``. Merged, such a layer becomes a plain ``nn.Linear`` that is no longer quantised.
 
     Args:
@@ -51,11 +51,11 @@ class GeoLoRALinear(GeoLoRALayer):
 
     @staticmethod
     def _has_known_forward(base: nn.Module) -> bool:
-        """Whether the forward of the class is ``W x + b``, and none that a subclass or a patch put there."""
+        """Whether the forward of the class is known to be ``W x + b``, and not overridden by a subclass or a patch."""
         return type(base).forward is _LINEAR
 
     def _is_fusible(self) -> bool:
-        """Whether the layer is no more than its weight and bias, so that its forward need not be called."""
+        """Whether weight and bias say all that the layer does, so that its forward need not be called."""
         base = self.base
         return (
             self._has_known_forward(base)
@@ -68,7 +68,7 @@ class GeoLoRALinear(GeoLoRALayer):
 
     @classmethod
     def _is_quantised(cls, base: nn.Module) -> bool:
-        """Whether the weight is missing or not of plain numbers: packed, of few bits, or a tensor of its own kind."""
+        """Whether the weight is missing or does not hold plain numbers: packed, of few bits, or a tensor subclass."""
         weight = getattr(base, "weight", None)
         return (
             not _is_plain(weight)
@@ -78,13 +78,13 @@ class GeoLoRALinear(GeoLoRALayer):
         )
 
     def base_weight(self) -> Tensor:
-        """The frozen weight as it lies in the layer; of a quantised one what its forward makes of the unit vectors.
+        """The frozen weight in the layout of the layer; that of a quantised layer is its forward of the unit vectors.
 
-        No library of quantised layers needs to be known for that.
+        This works without knowing any library of quantised layers.
         """
         if not self._is_quantised(self.base):
             return super().base_weight()
-        if (reason := self.refusal(self.base)) is not None:  # it was none when the adapter was put there
+        if (reason := self.refusal(self.base)) is not None:  # the base was not quantised when it got its adapter
             raise ValueError(f"the layer {reason}")
         weight = getattr(self.base, "weight", None)
         like = next((p for p in (weight, self.bias) if _is_plain(p)), None)
@@ -94,7 +94,7 @@ class GeoLoRALinear(GeoLoRALayer):
             return (columns if self.bias is None else columns - self.bias).mT.contiguous().to(dtype)
 
     def plain(self, weight: Tensor) -> nn.Module:
-        """The base with this weight; a new ``nn.Linear`` in the place of a quantised one."""
+        """Return the base with this weight; a quantised base is replaced by a new ``nn.Linear``."""
         if not self._is_quantised(self.base):
             return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -109,29 +109,32 @@ class GeoLoRAConv1D(GeoLoRALinear):
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
-        """A quantised one: merged it would have to become a linear layer, with the weight the other way round."""
+        """Refuse a quantised one: merged, it would have to become a linear layer with the transposed weight."""
         if not cls._is_quantised(base):
             return None
         return "is a Conv1D with a quantised weight: add it to exclude_modules, or make it an nn.Linear first"
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
-        """The transpose of the weight's shape."""
+        """Return the transpose of the weight's shape."""
         rows, columns = base.weight.shape
         return columns, rows
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """(out, in) to (in, out)."""
+        """Transpose (out, in) to (in, out)."""
         return matrix.mT
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:
-        """(in, out) to (out, in)."""
+        """Transpose (in, out) to (out, in)."""
         return weight.mT
 
     @staticmethod
     def _has_known_forward(base: nn.Module) -> bool:
-        """By where it was written, for the library may not be imported here; ``functools.wraps`` copies names only."""
+        """Whether the forward was written in that library, which may not be imported here.
+
+        Its globals tell, for ``functools.wraps`` copies the name of a module into a patch, but not those.
+        """
         written_in = getattr(type(base).forward, "__globals__", {}).get("__name__")
         return bool(written_in == "transformers.pytorch_utils")
 
@@ -139,7 +142,7 @@ class GeoLoRAConv1D(GeoLoRALinear):
 class GeoLoRAConv2d(GeoLoRALayer):
     """The adapter of a convolution by its matrix unfolding, out x (in / groups * kernel height * kernel width).
 
-    The update is a convolution with the same geometry to 2 R channels (a group), and one of size 1 from them.
+    The update is a convolution with the same geometry to 2 R channels per group, and one of size 1 from them.
 
     Example:
         >>> layer = GeoLoRAConv2d(nn.Conv2d(3, 8, kernel_size=3), AdapterConfig())
@@ -151,16 +154,16 @@ class GeoLoRAConv2d(GeoLoRALayer):
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
-        """A subclass that convolves in its own way."""
+        """Refuse a subclass that convolves in its own way."""
         return _refuse_own_forward(base, nn.Conv2d, "forward", "_conv_forward")
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
-        """The unfolding's."""
+        """Return the shape of the unfolding."""
         return base.weight.shape[0], base.weight[0].numel()
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """(out, in / groups * height * width) to (out, in / groups, height, width)."""
+        """Reshape (out, in / groups * height * width) to (out, in / groups, height, width)."""
         return matrix.reshape(self.base.weight.shape)
 
     def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -172,10 +175,10 @@ class GeoLoRAConv2d(GeoLoRALayer):
 
 
 class GeoLoRAEmbedding(GeoLoRALayer):
-    """The adapter of an embedding: the matrix is (dim, num), for a row of the table is the image of a unit vector.
+    """The adapter of an embedding; its matrix is (dim, num), since a row of the table is the image of a unit vector.
 
-    The row of ``padding_idx`` gets no update, as it gets no gradient. In training, dropout acts on whole rows: on the
-    one input of the matrix that a unit vector has.
+    The row of ``padding_idx`` gets no update, as it gets no gradient. In training, dropout acts on whole rows, since a
+    unit vector has one entry that can be dropped.
 
     Example:
         >>> layer = GeoLoRAEmbedding(nn.Embedding(10, 4), AdapterConfig())
@@ -188,13 +191,13 @@ class GeoLoRAEmbedding(GeoLoRALayer):
     def __init__(self, base: nn.Module, config: AdapterConfig) -> None:
         super().__init__(base, config)
         if (row := self.base.padding_idx) is not None:
-            with torch.no_grad():  # a basis without it: no column is spent on a row that stays as it is
+            with torch.no_grad():  # the basis leaves out a row that is never updated
                 self.V[row] = 0
                 self.V[:, : self.rank] = torch.linalg.qr(self.V[:, : self.rank]).Q
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
-        """What a sum with an update would not honour, and a subclass that looks up in its own way."""
+        """Refuse settings that a sum with an update would not honour, and a subclass that looks up in its own way."""
         for name, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
             if getattr(base, name) != off:
                 return (
@@ -205,21 +208,21 @@ class GeoLoRAEmbedding(GeoLoRALayer):
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
-        """The transpose of the table's shape."""
+        """Return the transpose of the table's shape."""
         return base.embedding_dim, base.num_embeddings
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """(dim, num) to (num, dim)."""
+        """Transpose (dim, num) to (num, dim)."""
         return matrix.mT
 
     def _factored(self) -> tuple[Tensor, Tensor]:
         A, B = super()._factored()
         if (row := self.base.padding_idx) is not None:
-            B[row] = 0  # also where a retraction left rounding
+            B[row] = 0  # a retraction may have left rounding errors there
         return A, B
 
     def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Look the coordinates up."""
+        """Look up the coordinates of each row, then combine the columns of A."""
         dtype = self.base.weight.dtype
         coordinates = F.embedding(x, B).to(dtype)
         if not isinstance(self.dropout, nn.Identity):
@@ -228,7 +231,7 @@ class GeoLoRAEmbedding(GeoLoRALayer):
 
 
 def _refuse_own_forward(base: nn.Module, known: type[nn.Module], *methods: str) -> str | None:
-    """An update beside the forward of a subclass might not be one of its weight: it may scale, pad or normalise."""
+    """Say why a subclass with its own forward is refused: that may scale, pad or normalise what the weight gives."""
     if all(getattr(type(base), method) is getattr(known, method) for method in methods):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Merge adapters into the weights, for good or for a while, from where they come back to the bit."""
+"""Merge adapters into the weights, for good or for a while; unmerging restores every bit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.adapters.targets import (
-    _all_names,
-)
+from geolora_pl.adapters.targets import all_names
 from geolora_pl.math.precision import exact_products
 
 _INPUTS = 8  # random inputs on which a layer is compared before and after
 
 
 class MergedAdapters:
-    r"""Adapters merged into their base by :func:`merge_adapters`, with the way back.
+    r"""Adapters that :func:`merge_adapters` has merged into their base, and that can be put back.
 
     .. math:: W = \mathrm{round}(W_0 + \Delta), \qquad \mathrm{difference} = \max |(W - W_0 - \Delta) X|
 
@@ -67,12 +65,12 @@ class MergedAdapters:
         """Put the adapters back, in place.
 
         Raises:
-            ValueError: They are back already.
+            ValueError: The adapters are back already.
         """
         if not self._layers:
             raise ValueError("the adapters are back already: merge them again first")
         for layer, weight in self._weights:
-            if weight is not None:  # a quantised layer may keep its weight under other names, and it stayed there
+            if weight is not None:  # a quantised layer may keep its weight under other names, which have not changed
                 layer.base.weight = weight
         for name, layer in self._layers.items():
             self._model.set_submodule(name, layer)
@@ -98,7 +96,7 @@ def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
         positions = layer.from_matrix(torch.arange(m * n, device=delta.device).view(m, n))  # the layout of the weight
         error = merged.to(delta.dtype) - (base.to(delta.dtype) + layer.from_matrix(delta))
         matrix = torch.empty_like(delta).flatten().scatter_(0, positions.flatten(), error.flatten()).view(m, n)
-        generator = torch.Generator().manual_seed(0)  # the user's random numbers are none of our business
+        generator = torch.Generator().manual_seed(0)  # leaves the user's random numbers alone
         inputs = torch.randn(n, _INPUTS, generator=generator, dtype=delta.dtype).to(delta.device)
         return float((matrix @ inputs).abs().max())
 
@@ -107,7 +105,8 @@ def _difference(layer: GeoLoRALayer, base: Tensor, merged: Tensor) -> float:
 def merge_adapters(model: nn.Module) -> dict[str, float]:
     """Fold every adapter into its base weight, in place, and put the plain layers back.
 
-    The sum is formed in the precision of the factors and rounded once to that of the base. Pending increments count.
+    The sum is formed in the precision of the factors and rounded once to that of the base. Pending increments are
+    part of it.
     A quantised layer becomes a plain one of more bits.
     The merged weight is a new tensor, so a weight that was tied to one outside the adapters stays as it was there.
 
@@ -143,7 +142,7 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
             )
         norm = torch.linalg.vector_norm(base, dtype=layer.U.dtype)
         changes[name] = float(torch.linalg.vector_norm(delta) / norm.clamp_min(1e-30))
-    names = _all_names(model)
+    names = all_names(model)
     for name, layer in adapters.items():
         plain = layer.plain(merged[name])
         for alias in names[id(layer)]:

@@ -1,4 +1,4 @@
-"""Which kind of adapter a kind of layer gets."""
+"""The registry: which class of adapter a class of layers gets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.kinds import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbedding, GeoLoRALinear
 
-# By class, or by the full name of one whose library is not imported here.
+# The keys are classes, or the full names of classes whose library is not imported here.
 _ADAPTERS: dict[type[nn.Module] | str, type[GeoLoRALayer]] = {
     nn.Linear: GeoLoRALinear,
     nn.Conv2d: GeoLoRAConv2d,
@@ -17,7 +17,7 @@ _ADAPTERS: dict[type[nn.Module] | str, type[GeoLoRALayer]] = {
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[GeoLoRALayer]) -> None:
-    """Say which adapter a class of layers gets, and its subclasses that have none of their own.
+    """Say which adapter a class of layers gets; it also serves subclasses that have no entry of their own.
 
     Args:
         layer_class: The layers.
@@ -25,7 +25,7 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[GeoLoRALa
             ``out_features`` and a forward ``W x + b`` it is :class:`GeoLoRALinear`.
 
     Raises:
-        ValueError: One of them is no such class.
+        ValueError: An argument is not a class of that kind.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[GeoLoRALa
 
 
 def adapter_class_of(layer: nn.Module) -> type[GeoLoRALayer] | None:
-    """The adapter for a layer, by the nearest of its classes that has one; ``None`` if it cannot be adapted."""
+    """The class of adapter for a layer, found by the nearest of its base classes; ``None`` if it cannot be adapted."""
     for layer_class in type(layer).__mro__:
         for key in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}"):
             if key in _ADAPTERS:

@@ -5,50 +5,47 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from torch import nn
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.registry import adapter_class_of
 
-# Names that libraries give to the part of a model that is made anew for each task.
+# Names that libraries give to the part of a model that is new for each task.
 _HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Whether a module's name is meant: by one regular expression, or by a list of names and name endings."""
+    """Whether a module's name matches one regular expression as a whole, or a list of names and name endings."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _all_names(model: nn.Module) -> dict[int, list[str]]:
+def all_names(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every module, by the identity of the module."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     return names
 
 
-def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    everything = config.target_modules == "all-linear"
-    head = _head_modules(model) if everything else set()
+def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that get an adapter by name; a layer with several names is there under each of them.
+
+    Args:
+        model: Without adapters.
+        config: Says which layers are meant.
+        saved: The modules that are trained in full, by name.
+
+    Raises:
+        ValueError: No layer is meant, an entry of a list means nothing, or a layer that is meant cannot be adapted.
+    """
     in_saved = {id(module) for root in saved.values() for module in root.modules()}
-    attention = {
-        id(module): parent
-        for parent, attention in model.named_modules()
-        if isinstance(attention, nn.MultiheadAttention)
-        for module in attention.modules()
-    }
-    targets: dict[str, nn.Module] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        kind = adapter_class_of(layer)
-        if not name or kind is None or matches(name, config.exclude_modules):
-            continue
-        if everything:
-            if not kind.is_linear or id(layer) in head or id(layer) in in_saved:
-                continue
-        elif not matches(name, config.target_modules):
-            continue
+    targets = _layers_meant(model, config, in_saved)
+    attention = _layers_of_attention(model)
+    for name, layer in targets.items():
         if id(layer) in in_saved:
             raise ValueError(f"{name} is in target_modules and in modules_to_save={config.modules_to_save!r}: drop one")
         if id(layer) in attention:
@@ -57,36 +54,66 @@ def _find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.M
                 f"never calls it, so an adapter there would be ignored: add {name.rpartition('.')[2]!r} to "
                 "exclude_modules, or use attention that calls its linear layers"
             )
-        if (reason := kind.refusal(layer)) is not None:
+        kind = adapter_class_of(layer)
+        if kind is not None and (reason := kind.refusal(layer)) is not None:
             raise ValueError(f"{name} {reason}")
-        targets[name] = layer
     suited = [name for name, module in model.named_modules() if adapter_class_of(module) is not None]
-    if not targets and config.target_modules == "auto":
-        raise ValueError(
-            "target_modules='auto' is for a GeoLoRAModule, which knows its own layers: name them, or 'all-linear'"
-        )
     if not targets:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} matches no layer that can be adapted (exclude_modules="
-            f"{config.exclude_modules!r}); the model has {', '.join(suited) if suited else 'none at all'}"
-        )
+        _refuse_config_without_target(config, suited)
     _refuse_patterns_without_match("target_modules", config.target_modules, suited)
     _refuse_patterns_without_match("exclude_modules", config.exclude_modules, dict(model.named_modules()))
     _refuse_what_one_adapter_cannot_serve(model, targets)
     return targets
 
 
+def _layers_meant(model: nn.Module, config: AdapterConfig, in_saved: set[int]) -> dict[str, nn.Module]:
+    """The layers that ``target_modules`` means and ``exclude_modules`` does not, by every name that they have."""
+    everything = config.target_modules == "all-linear"
+    left_out = in_saved | _head_modules(model) if everything else set()
+    meant = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        kind = adapter_class_of(layer)
+        if not name or kind is None or matches(name, config.exclude_modules):
+            continue
+        chosen = kind.is_linear and id(layer) not in left_out if everything else matches(name, config.target_modules)
+        if chosen:
+            meant[name] = layer
+    return meant
+
+
+def _layers_of_attention(model: nn.Module) -> dict[int, str]:
+    """For every layer inside an ``nn.MultiheadAttention``, the name of that."""
+    return {
+        id(layer): name
+        for name, attention in model.named_modules()
+        if isinstance(attention, nn.MultiheadAttention)
+        for layer in attention.modules()
+    }
+
+
+def _refuse_config_without_target(config: AdapterConfig, suited: Sequence[str]) -> NoReturn:
+    if config.target_modules == "auto":
+        raise ValueError(
+            "target_modules='auto' is for a GeoLoRAModule, which knows its own layers: name them, or 'all-linear'"
+        )
+    raise ValueError(
+        f"target_modules={config.target_modules!r} matches no layer that can be adapted (exclude_modules="
+        f"{config.exclude_modules!r}); the model has {', '.join(suited) if suited else 'none at all'}"
+    )
+
+
 def _refuse_patterns_without_match(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> None:
-    """An entry of a list that means nothing is a slip of the pen."""
+    """Raise a ValueError for an entry of a list that matches nothing, since it is most likely misspelt."""
     names = list(names)
     for pattern in [] if isinstance(patterns, str) else patterns:
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(
-                f"{argument}={pattern!r} matches none of {', '.join(filter(None, names))}: drop or mend it"
+                f"{argument}={pattern!r} matches none of {', '.join(filter(None, names))}: drop or correct it"
             )
 
 
-def _check_rank_pattern(config: AdapterConfig, targets: Iterable[str]) -> None:
+def check_rank_pattern(config: AdapterConfig, targets: Iterable[str]) -> None:
+    """Raise a ValueError if a key of ``rank_pattern`` means none of the adapted layers."""
     names = list(targets)
     for pattern in config.rank_pattern:
         if not any(_means(pattern, name) for name in names):
@@ -94,20 +121,20 @@ def _check_rank_pattern(config: AdapterConfig, targets: Iterable[str]) -> None:
 
 
 def _means(pattern: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` means a layer: as a name, or as a regular expression."""
+    """Whether a key of ``rank_pattern`` matches a layer, as its name or as a regular expression."""
     return matches(name, [pattern]) or matches(name, pattern)
 
 
 def _refuse_what_one_adapter_cannot_serve(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     first: dict[int, str] = {}
     for name, layer in targets.items():
-        other = first.setdefault(_identity(layer), name)
-        if _bias(targets[other]) is not _bias(layer):
+        other = first.setdefault(weight_identity(layer), name)
+        if bias_of(targets[other]) is not bias_of(layer):
             raise ValueError(
                 f"{other} and {name} share a weight but not their bias, which one adapter cannot serve: add one of "
                 "them to exclude_modules"
             )
-    embeddings = {_identity(layer): name for name, layer in targets.items() if isinstance(layer, nn.Embedding)}
+    embeddings = {weight_identity(layer): name for name, layer in targets.items() if isinstance(layer, nn.Embedding)}
     for name, module in model.named_modules():
         tied = embeddings.get(id(getattr(module, "weight", None)))
         if tied is not None and not isinstance(module, nn.Embedding):
@@ -117,17 +144,23 @@ def _refuse_what_one_adapter_cannot_serve(model: nn.Module, targets: dict[str, n
             )
 
 
-def _identity(layer: nn.Module) -> int:
-    """What tied layers have in common: their weight; a quantised layer may have none of that name."""
+def weight_identity(layer: nn.Module) -> int:
+    """The identity of a layer's weight, which tied layers share; a quantised layer may have no attribute ``weight``."""
     weight = getattr(layer, "weight", None)
     return id(layer if weight is None else weight)
 
 
-def _bias(layer: nn.Module) -> object:
+def bias_of(layer: nn.Module) -> object:
+    """The bias of a layer, or ``None`` if its kind has none."""
     return getattr(layer, "bias", None)
 
 
-def _modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that are trained in full, by name.
+
+    Raises:
+        ValueError: A pattern matches no module.
+    """
     saved: dict[str, nn.Module] = {}
     for pattern in patterns:
         found = {name: module for name, module in model.named_modules() if name and matches(name, [pattern])}
@@ -139,7 +172,7 @@ def _modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.
 
 
 def _head_modules(model: nn.Module) -> set[int]:
-    """What timm and transformers call the classifier, and what goes by one of the usual names."""
+    """The modules of the task head: the classifier of timm and transformers, and whatever has a usual name of one."""
     heads: list[object] = [
         module
         for name, module in model.named_modules()
@@ -153,7 +186,8 @@ def _head_modules(model: nn.Module) -> set[int]:
     return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 
-def _config_for(name: str, config: AdapterConfig) -> AdapterConfig:
+def config_for(name: str, config: AdapterConfig) -> AdapterConfig:
+    """The configuration of one layer: with the ranks that the first matching key of ``rank_pattern`` gives it."""
     for pattern, rank in config.rank_pattern.items():
         if _means(pattern, name):
             return replace(config, init_rank=rank, max_rank=max(rank, config.max_rank))

@@ -22,10 +22,11 @@ from geolora_pl.lightning.checks import check_company
 from geolora_pl.lightning.exact_resume import TrainingPosition
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
-from geolora_pl.math.ranks import OnNonfinite, check_settings, usual_cadence
+from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.storage.checkpoint import describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
+from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
 
 
 def run_length(trainer: L.Trainer) -> float:
@@ -91,7 +92,8 @@ class GeoLoRACallback(L.Callback):
         small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
     ) -> None:
-        check_settings(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, grow, on_nonfinite)
+        RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, grow)  # raises here, not at the fit
+        check_on_nonfinite(on_nonfinite)
         if not 0 < adapt_until <= 1:
             raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
         self.tau = tau
@@ -152,12 +154,7 @@ class GeoLoRACallback(L.Callback):
             wrapped.find_unused_parameters or wrapped.static_graph
         ):
             integrator.require_gradients()
-        factors = {id(layer.K) for layer in integrator.adapters.values()}
-        holders = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if any(id(parameter) in factors for group in optimizer.param_groups for parameter in group["params"])
-        ]
+        holders = [optimizer for optimizer in trainer.optimizers if integrator.is_trained_by(optimizer)]
         if len(holders) != 1:
             raise ValueError(
                 f"{len(holders)} of the {len(trainer.optimizers)} optimizers hold adapters, and exactly one must: in "

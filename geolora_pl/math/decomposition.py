@@ -146,7 +146,7 @@ def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     Args:
         step: From :func:`decompose`.
-        ranks: (...), int, one a matrix of the batch, in [0, c].
+        ranks: (...), int, one per matrix of the batch, in [0, c].
 
     Returns:
         U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
@@ -163,7 +163,7 @@ def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def _plus_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
-    """``matrix + alpha left right``; of single matrices, as in every layer of a step, in one call."""
+    """``matrix + alpha left right``, in one call for single matrices, which every layer forms in every step."""
     return torch.addmm(matrix, left, right, alpha=alpha) if matrix.dim() == 2 else matrix + alpha * (left @ right)
 
 

@@ -1,4 +1,4 @@
-"""In which precision things are held and multiplied."""
+"""The precision in which factors are held, squares are summed and products are formed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products are formed in the type of their factors, whatever autocast is around it."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # as quick as can be: every layer asks twice a step
+        return nullcontext()  # must be quick, since every layer asks twice per step
     return torch.autocast(device.type, enabled=False)
 
 
@@ -61,15 +61,15 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _form_exactly(device: torch.device) -> Callable[[], None]:
-    """Tell torch to form float32 products in float32, and return what puts the user's setting back."""
+    """Tell torch to form float32 products in float32, and return a function that restores the user's setting."""
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # told by fp32_precision, of torch 2.9, which must not be mixed with that
+    except RuntimeError:  # the user has set fp32_precision (torch 2.9), and torch refuses a mix of both
         matmul = (torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda).matmul
         told, matmul.fp32_precision = matmul.fp32_precision, "ieee"
 
         def put_back() -> None:
-            matmul.fp32_precision = "none"  # follows the settings above it, as it may have done
+            matmul.fp32_precision = "none"  # first follow the more general settings, as it may have done before
             if matmul.fp32_precision != told:
                 matmul.fp32_precision = told
 

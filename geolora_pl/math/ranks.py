@@ -4,18 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from geolora_pl.math.precision import summing_dtype
 
-OnNonfinite = Literal["skip", "raise"]
+
+@dataclass(frozen=True)
+class RankRule:
+    """When retractions are due and how they choose the ranks, checked when it is made.
+
+    Args:
+        tau: Relative truncation tolerance in the Frobenius norm, in [0, 1).
+        budget: Adapter parameters allowed in all, at least 1, or ``None`` for no limit.
+        min_rank: Least rank of an adapter, at least 0.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        grow: Whether the ranks grow first, before tau judges them.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> RankRule(tau=0.1, adapt_every=10).while_growing()
+        RankRule(tau=0.0, budget=None, min_rank=1, adapt_every=10, grow=False)
+    """
+
+    tau: float
+    budget: int | None = None
+    min_rank: int = 1
+    adapt_every: int = 1
+    grow: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tau, (int, float)) and 0 <= self.tau < 1):
+            raise ValueError(
+                f"tau={self.tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped"
+            )
+        for name, least in (("min_rank", 0), ("adapt_every", 1)):
+            if not _is_whole(value := getattr(self, name), least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if self.budget is not None and not _is_whole(self.budget, 1):
+            raise ValueError(
+                f"budget={self.budget!r} must be a whole number of adapter parameters, at least 1, or None"
+            )
+        if not isinstance(self.grow, bool):
+            raise ValueError(f"grow={self.grow!r} must be True or False: it says whether the ranks grow first")
+
+    def while_growing(self) -> RankRule:
+        """The rule while the ranks grow: nothing is dropped but what ``max_rank`` and the budget ask for."""
+        return replace(self, tau=0.0)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def resolution(m: int, n: int, dtype: torch.dtype) -> float:
-    """Relative size below which a singular value of an (m, n) retraction is rounding and no direction.
+    """Relative size below which a singular value of an (m, n) retraction is only rounding.
 
     Rounding in inner products of length m grows like its square root. In 656 random retractions with planted dependent
     columns, from 1 x 1 to 2048 x 1024, the largest singular value that should have been zero was
@@ -59,7 +106,7 @@ def ranks_by_tau(sigma: Tensor, tau: float, resolution: float, min_rank: int, ma
 def ranks_by_budget(
     sigmas: Sequence[Tensor], ranks: Sequence[Tensor], costs: Sequence[int], budget: int, min_ranks: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Share a budget of parameters among adapters so that the energy kept a parameter is largest.
+    """Share a budget of parameters among adapters so that the energy kept per parameter is largest.
 
     The floors are paid first, inside the budget. Then singular triplets are bought in descending order of
     ``sigma^2 / cost``, each while it fits; of one adapter only in order.
@@ -69,12 +116,12 @@ def ranks_by_budget(
     many rounds as there are costs buy what one purchase after the other would, without a look at any number.
 
     Args:
-        sigmas: For each group, adapters for which a rank costs the same: their singular values (B, k), descending.
-            Groups may be on different devices.
-        ranks: (B,), int64, most that each adapter may have, at most k, as after :func:`ranks_by_tau`.
+        sigmas: The singular values (B, k), descending, of each group; in a group a rank of every adapter costs the
+            same. Groups may be on different devices.
+        ranks: (B,), int64, the most that each adapter may have, at most k, as after :func:`ranks_by_tau`.
         costs: Parameters that one rank of each adapter of the group takes, ``m + n``.
         budget: Parameters in all, at least what the floors cost.
-        min_ranks: (B,), int64, least that each adapter must have, at most its entry of ``ranks``.
+        min_ranks: (B,), int64, the least that each adapter must have, at most its entry of ``ranks``.
 
     Returns:
         For each group the ranks (B,), int64, on its device.
@@ -90,7 +137,8 @@ def ranks_by_budget(
         rank = torch.arange(sigma.shape[-1], device=sigma.device)
         energies.append((sigma.to(summing_dtype(sigma.device)).square() / cost).flatten().to(device))
         offers.append(((rank >= least[:, None]) & (rank < most[:, None])).flatten().to(device))
-    order = torch.cat(energies).argsort(descending=True, stable=True)  # stable: one adapter's stay in order
+    # The sort is stable, so that the energies of one adapter stay in order.
+    order = torch.cat(energies).argsort(descending=True, stable=True)
     price = torch.cat([torch.full_like(o, cost, dtype=torch.int64) for o, cost in zip(offers, costs, strict=True)])
     price, kept = price[order], torch.cat(offers)[order]
     budget = min(budget, sum(cost * sigma.numel() for sigma, cost in zip(sigmas, costs, strict=True)))  # fits int64
@@ -107,32 +155,15 @@ def ranks_by_budget(
 
 
 def usual_cadence(steps: float) -> int:
-    """Optimizer steps from one retraction to the next in a run of so many steps: 10, fewer in less than 100.
+    """Optimizer steps from one retraction to the next: 10, or a tenth of a run of less than 100 steps.
 
-    Between two retractions a new direction gathers what several gradients say of it before it is judged.
+    With several steps between two retractions a new direction sums up several gradients before tau judges it.
 
     Args:
-        steps: May be infinite.
+        steps: Optimizer steps of the run; may be infinite.
 
     Example:
         >>> usual_cadence(5), usual_cadence(50), usual_cadence(5000)
         (1, 5, 10)
     """
     return 10 if steps >= 100 else max(1, int(steps // 10))
-
-
-def check_settings(
-    tau: float, budget: int | None, min_rank: int, adapt_every: int, grow: bool, on_nonfinite: str
-) -> None:
-    """Raise a ValueError, with the remedy, for a setting of the integrator that is out of range."""
-    if not (isinstance(tau, (int, float)) and 0 <= tau < 1):
-        raise ValueError(f"tau={tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped")
-    for name, value, least in (("min_rank", min_rank, 0), ("adapt_every", adapt_every, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-        raise ValueError(f"budget={budget!r} must be a whole number of adapter parameters, at least 1, or None")
-    if not isinstance(grow, bool):
-        raise ValueError(f"grow={grow!r} must be True or False: it is whether the ranks grow first")
-    if on_nonfinite not in get_args(OnNonfinite):
-        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(get_args(OnNonfinite))}")

@@ -1,4 +1,4 @@
-"""The memory of an optimizer, carried from the old bases to the new ones."""
+"""Carry the moments of an optimizer from the old bases to the new ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def transport_first_moment(
         m_K' = m_K (V^T V') + U (m_L^T V'), \qquad
         m_L' = (I - V' V'^T) \left( m_L (U^T U') + V (m_K^T U') \right),
 
-    which is the best approximation of xi there is in the tangent space at U', V'.
+    which is the best approximation of xi in the tangent space at U', V'.
 
     Args:
         m_K: (..., m, R), coordinates in V.

@@ -9,16 +9,16 @@ import torch
 
 
 class DeviceClock:
-    """Seconds that a device works on something, told without waiting for it.
+    """Measures how many seconds a device works on something, without waiting for it.
 
-    On a GPU the host runs ahead, and what it waits for in between is earlier work: there events in the device's own
-    queue are compared, and read later.
+    The host runs ahead of a GPU, so that its own clock would measure earlier work. Events in the queue of the GPU are
+    recorded instead, and read later.
 
     Attributes:
-        count: How often something was counted.
+        count: How many times :meth:`add` was called.
 
     Args:
-        device: Of the work.
+        device: The device that works.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class DeviceClock:
         self._pending: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
-        """A mark to be given to :meth:`add`."""
+        """Return a mark of the present time, for :meth:`add`."""
         if self.device.type != "cuda":
             return time.perf_counter()
         with torch.cuda.device(self.device):
@@ -38,7 +38,7 @@ class DeviceClock:
         return event
 
     def add(self, start: Any) -> None:
-        """Count what was done since ``start``."""
+        """Add the time since the mark ``start``."""
         self.count += 1
         if self.device.type == "cuda":
             self._pending.append((start, self.now()))
@@ -47,7 +47,7 @@ class DeviceClock:
             self._total += self._last
 
     def last(self) -> float | None:
-        """Seconds of what was counted last, if anything was; waits for it."""
+        """Return the seconds that were added last, or ``None`` if none were; waits for the device."""
         for start, end in self._pending:
             end.synchronize()
             self._last = float(start.elapsed_time(end)) / 1000
@@ -56,6 +56,6 @@ class DeviceClock:
         return self._last
 
     def total(self) -> float:
-        """Seconds in all; waits for the last."""
+        """Return the sum of all seconds; waits for the device."""
         self.last()
         return self._total

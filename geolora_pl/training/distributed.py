@@ -1,4 +1,4 @@
-"""Several processes, one decision: what rank 0 computed replaces what the others have."""
+"""Several processes, one decision: the results of rank 0 replace those of the others."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def broadcast_packed(tensors: Sequence[Tensor]) -> None:
 
 
 def average_unsharded(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over the processes, in one message, the gradients of those parameters that are whole in each.
+    """Average over the processes, in one message, the gradients of the parameters that every process holds whole.
 
     Args:
-        parameters: Some may be sharded or have no gradient; the same do in every process.
+        parameters: Some may be sharded or have no gradient, but the same ones in every process.
     """
     gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
     if processes() == 1 or not gradients:
@@ -53,8 +53,8 @@ def average_unsharded(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
-    return hasattr(tensor, "to_local")  # a DTensor, whose import takes a second
+    """Whether this process holds only a part of the tensor."""
+    return hasattr(tensor, "to_local")  # true of a DTensor, whose import takes a second
 
 
 def anywhere(flag: Tensor) -> Tensor:

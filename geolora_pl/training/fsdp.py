@@ -19,12 +19,12 @@ from geolora_pl.training.distributed import broadcast_packed, is_sharded
 def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a model with adapters by FSDP2, in place: the blocks one by one, then the rest.
 
-    The factors stay whole and the same in every process, for a retraction needs all of them. What is trained starts
-    from the values of rank 0. FSDP does not reduce the gradients of the factors; the callback does.
+    The factors stay whole and equal in every process, for a retraction needs all of them. All parameters that are
+    trained start from the values of rank 0. FSDP does not reduce the gradients of the factors; the callback does.
 
     Args:
-        model: With its adapters in; the blocks are the children of its ``nn.ModuleList`` and ``nn.Sequential``.
-        mesh: Lightning's, with the dimensions ``data_parallel`` and ``tensor_parallel``.
+        model: A model with adapters; its blocks are the children of its ``nn.ModuleList`` and ``nn.Sequential``.
+        mesh: The mesh of Lightning, with the dimensions ``data_parallel`` and ``tensor_parallel``.
 
     Raises:
         ValueError: The mesh divides tensors.
@@ -36,7 +36,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         )
     factors = {getattr(layer, name) for layer in find_adapters(model).values() for name in FACTORS}
     sent = [p for p in model.parameters() if p in factors or p.requires_grad]
-    for parameter in sent:  # a model is built on the CPU, and NCCL sends from a GPU
+    for parameter in sent:  # the model was built on the CPU, but NCCL sends from a GPU
         parameter.data = parameter.data.to(mesh.device_type)
     with torch.no_grad():
         broadcast_packed(sent)
@@ -50,10 +50,10 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Clip the gradients by the norm of all of them, sharded ones and whole ones: torch takes one kind at a time.
+    """Clip gradients by their total norm, sharded and whole ones together, of which torch takes only one kind.
 
     Args:
-        parameters: The whole ones have gradients that are already averaged.
+        parameters: Sharded and whole ones; the gradients of the whole ones are already averaged.
         limit: Greatest norm, above 0.
     """
     having = [p for p in parameters if p.grad is not None]

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import adapter_parameters, find_adapters
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import exact_products
-from geolora_pl.math.ranks import OnNonfinite, check_settings
+from geolora_pl.math.ranks import RankRule
+from geolora_pl.training.binding import Binding
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
-from geolora_pl.training.steps import StepWatch
+from geolora_pl.training.steps import OnNonfinite, StepWatch
 
-_REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
 _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
 
 
@@ -41,13 +43,14 @@ class RankAdaptiveIntegrator:
     any torch optimizer that holds its adapters, from the first one on, without being told.
 
     Where several processes train together (``torch.distributed`` is initialised), rank 0 decides every retraction and
-    sends ranks and factors to the others in one message, so that all stay the same to the bit. They must hold the same
-    adapters and gradients that are already reduced, as with DDP.
+    sends ranks and factors to the others in one message, so that all stay equal to the bit. They must hold the same
+    adapters, and gradients that are already reduced, as with DDP.
 
-    The defaults are Algorithm 1; those of :class:`~geolora_pl.GeoLoRACallback` are what was measured best.
+    The defaults are those of Algorithm 1; :class:`~geolora_pl.GeoLoRACallback` has the ones that measured best.
 
     Attributes:
         adapters: The adapters by name.
+        rule: When a retraction is due and how it chooses the ranks.
         growing: Whether the ranks still grow: ``tau`` has not judged yet.
         rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
         steps: Optimizer steps since the last retraction.
@@ -96,34 +99,31 @@ class RankAdaptiveIntegrator:
         grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        check_settings(tau, budget, min_rank, adapt_every, grow, on_nonfinite)
+        self.rule = RankRule(tau, budget, min_rank, adapt_every, grow)
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
         for layer in self.adapters.values():
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
-        if min_rank > (largest := max(layer.max_rank for layer in self.adapters.values())):
-            raise ValueError(f"min_rank={min_rank} is above the largest max_rank, {largest}: lower it")
-        self.tau = tau
-        self.budget = budget
-        self.min_rank = min_rank
-        self.adapt_every = adapt_every
+        _check_floors(self.rule, self.adapters)
         self.growing = grow
         self.rank_changes = True
         self.steps = 0
         self.total_steps = 0
         self.adaptations = 0
         self.truncation_error = 0.0
-        self._reset_keys: set[str] = set()  # optimizer state already named
-        floors = [min(min_rank, layer.max_rank) for layer in self.adapters.values()]
-        costs = [layer.in_features + layer.out_features for layer in self.adapters.values()]
-        least = sum(floor * cost for floor, cost in zip(floors, costs, strict=True))
-        if budget is not None and budget < least:
-            raise ValueError(
-                f"budget={budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
-                "lower min_rank"
-            )
-        self._watch = StepWatch(model, self.adapters, on_nonfinite)
+        self._reset_keys: set[str] = set()  # keys of the optimizer's state that a warning has named
+        self._binding = Binding(self.adapters)
+        self._watch = StepWatch(model, self.adapters, self._binding, on_nonfinite)
+
+    @property
+    def adapt_every(self) -> int:
+        """Optimizer steps from one retraction to the next; may be set, as a run that is resumed keeps its own."""
+        return self.rule.adapt_every
+
+    @adapt_every.setter
+    def adapt_every(self, steps: int) -> None:
+        self.rule = replace(self.rule, adapt_every=steps)
 
     @property
     def skipped_steps(self) -> int:
@@ -153,7 +153,7 @@ class RankAdaptiveIntegrator:
         self.check_optimizer(optimizer)
         new_steps = self._watch.take()
         if not new_steps and not self.steps and self._anything_pending():
-            new_steps = 1  # increments written by hand, or by an optimizer that is none of torch's
+            new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps
         if self.steps >= self._interval():
@@ -168,12 +168,10 @@ class RankAdaptiveIntegrator:
         return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.growing else self.adapt_every
 
     def settle(self) -> None:
-        """Take back the steps that a device, as is known only now, has skipped; waits for it."""
+        """Subtract the steps that were counted, but that a device has skipped; waits for the device to know them."""
         skipped = self._watch.settle()
-        uncounted = min(skipped, self._watch.new_steps)
-        self._watch.new_steps -= uncounted
-        self.steps -= skipped - uncounted
-        self.total_steps -= skipped - uncounted
+        self.steps -= skipped
+        self.total_steps -= skipped
 
     def require_gradients(self) -> None:
         """Raise from now on where an adapter gets no gradient: other processes would wait for it."""
@@ -183,37 +181,24 @@ class RankAdaptiveIntegrator:
         """Stop watching the optimizer; the integrator is of no use after it."""
         self._watch.close()
 
+    def is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds K or L of any adapter."""
+        return self._binding.trains_any(optimizer)
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
-        if isinstance(optimizer, _REFUSED):
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
-                "optimizer of the Adam family, or SGD"
-            )
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, layer in self.adapters.items():
-            if layer.K.requires_grad != layer.L.requires_grad:
-                raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
-            for factor in (layer.K, layer.L):
-                if factor.requires_grad and id(factor) not in held:
-                    raise ValueError(
-                        f"the optimizer does not hold the factors of the adapter {name}: make it after "
-                        "inject_adapters(model), from all parameters that require gradients"
-                    )
+        self._binding.check(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and pending decay; factors and ranks are in the model's own state."""
         self.settle()
-        state = {name: getattr(self, name) for name in _STATE}
-        return {**state, "skipped_steps": self.skipped_steps, "decay": dict(self._watch.decay)}
+        return {name: getattr(self, name) for name in _STATE} | self._watch.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave."""
-        self._watch.forget()
+        """Restore what :meth:`state_dict` returned."""
         for name in _STATE:
             setattr(self, name, state[name])
-        self._watch.skipped_steps = state["skipped_steps"]
-        self._watch.decay = dict(state["decay"])
+        self._watch.load_state_dict(state)
 
     def retract(self, optimizer: Optimizer | None = None) -> None:
         """Fold every pending increment into its factors now, whatever the cadence.
@@ -229,19 +214,20 @@ class RankAdaptiveIntegrator:
     @torch.no_grad()
     def _fold(self, optimizer: Optimizer | None, grow: bool) -> None:
         self.settle()
-        tau = None if not self.rank_changes else 0.0 if grow else self.tau
+        rule = self.rule.while_growing() if grow else self.rule
         with exact_products(next(iter(self.adapters.values())).U.device):
-            self._retract(tau, optimizer, whole=self.growing and not grow)  # what has grown is judged, pending or not
+            # After the growth tau judges every adapter, also one with nothing pending.
+            self._retract(rule, optimizer, whole=self.growing and not grow)
         self.growing = grow
 
-    def _retract(self, tau: float | None, optimizer: Optimizer | None, whole: bool) -> None:
-        plan = plan_retraction(self.adapters, self._watch.decay, tau, self.budget, self.min_rank, whole)
+    def _retract(self, rule: RankRule, optimizer: Optimizer | None, whole: bool) -> None:
+        plan = plan_retraction(self.adapters, self._watch.decay, rule, self.rank_changes, whole)
         try:
             for group in plan.groups:
                 self._move(group, optimizer)
                 self._watch.forget_decay(group.names)
             ranks, self.truncation_error = plan.on_host()
-        except BaseException:  # ranks are those of the factors, however many of them have moved
+        except BaseException:  # keep the ranks true to the factors, however many of them have moved
             for layer in self.adapters.values():
                 layer.read_rank()
             raise
@@ -280,3 +266,17 @@ class RankAdaptiveIntegrator:
                 GeoLoRAWarning,
                 stacklevel=2,
             )
+
+
+def _check_floors(rule: RankRule, adapters: Mapping[str, GeoLoRALayer]) -> None:
+    """Raise a ValueError if the adapters cannot have the ranks that ``min_rank`` asks for."""
+    if rule.min_rank > (largest := max(layer.max_rank for layer in adapters.values())):
+        raise ValueError(f"min_rank={rule.min_rank} is above the largest max_rank, {largest}: lower it")
+    least = sum(
+        min(rule.min_rank, layer.max_rank) * (layer.in_features + layer.out_features) for layer in adapters.values()
+    )
+    if rule.budget is not None and rule.budget < least:
+        raise ValueError(
+            f"budget={rule.budget} is below the floor of {least} parameters that min_rank asks for: raise budget or "
+            "lower min_rank"
+        )

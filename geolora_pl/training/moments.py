@@ -23,14 +23,14 @@ def transport_moments(
     """Rewrite the state that an optimizer keeps for K and L in the coordinates of the new bases, in place.
 
     First moments (``exp_avg``, ``momentum_buffer``) are one tangent vector and are projected as such; elementwise
-    second moments (``exp_avg_sq``, ``max_exp_avg_sq``) take the squares of the rotations; a scalar, or one number a
+    second moments (``exp_avg_sq``, ``max_exp_avg_sq``) take the squares of the rotations; a scalar, or one number per
     row, does not depend on the basis and stays; any other state is set to zero.
 
     Args:
         optimizer: Any torch optimizer.
         layers: B adapters of one shape.
-        old: Of U (B, m, c) and V (B, n, c) before, the leading columns; the others are zero before and after.
-        new: The same columns after.
+        old: The leading columns of U (B, m, c) and V (B, n, c) before the retraction; the others are and stay zero.
+        new: The same columns after the retraction.
         moves: (B,), bool; the state of the other adapters stays to the bit.
 
     Returns:

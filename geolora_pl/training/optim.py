@@ -3,14 +3,14 @@ r"""RiemannianAdam: moments that do not depend on the basis for the adapters, Ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from geolora_pl.adapters.base import adapter_of_factor
+from geolora_pl.adapters.base import adapter_of
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import without_autocast
 from geolora_pl.math.ranks import resolution
@@ -26,8 +26,8 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``.
 
     Args:
-        model: A model with adapters, or parameters of one; those that need no gradient are left out.
-        head_lr: Learning rate of all but the adapters, above 0, or ``None`` for the optimizer's own.
+        model: A model with adapters, or parameters of such a model; those that need no gradient are left out.
+        head_lr: Learning rate, above 0, of everything but the adapters; ``None`` means the optimizer's own.
 
     Returns:
         One to three groups, none of them empty.
@@ -41,8 +41,7 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else model
     trained = [p for p in parameters if p.requires_grad]
-    adapters = adapter_of_factor()
-    layers = [adapters[id(p)] for p in trained if id(p) in adapters]
+    layers = [layer for p in trained if (layer := adapter_of(p)) is not None and p is layer.K]
     factors = [factor for layer in layers for factor in (layer.K, layer.L)]
     of_adapters = {id(p) for p in factors}
     rest = [p for p in trained if id(p) not in of_adapters]
@@ -83,17 +82,13 @@ class RiemannianAdam(Optimizer):
     Args:
         params: The model, its parameters, or groups: from :func:`parameter_groups`, or your own, in which those with K
             and L side by side carry ``adapters: True``.
-        lr: Norm of a step of an adapter, at least 0; also AdamW's learning rate in groups without one of their own.
-        betas: Decay of first and second moments, in [0, 1); AdamW's, too.
+        lr: Norm of a step of an adapter, at least 0; also the learning rate of AdamW in groups that set none.
+        betas: Decay of first and second moments, in [0, 1), also of AdamW.
         eps: Added to the root of the second moment, above 0.
-        weight_decay: Decoupled; for the adapters the integrator applies it to S.
+        weight_decay: Decoupled weight decay; of the adapters the integrator decays S.
         geometry: ``rowwise`` as above; ``isotropic``: one second moment for each pair of K and L; ``spectral``: the
             polar factor of each momentum, scaled to norm one (Muon in tangent coordinates), which fills the rank it is
             given; ``entrywise``: Adam's division entry by entry, scaled to the same norm.
-
-    Attributes:
-        found_inf: Set to a tensor just before a step, as torch's gradient scaler does: the step is taken where it is 0,
-            and leaves weights and state alone where it is 1, without waiting for the device.
 
     Raises:
         ValueError: An argument is out of range, or no group holds adapters.
@@ -105,7 +100,7 @@ class RiemannianAdam(Optimizer):
         >>> optimizer = RiemannianAdam(model, lr=0.1)
     """
 
-    found_inf: Tensor | None
+    _left_out: Tensor | None = None
 
     def __init__(
         self,
@@ -136,11 +131,19 @@ class RiemannianAdam(Optimizer):
         for group in self.param_groups:
             _check(group)
 
+    def leave_out_next_step_if(self, flag: Tensor) -> None:
+        """Let the next step change neither weights nor state if ``flag`` is 1, without waiting for the device.
+
+        Args:
+            flag: (), 0 or 1, on the device of the parameters.
+        """
+        self._left_out = flag
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of an optimizer of the same geometry.
+        """Restore the state of an optimizer of the same geometry.
 
         Raises:
-            ValueError: It has another, whose second moments mean something else.
+            ValueError: The state has another geometry, whose second moments mean something else.
         """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
             if (geometry := theirs.get("geometry")) != ours["geometry"]:
@@ -150,7 +153,7 @@ class RiemannianAdam(Optimizer):
                 )
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
-            if "step" in state:  # torch leaves it where it was saved from
+            if "step" in state:  # torch leaves it on the device that it was saved from
                 state["step"] = state["step"].to(parameter.device)
 
     @torch.no_grad()
@@ -167,63 +170,53 @@ class RiemannianAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = self.__dict__.pop("found_inf", None)
-        adapters = adapter_of_factor()
+        left_out, self._left_out = self._left_out, None
         for group in self.param_groups:
             parameters = group["params"]
             if group["adapters"]:
                 pairs = zip(parameters[::2], parameters[1::2], strict=True)
                 having = ((K, L) for K, L in pairs if K.grad is not None and L.grad is not None)
-                for stack in stacks(having, adapters):
+                for stack in stacks(having):
                     with without_autocast(stack.factors[0].device):  # a step may be taken inside autocast
-                        self._step_adapters(stack, group, found_inf)
+                        self._step_adapters(stack, group, left_out)
             else:
-                self._step_others([p for p in parameters if p.grad is not None], group, found_inf)
+                self._step_others([p for p in parameters if p.grad is not None], group, left_out)
         return loss
 
-    def _step_adapters(self, stack: Stack, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        """K and L of one adapter are neighbours; all of them are one matrix here, one under the other."""
-        (factors, columns), (beta1, beta2), eps = stack, group["betas"], group["eps"]
+    def _step_adapters(self, stack: Stack, group: dict[str, Any], left_out: Tensor | None) -> None:
+        """Step many adapters as one matrix: K and L of each adapter are neighbours, one under the other."""
+        (factors, columns), (beta1, beta2) = stack, group["betas"]
         rows = [len(factor) for factor in factors]
         owner = owners(tuple(a + b for a, b in zip(rows[::2], rows[1::2], strict=True)), factors[0].device)
         G = torch.cat(leading(_gradients(factors), columns))
         taken: float | Tensor = 1.0
-        if found_inf is not None:
-            G, taken = torch.where(found_inf > 0, 0, G), 1.0 - found_inf.to(G.dtype)
-        M = self._lerp(factors, "exp_avg", G, rows, (1 - beta1) * taken)
+        if left_out is not None:
+            G, taken = torch.where(left_out > 0, 0, G), 1.0 - left_out.to(G.dtype)
+        M = self._average(factors, "exp_avg", G, rows, (1 - beta1) * taken)
+        v = self._second_moment(group["geometry"], factors, G, rows, (1 - beta2) * taken)
         steps = self._count(factors[::2], taken)
-        bias1, bias2 = (1 - torch.pow(beta, steps) for beta in (beta1, beta2))
-
-        # A direction, the weights of its rows, and the scale of each adapter that gives both the norm 1 at most.
-        direction = M
-        of_rows: float | Tensor = 1.0
-        if group["geometry"] == "spectral":
-            direction = torch.cat([polar_factor(momentum) for momentum in M.split(rows)])
-            scale = 1 / _pair_norms(direction.split(rows)).clamp_min(eps)
-        elif group["geometry"] == "isotropic":
-            squares = _pair_norms(G.split(rows)).square()
-            seconds = self._states(factors[::2], "exp_avg_sq", squares.unbind())
-            v = torch.stack(seconds).lerp_(squares, (1 - beta2) * taken)
-            torch._foreach_copy_(seconds, list(v.unbind()))
-            scale = 1 / (bias1 * ((v / bias2).sqrt() + eps))
-        elif group["geometry"] == "rowwise":
-            ones = G.new_ones(G.shape[1])  # sums over rows are several times faster as products
-            v = self._lerp(factors, "exp_avg_sq", G.square() @ ones, rows, (1 - beta2) * taken)
-            # Cautious: the rows in which momentum and gradient agree, and no step in the others.
-            of_rows = ((M * G) @ ones > 0) / ((v / bias2[owner]).sqrt() + eps)
-            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
-        else:
-            v = self._lerp(factors, "exp_avg_sq", G.square(), rows, (1 - beta2) * taken)
-            direction = M / ((v / bias2[owner, None]).sqrt() + eps)
-            scale = 1 / (bias1 * _norm_of_ones(v, owner, len(bias1)))
+        adapters = Adapters(rows, owner, 1 - torch.pow(beta1, steps), 1 - torch.pow(beta2, steps), group["eps"])
+        direction, weights, scale = _GEOMETRIES[group["geometry"]](G, M, v, adapters)
         live = leading(factors, columns)
         if group["weight_decay"]:
             kept = 1 - group["lr"] * group["weight_decay"] * taken
             torch._foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
-        step = direction * (of_rows * (-group["lr"] * taken * scale)[owner])[:, None]
+        step = direction * (weights * (-group["lr"] * taken * scale)[owner])[:, None]
         torch._foreach_add_(live, list(step.split(rows)))
 
-    def _step_others(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _second_moment(
+        self, geometry: Geometry, factors: Sequence[Tensor], G: Tensor, rows: list[int], weight: float | Tensor
+    ) -> Tensor:
+        """The running average of squares that the geometry needs: per row, pair or entry; spectral keeps none."""
+        if geometry == "rowwise":
+            return self._average(factors, "exp_avg_sq", _sum_of_rows(G.square()), rows, weight)
+        if geometry == "isotropic":
+            return self._average(factors[::2], "exp_avg_sq", _pair_norms(G.split(rows)).square(), None, weight)
+        if geometry == "entrywise":
+            return self._average(factors, "exp_avg_sq", G.square(), rows, weight)
+        return G.new_empty(0)
+
+    def _step_others(self, parameters: list[Tensor], group: dict[str, Any], left_out: Tensor | None) -> None:
         if not parameters:
             return
         adamw(
@@ -234,8 +227,8 @@ class RiemannianAdam(Optimizer):
             [],
             self._steps(parameters),
             foreach=False,
-            fused=found_inf is not None or parameters[0].device.type != "cpu",
-            found_inf=found_inf,
+            fused=left_out is not None or parameters[0].device.type != "cpu",
+            found_inf=left_out,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -245,16 +238,25 @@ class RiemannianAdam(Optimizer):
             maximize=False,
         )
 
-    def _lerp(
-        self, factors: Sequence[Tensor], key: str, new: Tensor, lengths: list[int], weight: float | Tensor
+    def _average(
+        self, parameters: Sequence[Tensor], key: str, new: Tensor, rows: list[int] | None, weight: float | Tensor
     ) -> Tensor:
-        """Move a moment of all factors towards ``new``, of which each has so many rows, and return it whole."""
-        of_rows = new.dim() == 1
-        moments = self._states(factors, key, new.split(lengths) if of_rows else factors)
-        moments = moments if of_rows else leading(moments, new.shape[1])
-        moved = torch.cat(moments).lerp_(new, weight)
-        torch._foreach_copy_(moments, list(moved.split(lengths)))
-        return moved
+        """Move a running average of all parameters towards ``new`` and return it whole.
+
+        Args:
+            parameters: Whose state it is.
+            key: The name of the average in their state.
+            new: (rows, columns), or (rows,), or (parameters,): one number for each entry, row or parameter.
+            rows: How many rows of ``new`` each parameter has; ``None`` if it has one number.
+            weight: Of ``new`` in the average.
+        """
+        parts = new.unbind() if rows is None else new.split(rows)
+        averages = self._states(parameters, key, parameters if new.dim() == 2 else parts)
+        if new.dim() == 2:
+            averages = leading(averages, new.shape[1])
+        whole = (torch.stack(averages) if rows is None else torch.cat(averages)).lerp_(new, weight)
+        torch._foreach_copy_(averages, list(whole.unbind() if rows is None else whole.split(rows)))
+        return whole
 
     def _states(self, parameters: Sequence[Tensor], key: str, like: Sequence[Tensor]) -> list[Tensor]:
         for parameter, example in zip(parameters, like, strict=True):
@@ -270,21 +272,98 @@ class RiemannianAdam(Optimizer):
         return [self.state[parameter]["step"] for parameter in parameters]
 
     def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:
-        """Steps taken by each parameter, with this one if it is taken, as a vector; at least 1."""
+        """Count this step, if it is taken, and return the steps of each parameter, at least 1, as a vector."""
         steps = self._steps(parameters)
         torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
         return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
 
 
-def _norm_of_ones(v: Tensor, owner: Tensor, adapters: int) -> Tensor:
-    """Norm of each K and L together if every entry were one, but for rows whose second moment is zero."""
+class Adapters(NamedTuple):
+    """What a geometry knows of the adapters whose K and L lie one under the other in a matrix.
+
+    Attributes:
+        rows: The number of rows of every factor, K and L of one adapter side by side.
+        owner: (rows,), the number of the adapter that each row belongs to.
+        bias1: (adapters,), ``1 - beta1^t`` with the steps t of each adapter, by which its first moment is too small.
+        bias2: (adapters,), ``1 - beta2^t``, by which its second moment is too small.
+        eps: Added to the root of the second moment.
+    """
+
+    rows: list[int]
+    owner: Tensor
+    bias1: Tensor
+    bias2: Tensor
+    eps: float
+
+
+class Direction(NamedTuple):
+    """A step of norm one at most of every adapter: row i of ``direction`` times ``weights[i] * scale[owner[i]]``.
+
+    A geometry gives it in three parts because only the first is as large as the gradient: the step is formed from them
+    in one pass, together with the learning rate.
+    """
+
+    direction: Tensor
+    weights: Tensor | float
+    scale: Tensor
+
+
+def rowwise(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""One second moment per row, and no step in the rows whose gradient has turned against the momentum.
+
+    .. math::
+        \frac{1}{\sqrt{m + n}} \; \frac{\hat M_{i:}}{\sqrt{\hat v_i} + \epsilon} \;
+        [\langle M_{i:}, G_{i:} \rangle > 0]
+    """
+    v_hat = v / adapters.bias2[adapters.owner]
+    agrees = _sum_of_rows(M * G) > 0
+    return Direction(M, agrees / (v_hat.sqrt() + adapters.eps), 1 / (adapters.bias1 * _norm_of_ones(v, adapters)))
+
+
+def isotropic(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""One second moment per adapter: :math:`\hat M / (\sqrt{\hat v} + \epsilon)`."""
+    v_hat = v / adapters.bias2
+    return Direction(M, 1.0, 1 / (adapters.bias1 * (v_hat.sqrt() + adapters.eps)))
+
+
+def spectral(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""The polar factor P of the momentum of K, and that of L, scaled together: :math:`P / \lVert P \rVert`.
+
+    The polar factor does not depend on the size of the momentum, and so this needs neither v nor a bias correction.
+    """
+    polar = torch.cat([polar_factor(momentum) for momentum in M.split(adapters.rows)])
+    return Direction(polar, 1.0, 1 / _pair_norms(polar.split(adapters.rows)).clamp_min(adapters.eps))
+
+
+def entrywise(G: Tensor, M: Tensor, v: Tensor, adapters: Adapters) -> Direction:
+    r"""Adam: one second moment per entry, :math:`\hat M / (\sqrt{\hat v} + \epsilon) / \sqrt{\text{entries}}`."""
+    v_hat = v / adapters.bias2[adapters.owner, None]
+    direction = M / (v_hat.sqrt() + adapters.eps)
+    return Direction(direction, 1.0, 1 / (adapters.bias1 * _norm_of_ones(v, adapters)))
+
+
+_GEOMETRIES: dict[Geometry, Callable[[Tensor, Tensor, Tensor, Adapters], Direction]] = {
+    "rowwise": rowwise,
+    "isotropic": isotropic,
+    "spectral": spectral,
+    "entrywise": entrywise,
+}
+
+
+def _norm_of_ones(v: Tensor, adapters: Adapters) -> Tensor:
+    """For each adapter the root of the number of rows, or entries, of K and L that ever had a gradient."""
     present = (v != 0).to(v.dtype)
-    counts = v.new_zeros(adapters).index_add_(0, owner, present if v.dim() == 1 else present.sum(1))
+    counts = torch.zeros_like(adapters.bias2).index_add_(0, adapters.owner, present if v.dim() == 1 else present.sum(1))
     return counts.clamp_min(1).sqrt()
 
 
+def _sum_of_rows(matrix: Tensor) -> Tensor:
+    """The sum of each row, as a product, which is several times faster than a sum."""
+    return matrix @ matrix.new_ones(matrix.shape[1])
+
+
 def polar_factor(matrix: Tensor) -> Tensor:
-    """``P Q^T`` of the SVD of a matrix (..., d, R): of the same rank, with every singular value one."""
+    """``P Q^T`` of the SVD of a matrix (..., d, R): it has the same rank, and every singular value is one."""
     P, sigma, Qh = svd(matrix)
     rows, columns = matrix.shape[-2:]
     distinct = sigma > resolution(rows, columns, sigma.dtype) * sigma[..., :1]

@@ -1,4 +1,4 @@
-"""What a retraction does, worked out before anything is changed: where every adapter goes, and at which rank."""
+"""The plan of a retraction, made before anything changes: where every adapter goes, and at which rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
-from geolora_pl.math.ranks import ranks_by_budget, ranks_by_tau, resolution
+from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
 Adapters = Mapping[str, GeoLoRALayer]
@@ -23,8 +23,8 @@ class GroupPlan:
     """A retraction of B adapters of one shape, on their device.
 
     Attributes:
-        names: Of the adapters.
-        step: The point plus the pending step of each, decomposed; no more singular vectors than any of them may keep.
+        names: The names of the adapters.
+        step: The decomposition of each point plus its pending step, with as many singular vectors as any may keep.
         ranks: (B,), int64, the new ranks.
         moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
     """
@@ -40,7 +40,7 @@ class Plan:
     """A retraction of all adapters.
 
     Attributes:
-        groups: All adapters, those of one shape together.
+        groups: The plans of all adapters, those of one shape together.
         truncation_error: (), relative Frobenius norm of what is dropped, over all adapters that move.
     """
 
@@ -48,7 +48,7 @@ class Plan:
     truncation_error: Tensor
 
     def on_host(self) -> tuple[dict[str, int], float]:
-        """The new rank of every adapter, and the truncation error; all in one transfer, which waits for the device."""
+        """Return every adapter's new rank and the truncation error, in one transfer, which waits for the device."""
         names = [name for group in self.groups for name in group.names]
         ranks = [group.ranks.to(self.truncation_error) for group in self.groups]
         *on_host, error = torch.cat([*ranks, self.truncation_error[None]]).tolist()
@@ -56,32 +56,31 @@ class Plan:
 
 
 def plan_retraction(
-    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
+    adapters: Adapters, decay: Mapping[str, float], rule: RankRule, rank_changes: bool, whole: bool
 ) -> Plan:
-    """Plan a retraction; where several processes train together, all have the plan of rank 0, from one message.
+    """Plan a retraction; where several processes train together, rank 0 sends its plan to all in one message.
 
     Args:
-        adapters: By name.
-        decay: Factor of S of each adapter, in [0, 1].
-        tau: Relative truncation tolerance, or ``None`` to leave every rank as it is.
-        budget: Adapter parameters allowed in all, or ``None``.
-        min_rank: Least rank, at least 0.
+        adapters: The adapters by name.
+        decay: The factor by which S of each adapter has decayed, in [0, 1].
+        rule: Chooses the ranks.
+        rank_changes: Whether tau may change ranks; if not, only the budget may.
         whole: Whether adapters with nothing pending move as well.
     """
     if processes() == 1:
-        return _decide(adapters, decay, tau, budget, min_rank, whole)
-    plan = _decide(adapters, decay, tau, budget, min_rank, whole) if decides() else _blank(adapters, min_rank)
+        return _decide(adapters, decay, rule, rank_changes, whole)
+    plan = _decide(adapters, decay, rule, rank_changes, whole) if decides() else _blank(adapters, rule.min_rank)
     return _agree(plan)
 
 
 def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -> Tensor:
-    """The leading columns of a factor of adapters of one shape; of S the leading rows, too."""
+    """Stack the leading columns of one factor of adapters of one shape; of S also only the leading rows."""
     tensors = [getattr(adapters[name], factor) for name in names]
     return torch.stack([t[:columns, :columns] if factor == "S" else t[:, :columns] for t in tensors])
 
 
 def _columns(adapters: Adapters, names: Sequence[str], min_rank: int) -> tuple[int, int]:
-    """Columns of the adapters of one shape to compute with, and how many may be live afterwards: twice as many."""
+    """How many columns of adapters of one shape to compute with, and how many may be live afterwards."""
     max_rank = adapters[names[0]].max_rank
     before = decomposition.computed_columns(max(min_rank, *(adapters[name].rank for name in names)), max_rank)
     return before, min(2 * before, max_rank)
@@ -95,37 +94,40 @@ def _group_by_shape(adapters: Adapters) -> list[list[str]]:
     return list(groups.values())
 
 
-def _decide(
-    adapters: Adapters, decay: Mapping[str, float], tau: float | None, budget: int | None, min_rank: int, whole: bool
-) -> Plan:
-    """The new ranks: by tau or as they are, then by the budget. No number is read from a device."""
-    groups = [_decide_group(adapters, names, decay, tau, min_rank, whole) for names in _group_by_shape(adapters)]
-    if budget is not None:
-        groups = _within_budget(adapters, groups, budget, min_rank)
+def _decide(adapters: Adapters, decay: Mapping[str, float], rule: RankRule, rank_changes: bool, whole: bool) -> Plan:
+    """Choose the new ranks by tau, or keep them, then apply the budget. No number is read from a device."""
+    groups = [_decide_group(adapters, names, decay, rule, rank_changes, whole) for names in _group_by_shape(adapters)]
+    if rule.budget is not None:
+        groups = _within_budget(adapters, groups, rule.budget, rule.min_rank)
     return Plan(groups, _truncation_error(groups))
 
 
 def _decide_group(
-    adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], tau: float | None, min_rank: int, whole: bool
+    adapters: Adapters,
+    names: Sequence[str],
+    decay: Mapping[str, float],
+    rule: RankRule,
+    rank_changes: bool,
+    whole: bool,
 ) -> GroupPlan:
     layer = adapters[names[0]]
-    columns, columns_after = _columns(adapters, names, min_rank)
+    columns, columns_after = _columns(adapters, names, rule.min_rank)
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factors = [decay[name] for name in names]
-    if any(factor != 1 for factor in factors):  # for a copy from the host may wait for a GPU
+    if any(factor != 1 for factor in factors):  # the condition saves a copy from the host, which may wait for a GPU
         S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
     step = decomposition.decompose(U, S, V, K, L, columns_after)
     pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
-    ranks = (U != 0).any(-2).sum(-1)  # as they are, without such a copy
-    if tau is not None:
+    ranks = (U != 0).any(-2).sum(-1)  # the present ranks, counted on the device to save such a copy
+    if rank_changes:
         least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
-        floor = min(min_rank, layer.max_rank)
-        ranks = torch.where(pending, ranks_by_tau(step.sigma, tau, least, floor, layer.max_rank), ranks)
+        floor = min(rule.min_rank, layer.max_rank)
+        ranks = torch.where(pending, ranks_by_tau(step.sigma, rule.tau, least, floor, layer.max_rank), ranks)
     return GroupPlan(names, step, ranks, pending)
 
 
 def _within_budget(adapters: Adapters, groups: Sequence[GroupPlan], budget: int, min_rank: int) -> list[GroupPlan]:
-    """Less rank where the budget asks for it, also for adapters with nothing pending."""
+    """Lower ranks where the budget asks for it, also those of adapters with nothing pending."""
     layers = [adapters[group.names[0]] for group in groups]
     within = ranks_by_budget(
         [group.step.sigma for group in groups],
@@ -153,7 +155,7 @@ def _truncation_error(groups: Sequence[GroupPlan]) -> Tensor:
 
 
 def _blank(adapters: Adapters, min_rank: int) -> Plan:
-    """Room for the plan of rank 0."""
+    """Allocate the tensors that will receive the plan of rank 0."""
     groups = []
     for names in _group_by_shape(adapters):
         layer, B = adapters[names[0]], len(names)
@@ -166,7 +168,7 @@ def _blank(adapters: Adapters, min_rank: int) -> Plan:
 
 
 def _agree(plan: Plan) -> Plan:
-    """The plan of rank 0 in every process: linear algebra may differ between machines in its last bit."""
+    """Give every process the plan of rank 0: the last bit of linear algebra may differ between machines."""
     tensors = [plan.truncation_error]
     for group in plan.groups:
         U, sigma, V = group.step

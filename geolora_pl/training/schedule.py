@@ -1,4 +1,4 @@
-"""The schedule of the learning rates, the head before the adapters, then half a cosine; and that of the retractions."""
+"""The schedule of the learning rates: a warm-up, quicker for the head than for the adapters, then half a cosine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.optim.lr_scheduler import LambdaLR
 def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_warmup: float = 0.02) -> LambdaLR:
     """Linear warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
 
-    The adapters warm up more slowly than the head. A new head points nowhere at first, and what it asks of the body in
-    its first steps only distorts the pretrained features (Kumar et al., ICLR 2022, who train it alone before).
+    The adapters warm up more slowly than the head. A new head is random at first, and the gradients that it
+    sends to the body only distort the pretrained features (Kumar et al., ICLR 2022, who train the head alone first).
 
     Args:
-        optimizer: Whose learning rates are scaled, every group from its own; groups with ``adapters: True`` are the
-            adapters (see ``parameter_groups``); without any, all warm up as they do.
+        optimizer: The optimizer whose groups each have their own learning rate scaled; groups with ``adapters: True``
+            are the adapters (see ``parameter_groups``); if there are none, all groups warm up like adapters.
         warmup: Length of the adapters' warm-up: a part of the run below 1, a number of steps from 1 on.
-        total_steps: Optimizer steps of the run; may be infinite, and then a part of it is no warm-up at all.
-        head_warmup: That of everything else.
+        total_steps: Optimizer steps of the run; may be infinite, and then a warm-up given as a part of it is left out.
+        head_warmup: Length of the warm-up of all other groups, given in the same way.
 
     Example:
         >>> import torch

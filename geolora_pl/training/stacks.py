@@ -1,41 +1,40 @@
-"""Which K and L an optimizer steps as one matrix, and how many of their columns."""
+"""Decide which K and L an optimizer steps as one matrix, and with how many of their columns."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from geolora_pl.adapters.base import GeoLoRALayer
+from geolora_pl.adapters.base import adapter_of
 from geolora_pl.math.decomposition import computed_columns
 
 # Measured on one core for 72 adapters of 768 and 3072 rows.
-_CACHED = 2**18  # entries; from 2**15 to all
-_WORTH_LEAVING_OUT = 32  # zero columns; fewer cost less than memory in pieces
+_CACHED = 2**18  # entries; 2**15 up to all of them were tried
+_WORTH_LEAVING_OUT = 32  # zero columns; fewer cost less than memory that is not contiguous
 
 
 class Stack(NamedTuple):
-    """K and L of adapters, side by side, and the number of their columns that may not be zero."""
+    """K and L of several adapters, side by side, and the number of their columns that may be nonzero."""
 
     factors: list[Tensor]
     columns: int
 
 
-def stacks(pairs: Iterable[tuple[Tensor, Tensor]], adapters: Mapping[int, GeoLoRALayer]) -> Iterator[Stack]:
-    """Put those adapters together that have as many columns; on a CPU about as much as its cache holds.
+def stacks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Stack]:
+    """Put together the adapters that have equally many columns; on a CPU about as many as its cache holds.
 
     Args:
-        pairs: K and L of each adapter.
-        adapters: By the identity of K; of one that is not among them all columns are taken.
+        pairs: K and L of each adapter; of tensors that belong to no adapter all columns are taken.
     """
     groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     entries: dict[tuple[Any, ...], int] = defaultdict(int)
     for K, L in pairs:
-        columns = _columns(K, adapters.get(id(K)))
+        columns = _columns(K)
         key = (columns, K.dtype, K.device)
         groups[key] += K, L
         entries[key] += columns * (K.shape[0] + L.shape[0])
@@ -46,10 +45,10 @@ def stacks(pairs: Iterable[tuple[Tensor, Tensor]], adapters: Mapping[int, GeoLoR
         yield Stack(factors, columns)
 
 
-def _columns(K: Tensor, adapter: GeoLoRALayer | None) -> int:
-    """The live ones where that pays; a GPU takes many matrices in one launch only if they are whole."""
+def _columns(K: Tensor) -> int:
+    """The number of live columns where that pays; a GPU takes many matrices in one launch only if they are whole."""
     whole = K.shape[1]
-    if adapter is None or K.device.type != "cpu":
+    if K.device.type != "cpu" or (adapter := adapter_of(K)) is None:
         return whole
     live = computed_columns(adapter.rank, whole)
     return live if whole - live >= _WORTH_LEAVING_OUT else whole
@@ -62,6 +61,6 @@ def leading(matrices: Sequence[Tensor], columns: int) -> list[Tensor]:
 
 @lru_cache(maxsize=16)
 def owners(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Of every row of all adapters the number of its adapter."""
-    with torch.inference_mode(False):  # it is kept
+    """The number of the adapter that each row belongs to, for adapters with so many rows."""
+    with torch.inference_mode(False):  # the cache keeps it for later steps
         return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)).to(device)

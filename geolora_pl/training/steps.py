@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
-from geolora_pl.math.ranks import OnNonfinite
+from geolora_pl.training.binding import Binding
 from geolora_pl.training.distributed import anywhere, is_sharded
 from geolora_pl.training.optim import RiemannianAdam
+
+OnNonfinite = Literal["skip", "raise"]
+
+
+def check_on_nonfinite(value: str) -> None:
+    """Raise a ValueError unless the value says what to do with a gradient that is not finite."""
+    if value not in get_args(OnNonfinite):
+        raise ValueError(f"on_nonfinite={value!r} must be one of {', '.join(get_args(OnNonfinite))}")
 
 
 class StepWatch:
@@ -27,40 +35,47 @@ class StepWatch:
     optimizer's parameters are set to ``None`` just before it. A step that never happens, as when a gradient scaler
     skips it, is not counted.
 
-    To know that takes a wait for the device. On a GPU an optimizer that can leave a step out by itself
-    (:class:`~geolora_pl.RiemannianAdam`) is told by a tensor instead, and how many steps were skipped is known at
-    :meth:`settle`.
+    The host has to wait for the device to know that. On a GPU an optimizer that can leave out a step by itself
+    (:class:`~geolora_pl.RiemannianAdam`) gets a tensor instead that tells it to, and :meth:`settle` finds out later how
+    many steps were skipped.
 
     Attributes:
-        new_steps: Steps taken since :meth:`take`.
+        new_steps: Steps since :meth:`take` was called last.
         decay: For each adapter, the product of ``1 - lr * weight_decay`` since :meth:`forget_decay`, with the lr of
             each step.
         skipped_steps: Steps skipped because a gradient was not finite.
-        every_adapter_needs_a_gradient: Raise where one has none, instead of a warning.
+        every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
 
     Args:
         model: The model, for the names of its parameters.
         adapters: Its adapters by name.
+        binding: Knows which optimizers train them.
         on_nonfinite: What to do with a step whose gradient is not finite: ``skip`` it, or ``raise`` a
             ``FloatingPointError`` before anything has changed.
     """
 
     def __init__(
-        self, model: nn.Module, adapters: Mapping[str, GeoLoRALayer], on_nonfinite: OnNonfinite = "skip"
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, GeoLoRALayer],
+        binding: Binding,
+        on_nonfinite: OnNonfinite = "skip",
     ) -> None:
+        check_on_nonfinite(on_nonfinite)
         self.adapters = adapters
+        self._binding = binding
         self.on_nonfinite = on_nonfinite
         self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
         self.skipped_steps = 0
         self.decay: dict[str, float] = dict.fromkeys(adapters, 1.0)
         self._model = model
-        self._without_gradient: set[str] = set()  # adapters already named
-        self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # whether a step was skipped, and its decay
+        self._without_gradient: set[str] = set()  # adapters that a warning has named
+        self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # per step whether it was skipped, and its decay
         self._register()
 
     def _register(self) -> None:
-        """Hook into all optimizers: a hook on a single one would come too late for its first step."""
+        """Hook into all optimizers, since a hook on a single one would come too late for its first step."""
         reference = weakref.ref(self)
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -86,10 +101,14 @@ class StepWatch:
         return taken
 
     def settle(self) -> int:
-        """Ask the device which of the steps taken were skipped there, count them as skipped, and return how many."""
+        """Ask the device which steps were skipped there, and count them as skipped; waits for the device.
+
+        Returns:
+            How many of the steps that :meth:`take` has already returned were none.
+        """
         if not self._unsettled:
             return 0
-        flags: list[float] = torch.stack([found_inf for found_inf, _ in self._unsettled]).tolist()
+        flags: list[float] = torch.stack([flag for flag, _ in self._unsettled]).tolist()
         for skipped, (_, decay) in zip(flags, self._unsettled, strict=True):
             if not skipped:
                 self._decay_by(decay)
@@ -101,30 +120,37 @@ class StepWatch:
                 f"{count} optimizer steps were skipped whole, for gradients that are not finite or so large that "
                 "their squares are not; nothing has changed in them, and skipped_steps counts them"
             )
-        return count
+        not_yet_taken = min(count, self.new_steps)
+        self.new_steps -= not_yet_taken
+        return count - not_yet_taken
 
-    def forget(self) -> None:
-        """Forget the steps that nobody has taken up, as where another state is loaded."""
+    def state_dict(self) -> dict[str, Any]:
+        """Skipped steps and pending decay, of steps that are settled."""
+        return {"skipped_steps": self.skipped_steps, "decay": dict(self.decay)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, and forget the steps that were seen since."""
         self.new_steps = 0
         self._unsettled = []
+        self.skipped_steps = state["skipped_steps"]
+        self.decay = dict(state["decay"])
 
     def forget_decay(self, names: Iterable[str]) -> None:
-        """Start again from a decay of one, for these adapters."""
+        """Set the decay of these adapters back to one."""
         self.decay.update(dict.fromkeys(names, 1.0))
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at the gradients when they are there: now, or after the closure that computes them.
 
         Args:
-            optimizer: About to step.
-            args: The optimizer itself and what its ``step`` was called with.
-            kwargs: Likewise.
+            optimizer: The optimizer that is about to step.
+            args: The optimizer itself and the positional arguments of its ``step``.
+            kwargs: The keyword arguments of its ``step``.
 
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
         """
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(factor) in held for layer in self.adapters.values() for factor in (layer.K, layer.L)):
+        if not self._binding.trains_any(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -140,27 +166,12 @@ class StepWatch:
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        found_inf = None
-        if self._can_skip_on_device(optimizer, parameters):
-            found_inf = (~_squares_are_finite(parameters).all()).to(torch.float32)
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        broken_on_device = None
+        if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
+            broken_on_device = (~_squares_are_finite(parameters).all()).to(torch.float32)
+            optimizer.leave_out_next_step_if(broken_on_device)
         elif (broken := _first_non_finite(parameters)) is not None:
-            names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-            finite = bool(_values(broken).isfinite().all())
-            for parameter in parameters:
-                parameter.grad = None
-            how = "so large that its square is not finite" if finite else "not finite"
-            what = f"the gradient of {names.get(id(broken), 'a parameter')} is {how}"
-            # A gradient scaler that leaves the check to the optimizer overflows as a matter of course.
-            if self.on_nonfinite == "raise" and getattr(optimizer, "found_inf", None) is None:
-                raise FloatingPointError(
-                    f"{what}: no step was taken and nothing has changed; look at the last batch, lower lr, clip the "
-                    "gradients, or set on_nonfinite='skip'"
-                )
-            self.skipped_steps += 1
-            _warn(
-                f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps"
-            )
+            self._skip(optimizer, parameters, broken)
             return
         trained = {name: K for name, layer in self.adapters.items() if (K := layer.K).requires_grad}
         missing = {name for name, K in trained.items() if K.grad is None}
@@ -170,13 +181,30 @@ class StepWatch:
             return
         self.new_steps += 1
         decay = self._decay_of(optimizer)
-        if found_inf is None:
+        if broken_on_device is None:
             self._decay_by(decay)
         else:
-            self._unsettled.append((found_inf, decay))
+            self._unsettled.append((broken_on_device, decay))
+
+    def _skip(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], broken: nn.Parameter) -> None:
+        """Leave out a step, or raise, for the gradient of the parameter ``broken``."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        how = "so large that its square is not finite" if _values(broken).isfinite().all() else "not finite"
+        what = f"the gradient of {names.get(id(broken), 'a parameter')} is {how}"
+        for parameter in parameters:
+            parameter.grad = None
+        # A gradient scaler that leaves the check to the optimizer, by this attribute, overflows as a matter of course.
+        scaled = getattr(optimizer, "found_inf", None) is not None
+        if self.on_nonfinite == "raise" and not scaled:
+            raise FloatingPointError(
+                f"{what}: no step was taken and nothing has changed; look at the last batch, lower lr, clip the "
+                "gradients, or set on_nonfinite='skip'"
+            )
+        self.skipped_steps += 1
+        _warn(f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps")
 
     def _decay_of(self, optimizer: Optimizer) -> dict[str, float]:
-        """By what the step shrinks the updates, of those adapters that it does shrink."""
+        """The factor by which this step decays each update, for the adapters whose decay is not one."""
         decaying: dict[int, float] = {}
         for group in optimizer.param_groups:
             decay = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
@@ -190,11 +218,10 @@ class StepWatch:
         for name, factor in decay.items():
             self.decay[name] *= factor
 
-    def _can_skip_on_device(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
-        """Whether a step can be left out without knowing here that it is."""
+    def _may_be_left_out_on_device(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether an optimizer that can leave out a step by itself should do so, which saves a wait for the device."""
         return (
-            isinstance(optimizer, RiemannianAdam)
-            and self.on_nonfinite == "skip"
+            self.on_nonfinite == "skip"
             and bool(parameters)
             and all(p.device == parameters[0].device and _waits(p.device) for p in parameters)
             and not any(is_sharded(p) or p.grad.is_sparse for p in parameters if p.grad is not None)
@@ -204,7 +231,7 @@ class StepWatch:
         if missing and self.every_adapter_needs_a_gradient:
             raise ValueError(
                 f"no gradient reaches the adapters {', '.join(sorted(missing))} in this process, and the others would "
-                "wait for it without an end: add the layers to exclude_modules, or let every process use the same "
+                "wait for it forever: add the layers to exclude_modules, or let every process use the same "
                 "layers, or set find_unused_parameters of the strategy"
             )
         new = missing - self._without_gradient
@@ -230,7 +257,7 @@ def _warn(message: str) -> None:
 def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
     """The first parameter with a gradient that is not finite or squares to infinity; one wait for the device.
 
-    A process holds a part only of a sharded parameter: what one finds there counts for all.
+    A process holds only a part of a sharded parameter, so what one process finds counts for all.
     """
     checked = [parameter for parameter in parameters if _values(parameter).numel()]
     below = _squares_are_finite(checked).tolist() if checked else []
@@ -252,13 +279,13 @@ def _values(parameter: nn.Parameter) -> Tensor:
 
 
 def _squares_are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Whether the squares of each gradient have a finite sum; beyond it second moments break for good."""
+    """Whether the squares of each gradient have a finite sum; otherwise second moments would never recover."""
     values = [_values(parameter) for parameter in parameters]
     norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
-    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are one vector
+    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are stacked into one vector
     return torch.stack([square.to(values[0].device) for square in squares]).isfinite()
 
 
 def _waits(device: torch.device) -> bool:
-    """Whether reading a number from the device waits for what it has been told to do."""
+    """Whether reading a number from the device waits for the work that is queued there."""
     return device.type != "cpu"

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trained import trained
 
-from geolora_pl import AdapterConfig, GeoLoRALinear
+from geolora_pl import AdapterConfig, GeoLoRALinear, inject_adapters
+from geolora_pl.adapters.base import adapter_of
 
 CONFIG = AdapterConfig(init_rank=3, max_rank=5)
 
@@ -236,8 +238,8 @@ def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch(
         ({"target_modules": []}, "target_modules=.* is empty"),
         ({"modules_to_save": "head"}, "modules_to_save='head' must be a list"),
         ({"modules_to_save": None}, "modules_to_save=None must be a list"),
-        ({"target_modules": "*qkv"}, r"target_modules='\*qkv' is no regular expression: nothing to repeat"),
-        ({"rank_pattern": {"(": 2}}, r"rank_pattern='\(' is no regular expression"),
+        ({"target_modules": "*qkv"}, r"target_modules='\*qkv' is not a regular expression: nothing to repeat"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern='\(' is not a regular expression"),
         ({"rank_pattern": ["query"]}, r"rank_pattern=\['query'\] must map"),
         ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\]=0 must be"),
     ],
@@ -245,3 +247,37 @@ def test_no_graph_break_and_one_more_compilation_for_all_other_sizes_of_a_batch(
 def test_bad_settings_are_refused_by_name_and_value(settings, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**settings)
+
+
+def test_factors_know_their_adapter_and_only_the_one_that_has_them():
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapter = inject_adapters(model)["0"]
+    old = adapter.K
+    assert adapter_of(adapter.K) is adapter_of(adapter.L) is adapter
+    assert adapter_of(adapter.U) is adapter_of(adapter.base.weight) is adapter_of(torch.zeros(2)) is None
+    assert adapter_of(copy.deepcopy(adapter.K)) is None, "a copy of a parameter alone"
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    assert adapter_of(adapter.K) is adapter
+    assert adapter_of(old) is None, "it has been replaced"
+    assert adapter_of(model.to_empty(device="meta")[0].K) is adapter
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_the_factors_of_a_copy_know_the_copy(copied):
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model)
+    other = copied(model)
+    assert adapter_of(other[0].K) is adapter_of(other[0].L) is other[0]
+    assert adapter_of(model[0].K) is model[0]
+
+
+def test_an_adapter_is_freed_with_its_last_name_and_its_factors_are_saved_as_plain_parameters(tmp_path):
+    adapter = GeoLoRALinear(nn.Linear(6, 5), AdapterConfig())
+    K, gone = adapter.K, weakref.ref(adapter)
+    torch.save({"K": K}, tmp_path / "factors.pt")
+    loaded = torch.load(tmp_path / "factors.pt", weights_only=True)["K"]
+    assert torch.equal(loaded, K)
+    assert adapter_of(loaded) is None
+    del adapter
+    assert gone() is None
+    assert adapter_of(K) is None

@@ -134,9 +134,9 @@ SETTINGS = [
         r"\['gone'\] matches no layer that can be adapted.*qkv",
         id="target-unknown",
     ),
-    pytest.param([f"{ADAPTER}target_modules=[qkv,gone]"], r"'gone' matches none of .*qkv.*mend it", id="one-target"),
+    pytest.param([f"{ADAPTER}target_modules=[qkv,gone]"], r"'gone' matches none of .*qkv.*correct it", id="one-target"),
     pytest.param(
-        [f"{ADAPTER}target_modules=(["], r"target_modules='\(\[' is no regular expression", id="targets-regex"
+        [f"{ADAPTER}target_modules=(["], r"target_modules='\(\[' is not a regular expression", id="targets-regex"
     ),
     pytest.param([f"{ADAPTER}exclude_modules=[gone]"], r"exclude_modules='gone' matches none", id="exclude-unknown"),
     pytest.param([f"{ADAPTER}modules_to_save=[gone]"], r"modules_to_save='gone' matches no module.*head", id="saved"),

@@ -1,5 +1,7 @@
 """Naive float64 oracles: dense matrices, no batching, no care for speed."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -69,3 +71,47 @@ def set_point(adapter, U: Tensor, sigma: Tensor, V: Tensor) -> None:
         adapter.S.zero_()
         adapter.S[: len(sigma), : len(sigma)] = torch.diag(sigma)
     adapter.rank = len(sigma)
+
+
+class NaiveRiemannianAdam:
+    """RiemannianAdam of one adapter, entry by entry where that helps, from the formulas of its docstring."""
+
+    def __init__(self, K: Tensor, L: Tensor, geometry: str, lr: float, betas: tuple[float, float], eps: float) -> None:
+        self.K, self.L = K.detach().clone(), L.detach().clone()
+        self.geometry, self.lr, self.betas, self.eps = geometry, lr, betas, eps
+        self.t = 0
+        self.m, self.v = (torch.zeros(len(K) + len(L), K.shape[1], dtype=torch.float64) for _ in range(2))
+
+    def step(self, G_K: Tensor, G_L: Tensor, weight_decay: float = 0.0) -> None:
+        self.t += 1
+        beta1, beta2 = self.betas
+        G = torch.cat([G_K, G_L])
+        self.m = beta1 * self.m + (1 - beta1) * G
+        self.v = beta2 * self.v + (1 - beta2) * G**2  # of every entry; rows and adapters add theirs up
+        m_hat, v_hat = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
+        step = self.lr * getattr(self, self.geometry)(G, m_hat, v_hat)
+        for factor, part in zip((self.K, self.L), step.split([len(self.K), len(self.L)]), strict=True):
+            factor.mul_(1 - self.lr * weight_decay).sub_(part)
+
+    def rowwise(self, G: Tensor, m_hat: Tensor, v_hat: Tensor) -> Tensor:
+        direction = torch.zeros_like(G)
+        rows = 0
+        for i in range(len(G)):
+            rows += int(v_hat[i].sum() > 0)  # the rows that ever had a gradient
+            if m_hat[i] @ G[i] > 0:
+                direction[i] = m_hat[i] / (v_hat[i].sum().sqrt() + self.eps)
+        return direction / math.sqrt(rows)
+
+    def isotropic(self, G: Tensor, m_hat: Tensor, v_hat: Tensor) -> Tensor:
+        return m_hat / (v_hat.sum().sqrt() + self.eps)
+
+    def spectral(self, G: Tensor, m_hat: Tensor, v_hat: Tensor) -> Tensor:
+        polar = []
+        for momentum in m_hat.split([len(self.K), len(self.L)]):
+            rank = int(torch.linalg.matrix_rank(momentum))
+            P, _, Qh = torch.linalg.svd(momentum, full_matrices=False)
+            polar.append(P[:, :rank] @ Qh[:rank])
+        return torch.cat(polar) / torch.cat(polar).norm()
+
+    def entrywise(self, G: Tensor, m_hat: Tensor, v_hat: Tensor) -> Tensor:
+        return m_hat / (v_hat.sqrt() + self.eps) / math.sqrt(int((v_hat > 0).sum()))

@@ -1,0 +1,65 @@
+"""Which adapters an optimizer trains: worked out once, for all who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.optim import Optimizer
+
+from geolora_pl.adapters.base import GeoLoRALayer
+
+_REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
+
+
+class Binding:
+    """Knows for every optimizer which of the adapters it trains.
+
+    What an optimizer holds is gathered when it is first asked about, and again once it has more parameters, as after
+    ``add_param_group``. Which parameters are K and L is asked of the adapters every time, for loading a state with
+    ``assign=True`` replaces them.
+
+    Args:
+        adapters: By name.
+    """
+
+    def __init__(self, adapters: Mapping[str, GeoLoRALayer]) -> None:
+        self._adapters = adapters
+        self._held: WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Binding, (self._adapters,)  # a copy has other optimizers
+
+    def trains_any(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds K or L of any adapter."""
+        held = self._held_by(optimizer)
+        return any(id(factor) in held for layer in self._adapters.values() for factor in (layer.K, layer.L))
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
+        if isinstance(optimizer, _REFUSED):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
+                "optimizer of the Adam family, or SGD"
+            )
+        held = self._held_by(optimizer)
+        for name, layer in self._adapters.items():
+            K, L = layer.K, layer.L
+            if K.requires_grad != L.requires_grad:
+                raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
+            if K.requires_grad and not (id(K) in held and id(L) in held):
+                raise ValueError(
+                    f"the optimizer does not hold the factors of the adapter {name}: make it after "
+                    "inject_adapters(model), from all parameters that require gradients"
+                )
+
+    def _held_by(self, optimizer: Optimizer) -> frozenset[int]:
+        """The identities of the optimizer's parameters, which it keeps alive, so that they mean no others."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known, held = self._held.get(optimizer, (-1, frozenset()))
+        if known != count:
+            held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+            self._held[optimizer] = count, held
+        return held
