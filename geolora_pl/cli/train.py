@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
-from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_trainer
+from geolora_pl.cli.checks import CheckLast, CheckTestSplit
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.callback import GeoLoRACallback
@@ -91,8 +91,7 @@ class GeoLoRACLI(LightningCLI):
             self.trainer.callbacks.append(CheckLast())  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
-        """Refuse what would show only in training, or after it."""
-        check_trainer(self.trainer)
+        """Refuse a test after the fit that there is nothing for, before the fit."""
         if self.config["fit"]["test_after_fit"]:
             self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
 

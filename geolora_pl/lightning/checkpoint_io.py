@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from torch import nn
 
+from geolora_pl.lightning.internals import PathLike
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
 
 
@@ -27,7 +27,7 @@ class WholeFiles(TorchCheckpointIO):
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Raises:
@@ -56,7 +56,7 @@ class WholeFiles(TorchCheckpointIO):
             raise
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+        self, path: PathLike, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint, and complete a small one.
 
