@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
 from geolora_pl.cli.checks import CheckLast, CheckTestSplit
+from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.callback import GeoLoRACallback
@@ -37,7 +38,7 @@ class SaveFitConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class GeoLoRACLI(LightningCLI):
+class GeoLoRACLI(CheckpointAwareCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` for modules and data modules given by class path."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -60,7 +61,7 @@ class GeoLoRACLI(LightningCLI):
         if (seed := self.config[self.config["subcommand"]]["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
 
-    def _parse_ckpt_path(self) -> None:
+    def read_ckpt_path(self) -> None:
         """Refuse a broken checkpoint, and complete the settings of a task by what its own checkpoint knows.
 
         That is for one the classes of its data. The class of the module, and whatever a file must not decide, stay as

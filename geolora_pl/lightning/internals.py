@@ -96,3 +96,8 @@ def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[
         del loop.on_run_start
 
     return stop
+
+
+def datamodule_of(module: L.LightningModule) -> Any:
+    """The data module of the trainer that a module belongs to; ``None`` without the one or the other."""
+    return getattr(module._trainer, "datamodule", None)

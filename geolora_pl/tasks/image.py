@@ -11,13 +11,14 @@ from typing import Any
 import timm
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
-from timm.models._hub import save_for_hf  # the oldest timm that will do does not export it
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from geolora_pl.lightning.hyperparameters import check_sizes
+from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
+from geolora_pl.tasks.internals import save_for_hf
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
@@ -95,7 +96,7 @@ class ImageClassification(GeoLoRAModule):
     def configure_model(self) -> None:
         """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""
         if not hasattr(self, "model"):
-            data = getattr(self._trainer, "datamodule", None)
+            data = datamodule_of(self)
             self.num_classes = settle_num_classes(self.num_classes, data)
             self.class_names = settle_class_names(self.class_names, self.num_classes, data)
             # So that a checkpoint can be loaded without the data.

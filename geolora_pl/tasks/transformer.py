@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.tasks.text_models import (
     block_linears,
@@ -155,4 +156,4 @@ class TransformerTask(GeoLoRAModule):
         raise NotImplementedError(f"{type(self).__name__} must evaluate")
 
     def _data(self) -> object:
-        return getattr(self._trainer, "datamodule", None)
+        return datamodule_of(self)

@@ -14,6 +14,7 @@ from geolora_pl.adapters.base import adapter_of_factor
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import without_autocast
 from geolora_pl.math.ranks import resolution
+from geolora_pl.training.internals import foreach_add_, foreach_copy_, foreach_mul_, foreach_norm
 from geolora_pl.training.stacks import Stack, leading, owners, stacks
 
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
@@ -204,7 +205,7 @@ class RiemannianAdam(Optimizer):
             squares = _pair_norms(G.split(rows)).square()
             seconds = self._states(factors[::2], "exp_avg_sq", squares.unbind())
             v = torch.stack(seconds).lerp_(squares, (1 - beta2) * taken)
-            torch._foreach_copy_(seconds, list(v.unbind()))
+            foreach_copy_(seconds, list(v.unbind()))
             scale = 1 / (bias1 * ((v / bias2).sqrt() + eps))
         elif group["geometry"] == "rowwise":
             ones = G.new_ones(G.shape[1])  # sums over rows are several times faster as products
@@ -219,9 +220,9 @@ class RiemannianAdam(Optimizer):
         live = leading(factors, columns)
         if group["weight_decay"]:
             kept = 1 - group["lr"] * group["weight_decay"] * taken
-            torch._foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
+            foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
         step = direction * (of_rows * (-group["lr"] * taken * scale)[owner])[:, None]
-        torch._foreach_add_(live, list(step.split(rows)))
+        foreach_add_(live, list(step.split(rows)))
 
     def _step_others(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         if not parameters:
@@ -253,7 +254,7 @@ class RiemannianAdam(Optimizer):
         moments = self._states(factors, key, new.split(lengths) if of_rows else factors)
         moments = moments if of_rows else leading(moments, new.shape[1])
         moved = torch.cat(moments).lerp_(new, weight)
-        torch._foreach_copy_(moments, list(moved.split(lengths)))
+        foreach_copy_(moments, list(moved.split(lengths)))
         return moved
 
     def _states(self, parameters: Sequence[Tensor], key: str, like: Sequence[Tensor]) -> list[Tensor]:
@@ -272,7 +273,7 @@ class RiemannianAdam(Optimizer):
     def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:
         """Steps taken by each parameter, with this one if it is taken, as a vector; at least 1."""
         steps = self._steps(parameters)
-        torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
+        foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
         return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
 
 
@@ -297,7 +298,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of each K and L together."""
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).view(-1, 2), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(tensors))).view(-1, 2), dim=1)
     return norms
 
 

@@ -17,6 +17,7 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
 from geolora_pl.math.ranks import OnNonfinite
 from geolora_pl.training.distributed import anywhere, is_sharded
+from geolora_pl.training.internals import foreach_mul, foreach_norm
 from geolora_pl.training.optim import RiemannianAdam
 
 
@@ -254,8 +255,8 @@ def _values(parameter: nn.Parameter) -> Tensor:
 def _squares_are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Whether the squares of each gradient have a finite sum; beyond it second moments break for good."""
     values = [_values(parameter) for parameter in parameters]
-    norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
-    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are one vector
+    norms = foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
+    squares = foreach_mul(norms, norms)  # each in its own precision, before they are one vector
     return torch.stack([square.to(values[0].device) for square in squares]).isfinite()
 
 
