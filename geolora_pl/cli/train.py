@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
+import geolora_pl
 from geolora_pl.cli.checks import CheckLast, CheckTestSplit
 from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
@@ -157,6 +158,7 @@ def run(args: ArgsType = None) -> None:
         parser_class=OneSentenceParser,
         parser_kwargs={
             **no_abbreviations,
+            "version": geolora_pl.__version__,
             **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
             "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
             "'report' --help for a page about runs.",
