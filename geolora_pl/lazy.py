@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ast
+from collections.abc import Callable
 from importlib import import_module
+from pkgutil import get_data
 from typing import Any
 
 _EXTRAS = {"transformers": "text", "datasets": "text", "matplotlib": "report"}  # library to extra
 
 
-def lazy_exports(
-    package: str, names: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Make the ``__getattr__`` and the ``__dir__`` of a package (PEP 562).
+def lazy_exports(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+    """Make the ``__getattr__``, the ``__dir__`` (PEP 562) and the ``__all__`` of a package.
+
+    Its public names stand in its ``__init__.pyi`` alone, where type checkers look for them: each is imported there from
+    the module that defines it.
 
     Args:
         package: The package's ``__name__``.
-        names: Its public names by the module that defines them.
 
     Example:
-        >>> load, names = lazy_exports("geolora_pl", {"errors": ["GeoLoRAWarning"]})
-        >>> load("GeoLoRAWarning").__name__, names()
-        ('GeoLoRAWarning', ['GeoLoRAWarning'])
+        >>> load, names, public = lazy_exports("geolora_pl")
+        >>> load("GeoLoRAWarning").__name__, "GeoLoRAWarning" in names(), "GeoLoRAWarning" in public
+        ('GeoLoRAWarning', True, True)
     """
-    homes = {name: module for module, of_module in names.items() for name in of_module}
+    stub = get_data(package, "__init__.pyi") or b""
+    imported = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: str(node.module) for node in imported for alias in node.names}
 
     def load(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
-            module = import_module(f"{package}.{homes[name]}")
+            module = import_module(homes[name])
         except ModuleNotFoundError as error:
             if error.name not in _EXTRAS:
                 raise
             raise ImportError(_remedy(f"{package}.{name}", error.name)) from error
         return getattr(module, name)
 
-    return load, lambda: sorted(homes)
+    return load, lambda: sorted(homes), sorted(homes)
 
 
 def import_extra(module: str, what: str) -> Any:
@@ -80,3 +84,11 @@ def import_class(class_path: str) -> type:
     if not isinstance(found, type):
         raise ValueError(f"class_path={class_path!r} is not a class")
     return found
+
+
+def find_class(class_path: str) -> type | None:
+    """Import the class that the user names by its path; ``None`` for a function that makes an object."""
+    try:
+        return import_class(class_path)
+    except ValueError:
+        return None

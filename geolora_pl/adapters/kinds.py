@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.fused import fused_linear
+from geolora_pl.adapters.internals import convolve, has_hooks
 from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast
 
 _LINEAR = nn.Linear.forward  # the forward of torch itself, in case the class is patched later
@@ -60,7 +61,7 @@ class GeoLoRALinear(GeoLoRALayer):
         return (
             self._has_known_forward(base)
             and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not has_hooks(base)
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
             and not self._is_quantised(base)
@@ -170,7 +171,7 @@ class GeoLoRAConv2d(GeoLoRALayer):
         """Convolve with B, then take the linear combinations A of its channels, group by group."""
         groups = self.base.groups
         kernels = B.mT.reshape(-1, *self.base.weight.shape[1:]).repeat(groups, 1, 1, 1)
-        coordinates = self.base._conv_forward(self.dropout(x), kernels.to(x.dtype), None)
+        coordinates = convolve(self.base, self.dropout(x), kernels.to(x.dtype))
         return F.conv2d(coordinates, A[:, :, None, None].to(x.dtype), groups=groups)
 
 

@@ -1,35 +1,11 @@
-"""What the command line checks before a run begins: the trainer's settings, and the test that a fit ends with."""
+"""What the command line alone checks before a run begins: the checkpoint of a test, and the test after a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import lightning as L
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities.model_helpers import is_overridden
-
-
-def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse what Lightning takes and cannot mean.
-
-    Raises:
-        ValueError: A number of steps or epochs of the trainer leaves nothing to train, a bound is negative, or torchrun
-            started another number of processes than the trainer has.
-    """
-    if TorchElasticEnvironment.detect() and (started := TorchElasticEnvironment().world_size()) != trainer.world_size:
-        raise ValueError(
-            f"torchrun started {started} processes and the trainer has {trainer.world_size}: each would train by "
-            "itself into the same folder: set trainer.strategy=ddp, and trainer.devices to the processes on a machine"
-        )
-    if trainer.accumulate_grad_batches < 1:
-        raise ValueError(f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
-    if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
-        raise ValueError(f"gradient_clip_val={clip} must be at least 0: a negative norm turns gradients around")
-    if trainer.val_check_interval == 0:
-        raise ValueError("val_check_interval=0 must be above 0: use limit_val_batches=0 for no validation")
-    for name in ("max_epochs", "max_steps", "limit_train_batches"):
-        if getattr(trainer, name) == 0:
-            raise ValueError(f"{name}=0 leaves nothing to train: raise it, or use validate or test")
 
 
 class CheckLast(L.Callback):

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
-from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
 from geolora_pl.lazy import import_class
 
 _NOISE = re.compile(
@@ -51,19 +51,16 @@ def own_defaults() -> Iterator[None]:
     was set by hand: it is carried over between models or data, where a name means the same; between optimizers or
     schedulers it is dropped, and that is said.
     """
-    carry_over: Any = _typehints.discard_init_args_on_class_path_change
     dropped: dict[str, None] = {}
 
-    def drop(parser: Any, before: Any, value: Any) -> None:
+    def drop(before: Any, value: Any) -> None:
         for name in _not_carried_over(before, value, dropped):
             before.init_args.pop(name)
-        carry_over(parser, before, value)
 
-    _typehints.discard_init_args_on_class_path_change = drop
     try:
-        yield
+        with before_a_class_is_replaced(drop):
+            yield
     finally:
-        _typehints.discard_init_args_on_class_path_change = carry_over
         for said in dropped:
             rank_zero_info(said)
 
@@ -97,7 +94,7 @@ class OneSentenceParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {as_sentence(message, _options(parser))}\nsee: {prog} --help\n")
+        self.exit(2, f"error: {as_sentence(message, settings_of(parser))}\nsee: {prog} --help\n")
 
 
 def as_sentence(message: str, options: list[str]) -> str:
@@ -154,12 +151,8 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"drop it, or mend it; there are {', '.join(known)}" if len(known) <= 20 else "drop it, or mend it"
 
 
-def _options(parser: LightningArgumentParser) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest.rpartition(".")[2] != "help"]
-
-
 def _options_of_class(path: str) -> list[str]:
-    return _options(_parser_of(import_class(path)))
+    return settings_of(_parser_of(import_class(path)))
 
 
 def _parser_of(module_class: type) -> LightningArgumentParser:

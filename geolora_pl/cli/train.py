@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -13,11 +15,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
-from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_trainer
+import geolora_pl
+from geolora_pl.cli.checks import CheckLast, CheckTestSplit
+from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
-from geolora_pl.lazy import import_class
+from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
-from geolora_pl.lightning.hyperparameters import from_checkpoint
+from geolora_pl.lightning.hyperparameters import completed, from_checkpoint
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.predictions import PredictionWriter
 from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
@@ -37,8 +41,10 @@ class SaveFitConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class GeoLoRACLI(LightningCLI):
+class GeoLoRACLI(CheckpointAwareCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` for modules and data modules given by class path."""
+
+    _taken: Mapping[str, Any] = MappingProxyType({})  # what the checkpoint says about the module
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--geolora.*``, ``--test_after_fit`` and ``--output``."""
@@ -60,7 +66,7 @@ class GeoLoRACLI(LightningCLI):
         if (seed := self.config[self.config["subcommand"]]["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
 
-    def _parse_ckpt_path(self) -> None:
+    def read_ckpt_path(self) -> None:
         """Refuse a broken checkpoint, and complete the settings of a task by what its own checkpoint knows.
 
         That is for one the classes of its data. The class of the module, and whatever a file must not decide, stay as
@@ -72,11 +78,14 @@ class GeoLoRACLI(LightningCLI):
         if not path or _is_left_to_lightning(path, config):
             return
         checkpoint = read_checkpoint(path, mmap=True)
-        module_class = import_class(config.model.class_path)
-        if subcommand != "fit" and issubclass(module_class, GeoLoRAModule):
-            taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
-            model = {"class_path": config.model.class_path, "init_args": taken}
-            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+        module_class = None if subcommand == "fit" else find_class(config.model.class_path)
+        if module_class is not None and issubclass(module_class, GeoLoRAModule):
+            self._taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
+
+    def before_instantiate_classes(self) -> None:
+        """Give the module what its checkpoint knows when it is made, past the parser."""
+        if self._taken:
+            self.parser.add_instantiator(completed(self._taken), GeoLoRAModule, prepend=True)
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""
@@ -91,8 +100,7 @@ class GeoLoRACLI(LightningCLI):
             self.trainer.callbacks.append(CheckLast())  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
-        """Refuse what would show only in training, or after it."""
-        check_trainer(self.trainer)
+        """Refuse a test after the fit that there is nothing for, before the fit."""
         if self.config["fit"]["test_after_fit"]:
             self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
 
@@ -157,6 +165,7 @@ def run(args: ArgsType = None) -> None:
         parser_class=OneSentenceParser,
         parser_kwargs={
             **no_abbreviations,
+            "version": geolora_pl.__version__,
             **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
             "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
             "'report' --help for a page about runs.",

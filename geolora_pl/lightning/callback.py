@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from types import NoneType
 from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.adapters.config import AdapterConfig
-from geolora_pl.adapters.inject import has_adapters, inject_adapters
+from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
 from geolora_pl.lightning.checkpoint_io import WholeFiles
-from geolora_pl.lightning.checks import check_company
-from geolora_pl.lightning.exact_resume import TrainingPosition
+from geolora_pl.lightning.checks import (
+    check_company,
+    check_launcher,
+    check_length,
+    check_trainer,
+    optimizer_of_adapters,
+)
+from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.lightning.run import Run
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.storage.checkpoint import describe_base, shrink
@@ -28,16 +32,7 @@ from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
 
-
-def run_length(trainer: L.Trainer) -> float:
-    """Optimizer steps of the run; infinite where Lightning answers -1, as for a data set of unknown length."""
-    steps = trainer.estimated_stepping_batches
-    return math.inf if steps < 0 else steps
-
-
-def _last_step(trainer: L.Trainer) -> int:
-    """The number that Lightning gives to the loggers for the last batch, once it has been counted."""
-    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+_INJECTED = "_geolora_adapter"  # the attribute in which a module remembers what a callback has adapted
 
 
 class GeoLoRACallback(L.Callback):
@@ -105,27 +100,37 @@ class GeoLoRACallback(L.Callback):
         self.on_nonfinite = on_nonfinite
         self.small_checkpoints = small_checkpoints
         self.adapter = adapter
-        self.integrator: RankAdaptiveIntegrator | None = None
-        self.monitor: RankMonitor | None = None
-        self._injected = False
-        self._restored: dict[str, Any] | None = None
-        self._optimizer: Optimizer | None = None
-        self._hook: RemovableHandle | None = None
-        self._position = TrainingPosition()
-        self._base: dict[str, Any] | None = None
+        self._run: Run | None = None  # the fit that is under way, or else the last one
+        self._restored: dict[str, Any] | None = None  # from a checkpoint, until the fit starts
+
+    @property
+    def integrator(self) -> RankAdaptiveIntegrator | None:
+        """The integrator of the fit that is under way, or of the last one; ``None`` before the first."""
+        return self._run.integrator if self._run else None
+
+    @property
+    def monitor(self) -> RankMonitor | None:
+        """The numbers and pictures of the fit that is under way, or of the last one; ``None`` before the first."""
+        return self._run.monitor if self._run else None
+
+    @property
+    def _current(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("GeoLoRACallback follows a fit only: Lightning calls on_fit_start first")
+        return self._run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
         check_company(trainer, self.small_checkpoints)
-        if type(trainer.strategy._checkpoint_io) in (NoneType, TorchCheckpointIO, WholeFiles):  # not the user's own
-            trainer.strategy._checkpoint_io = WholeFiles(pl_module)
-        if not has_adapters(pl_module) and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise ValueError(
-                f"{type(pl_module).__name__} would get its adapters in a forked or spawned process, and the process "
-                "that started it would never see them: use strategy='ddp', or before trainer.fit call "
-                "module.configure_model() of a GeoLoRAModule, or inject_adapters(module, config)"
-            )
-        if not has_adapters(pl_module) and is_overridden("configure_model", pl_module):
+        if stage == "fit":
+            check_trainer(trainer)
+        if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
+            trainer.strategy.checkpoint_io = WholeFiles(pl_module)
+        if has_adapters(pl_module):
+            self._check_origin(pl_module)
+            return
+        check_launcher(trainer, pl_module)
+        if is_overridden("configure_model", pl_module):
             # Lightning builds such a module only after this hook; its configure_model must be idempotent.
             with (
                 trainer.strategy.tensor_init_context(),
@@ -133,10 +138,15 @@ class GeoLoRACallback(L.Callback):
                 trainer.precision_plugin.module_init_context(),
             ):
                 pl_module.configure_model()
-        if not has_adapters(pl_module):
+        if has_adapters(pl_module):
+            self._check_origin(pl_module)
+        else:
             inject_adapters(pl_module, self.adapter)
-            self._injected = True
-        elif self.adapter is not None and not self._injected:
+            setattr(pl_module, _INJECTED, self.adapter)
+
+    def _check_origin(self, pl_module: L.LightningModule) -> None:
+        """Refuse a second say in what is adapted, unless an earlier fit has put just these adapters in."""
+        if self.adapter is not None and getattr(pl_module, _INJECTED, None) != self.adapter:
             raise ValueError(
                 f"{type(pl_module).__name__} has adapters of its own and the callback was given adapter="
                 f"{self.adapter}: say what to adapt in one of the two places"
@@ -144,8 +154,13 @@ class GeoLoRACallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the run before its first step and start to follow the optimizer."""
+        earlier = self._run  # a second fit of the same module with the same trainer goes on
+        if not trainer.global_step or (earlier and earlier.integrator.adapters != find_adapters(pl_module)):
+            earlier = None
         steps = run_length(trainer)
-        adapt_every = self.adapt_every or self._cadence_so_far(trainer) or usual_cadence(steps)
+        adapt_every = self.adapt_every or self._cadence_so_far(earlier) or usual_cadence(steps)
+        steps_are_known = pl_module.automatic_optimization and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        check_length(steps, adapt_every if steps_are_known else 0, self.adapt_until)
         integrator = RankAdaptiveIntegrator(
             pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.grow, self.on_nonfinite
         )
@@ -154,175 +169,109 @@ class GeoLoRACallback(L.Callback):
             wrapped.find_unused_parameters or wrapped.static_graph
         ):
             integrator.require_gradients()
-        holders = [optimizer for optimizer in trainer.optimizers if integrator.is_trained_by(optimizer)]
-        if len(holders) != 1:
-            raise ValueError(
-                f"{len(holders)} of the {len(trainer.optimizers)} optimizers hold adapters, and exactly one must: in "
-                "configure_optimizers, give every parameter that requires gradients to one optimizer, or keep those "
-                "of other optimizers out of the adapters with exclude_modules"
-            )
-        integrator.check_optimizer(holders[0])
-        steps_are_known = pl_module.automatic_optimization and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if steps_are_known and 0 < steps < adapt_every:
-            raise ValueError(
-                f"adapt_every={adapt_every} is longer than the run of {steps} optimizer steps: lower it to at "
-                f"most {steps}"
-            )
-        if self.adapt_until < 1 and math.isinf(steps):
-            raise ValueError(
-                f"adapt_until={self.adapt_until} is a part of a run without an end: set max_steps or max_epochs"
-            )
+        run = Run(pl_module, integrator, optimizer_of_adapters(trainer, integrator))
+        if earlier:
+            run.go_on_from(earlier)
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            run.load_state_dict(restored, self.adapt_every)
+        self._run = run
         adapting = self.adapt_until * steps if self.adapt_until < 1 else math.inf
-        monitor = RankMonitor(integrator)
-        if trainer.global_step and self.integrator and self.integrator.adapters == integrator.adapters:
-            integrator.load_state_dict(self.integrator.state_dict())  # a second fit with the same trainer goes on
-            assert self.monitor is not None
-            monitor.load_state_dict(self.monitor.state_dict())
-        self.integrator, self.monitor, self._optimizer = integrator, monitor, holders[0]
-        self._take_up()
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # Batches, as the length of the run is counted, not steps; and ranks are not left as they have grown.
-            integrator.rank_changes = integrator.growing or trainer.fit_loop.epoch_loop._batches_that_stepped < adapting
-            began = monitor.clock.now()
-            if integrator.step(optimizer):
-                monitor.clock.add(began)
-            if steps_are_known and trainer.fit_loop.epoch_loop._batches_that_stepped + 1 == steps:
-                self._retract_pending()  # before the last validation and checkpoint, which are of the final ranks then
-
-        self._hook = holders[0].register_step_post_hook(after_step)
+        run.follow(trainer, adapting, last=steps if steps_are_known else math.inf)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Reduce the gradients of the adapters where the strategy does not, before they are clipped."""
         if isinstance(trainer.strategy, ModelParallelStrategy):
             average_unsharded([p for group in optimizer.param_groups for p in group["params"]])
 
-    def _cadence_so_far(self, trainer: L.Trainer) -> int | None:
-        """The cadence of the run that is resumed, or of an earlier fit with the same trainer, which goes on."""
+    def _cadence_so_far(self, earlier: Run | None) -> int | None:
+        """The cadence of the run that is resumed, or of the earlier fit that goes on."""
         if self._restored is not None:
             return self._restored.get("adapt_every")
-        return self.integrator.adapt_every if trainer.global_step and self.integrator else None
-
-    def _take_up(self) -> None:
-        """Go on from what was restored: factors always, for another process's may have been sent to this one."""
-        assert self.integrator is not None
-        assert self.monitor is not None
-        for layer in self.integrator.adapters.values():
-            layer.read_rank()
-        restored, self._restored = self._restored, None
-        if restored is None:
-            return
-        ours, theirs = type(self._optimizer).__name__, restored["optimizer"]
-        if ours != theirs:
-            raise ValueError(
-                f"the checkpoint was made with the optimizer {theirs} and this run has {ours}, which cannot take up "
-                "its state: use the same one, or start a new run from the weights"
-            )
-        self.integrator.adapt_every = self.adapt_every or restored["adapt_every"]
-        self.integrator.load_state_dict(restored["integrator"])
-        self.monitor.load_state_dict(restored["monitor"])
+        return earlier.integrator.adapt_every if earlier else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what is adapted, and go to the batch that comes next, where a run is resumed."""
-        assert self.monitor is not None
-        self._position.train_starts(trainer)
+        run = self._current
+        run.position.train_starts(trainer)
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
-            print_summary(*start_summary(pl_module, self.monitor))
+            print_summary(*start_summary(pl_module, run.monitor))
         if not trainer.global_step:
-            self.monitor.log(trainer, 0)
+            run.monitor.log(trainer, 0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation leave no trace in the random numbers of the training."""
-        self._position.validation_ended()
+        if self._run is not None:
+            self._run.position.validation_ended()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
-        assert self.monitor is not None
-        stepped = not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate())
-        if stepped and (trainer._logger_connector.should_update_logs or trainer.is_last_batch):  # as Lightning itself
-            self.monitor.log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        self._position.batch_ended(trainer)
+        run = self._current
+        stepped = not (pl_module.automatic_optimization and accumulates(trainer))
+        if stepped and (logs_this_batch(trainer) or trainer.is_last_batch):
+            run.monitor.log(trainer, batches_that_stepped(trainer))
+        run.position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same where an epoch was cut short."""
-        assert self.monitor is not None
-        if self.monitor.shown != _last_step(trainer):
-            self.monitor.log(trainer, _last_step(trainer))
+        """Log the ranks at the end of an epoch that was cut short."""
+        run = self._current
+        if run.monitor.shown != _last_step(trainer):
+            run.monitor.log(trainer, _last_step(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
-        assert self.integrator is not None
-        assert self.monitor is not None
-        if self._retract_pending():
-            self.monitor.log(trainer, _last_step(trainer))
-        if self.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        run = self._current
+        if run.retract_pending():
+            run.monitor.log(trainer, _last_step(trainer))
+        if run.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RuntimeError(
                 "training ended without one adaptation of the ranks: no optimizer step was taken, and "
-                f"{self.integrator.skipped_steps} were skipped for gradients that are not finite; a step in which no "
+                f"{run.integrator.skipped_steps} were skipped for gradients that are not finite; a step in which no "
                 "adapter has a gradient does not count"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what was found; a run that had ended may have been resumed, without any training."""
-        self._retract_pending()
-        assert self.monitor is not None
+        run = self._current
+        run.retract_pending()
         if trainer.is_global_zero:
-            self.monitor.show(trainer.loggers, _last_step(trainer), at_last=True)
+            run.monitor.show(trainer.loggers, _last_step(trainer), at_last=True)
         if wants_tables(trainer):
-            print_summary(*end_summary(trainer, pl_module, self.monitor))
-
-    def _retract_pending(self) -> bool:
-        if self.integrator is None or self.monitor is None:
-            return False
-        self.integrator.settle()
-        if not (self.integrator.steps or (self.integrator.growing and self.integrator.adaptations)):
-            return False
-        began = self.monitor.clock.now()
-        self.integrator.retract(self._optimizer)
-        self.monitor.clock.add(began)
-        return True
+            print_summary(*end_summary(trainer, pl_module, run.monitor))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop following the optimizer."""
+        """Stop following the optimizer, and forget what a checkpoint has brought for this run."""
         self._let_go()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stop following the optimizer."""
+        """Stop following the optimizer, and forget what a checkpoint has brought for this run."""
         self._let_go()
 
     def _let_go(self) -> None:
-        self._position.close()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        if self.integrator is not None:
-            self.integrator.close()
+        self._restored = None
+        if self._run is not None:
+            self._run.close()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave the base out, if asked to."""
         if self.small_checkpoints:
-            self._base = self._base or describe_base(pl_module)  # it does not change
-            shrink(checkpoint, pl_module, self._base)
+            shrink(checkpoint, pl_module, self._run.base_of(pl_module) if self._run else describe_base(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """The integrator's counters and the ranks so far, for a run that is resumed."""
-        if self.integrator is None or self.monitor is None:
-            return {}
-        return {
-            "integrator": self.integrator.state_dict(),
-            "monitor": self.monitor.state_dict(),
-            "optimizer": type(self._optimizer).__name__,
-            "adapt_every": self.integrator.adapt_every,
-            "position": self._position.state_dict(),
-        }
+        return self._run.state_dict() if self._run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the counters until the integrator is made; strategies that shard restore after that."""
-        self._restored = state_dict or None
-        if state_dict:
-            self._position.load_state_dict(state_dict["position"])
-            if self._hook is not None:
-                self._take_up()
+        """Keep the counters until the fit starts; strategies that shard restore after that."""
+        if self._run is not None and self._run.open and state_dict:
+            self._run.load_state_dict(state_dict, self.adapt_every)
+        else:
+            self._restored = state_dict or None
+
+
+def _last_step(trainer: L.Trainer) -> int:
+    """The number that Lightning gives to the loggers for the last batch, once that has been counted."""
+    return max(0, batches_that_stepped(trainer) - 1)

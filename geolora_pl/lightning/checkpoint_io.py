@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from torch import nn
 
+from geolora_pl.lightning.internals import PathLike
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
 
 
@@ -27,7 +27,7 @@ class WholeFiles(TorchCheckpointIO):
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Raises:
@@ -56,7 +56,7 @@ class WholeFiles(TorchCheckpointIO):
             raise
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+        self, path: PathLike, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint, and complete a small one.
 
@@ -67,5 +67,21 @@ class WholeFiles(TorchCheckpointIO):
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
         else:
             checkpoint = read_checkpoint(path)
+        _forget_other_files(checkpoint)
         complete(checkpoint, self._module)
         return checkpoint
+
+
+def _forget_other_files(checkpoint: dict[str, Any]) -> None:
+    """Keep a resumed ModelCheckpoint from removing files that do not lie in its own folder, in place.
+
+    It removes its worse checkpoints, whose paths it takes from the file without following ``..`` in them.
+    """
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict):
+            continue
+        folder = f"{os.path.normpath(str(state.get('dirpath')))}{os.sep}"
+        kept = {path: v for path, v in state["best_k_models"].items() if os.path.normpath(path).startswith(folder)}
+        if kept.keys() != state["best_k_models"].keys():
+            state["best_k_models"] = kept
+            state["kth_best_model_path"], state["best_model_path"] = "", ""

@@ -1,10 +1,40 @@
-"""What is checked before a run begins: the trainer's settings and company, and the test that it ends with."""
+"""What is refused before a run begins: settings of the trainer, what does not go with adapters, a run too short."""
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.optim import Optimizer
+
+from geolora_pl.lightning.internals import MultiProcessingLauncher
+from geolora_pl.training.integrator import RankAdaptiveIntegrator
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse what Lightning takes and cannot mean.
+
+    Raises:
+        ValueError: A number of steps or epochs of the trainer leaves nothing to train, a bound is negative, or torchrun
+            started another number of processes than the trainer has.
+    """
+    if TorchElasticEnvironment.detect() and (started := TorchElasticEnvironment().world_size()) != trainer.world_size:
+        raise ValueError(
+            f"torchrun started {started} processes and the trainer has {trainer.world_size}: each would train by "
+            "itself into the same folder: set trainer.strategy=ddp, and trainer.devices to the processes on a machine"
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
+    if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
+        raise ValueError(f"gradient_clip_val={clip} must be at least 0: a negative norm turns gradients around")
+    if trainer.val_check_interval == 0:
+        raise ValueError("val_check_interval=0 must be above 0: use limit_val_batches=0 for no validation")
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"{name}=0 leaves nothing to train: raise it, or use validate or test")
 
 
 def check_company(trainer: L.Trainer, small_checkpoints: bool) -> None:
@@ -27,3 +57,53 @@ def check_company(trainer: L.Trainer, small_checkpoints: bool) -> None:
                 f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
                 "them: remove it, or merge the adapters before weights are averaged"
             )
+
+
+def check_launcher(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuse to put adapters into a module whose copy in this process would never see them.
+
+    Raises:
+        ValueError: The trainer forks or spawns its processes.
+    """
+    if isinstance(trainer.strategy.launcher, MultiProcessingLauncher):
+        raise ValueError(
+            f"{type(module).__name__} would get its adapters in a forked or spawned process, and the process that "
+            "started it would never see them: use strategy='ddp', or before trainer.fit call "
+            "module.configure_model() of a GeoLoRAModule, or inject_adapters(module, config)"
+        )
+
+
+def check_length(steps: float, adapt_every: int, adapt_until: float) -> None:
+    """Refuse a run in which the ranks would never change, or in which nobody knows when they stop changing.
+
+    Args:
+        steps: The optimizer steps of the run; infinite where they are unknown, 0 where nothing is left to train.
+        adapt_every: The cadence, or 0 where steps cannot be counted beforehand.
+        adapt_until: The part of the run in which ranks may change.
+
+    Raises:
+        ValueError: The run is shorter than the cadence, or a part of it was asked for and it has no end.
+    """
+    if 0 < steps < adapt_every:
+        raise ValueError(
+            f"adapt_every={adapt_every} is longer than the run of {steps} optimizer steps: lower it to at most {steps}"
+        )
+    if adapt_until < 1 and math.isinf(steps):
+        raise ValueError(f"adapt_until={adapt_until} is a part of a run without an end: set max_steps or max_epochs")
+
+
+def optimizer_of_adapters(trainer: L.Trainer, integrator: RankAdaptiveIntegrator) -> Optimizer:
+    """The one optimizer that holds the adapters.
+
+    Raises:
+        ValueError: None of them or several hold adapters, or the one that does cannot train them.
+    """
+    holders = [optimizer for optimizer in trainer.optimizers if integrator.is_trained_by(optimizer)]
+    if len(holders) != 1:
+        raise ValueError(
+            f"{len(holders)} of the {len(trainer.optimizers)} optimizers hold adapters, and exactly one must: in "
+            "configure_optimizers, give every parameter that requires gradients to one optimizer, or keep those of "
+            "other optimizers out of the adapters with exclude_modules"
+        )
+    integrator.check_optimizer(holders[0])
+    return holders[0]

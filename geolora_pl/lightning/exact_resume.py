@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch import distributed as dist
 
 from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.lightning.internals import (
+    DataFetcher,
+    DataLoaderIterDataFetcher,
+    Stateful,
+    before_each_epoch,
+    collect_random_states,
+    data_of_fit,
+    set_random_states,
+    set_sampler_epoch,
+    validates_after_this_batch,
+)
 from geolora_pl.training.distributed import processes
 
 RandomState = dict[str, Any]
@@ -23,7 +30,7 @@ RandomState = dict[str, Any]
 
 def random_state() -> RandomState:
     """The states of the random numbers of torch, numpy and Python, as tensors and plain values."""
-    state = _collect_rng_states(include_cuda=False)
+    state = collect_random_states(include_cuda=False)
     kind, keys, *rest = state["numpy"]
     state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)  # loads with weights_only=True
     state["device"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -33,21 +40,29 @@ def random_state() -> RandomState:
 def set_random_state(state: RandomState) -> None:
     """Go back to what :func:`random_state` gave."""
     kind, keys, *rest = state["numpy"]
-    _set_rng_states({**state, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)})
+    set_random_states({**state, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)})
     if state["device"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["device"])
 
 
 def _from_state(state: RandomState, batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, the first drawn from a random state, whatever happened since."""
+    """Give the same batches, and draw the first of them from a random state, whatever has happened since."""
     set_random_state(state)
     end = object()
-    while (batch := next(batches, end)) is not end:  # "yield from" would start the loader anew
+    while (batch := next(batches, end)) is not end:  # "yield from" would start the loader again
         yield batch
 
 
+def _leave_out(seen: int, fetcher: DataFetcher) -> None:
+    """Draw the batches of an epoch that a run has seen before it was resumed, without using them."""
+    for _ in range(seen):
+        next(fetcher)
+    fetcher.fetched -= seen  # Lightning adds them
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+
 class TrainingPosition:
-    """Remembers random states, each process its own, and replays an epoch up to the batch that comes next.
+    """Remembers the random states of each process, and replays an epoch up to the batch that comes next.
 
     Lightning restarts the data of an epoch in whose middle a run is resumed, and knows nothing of random numbers. Here
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
@@ -57,40 +72,37 @@ class TrainingPosition:
     """
 
     def __init__(self) -> None:
-        self._epoch_start: RandomState | None = None  # None: of an iterator that Lightning made
+        self._epoch_start: RandomState | None = None  # None where Lightning made the iterator of the epoch
         self._before_validation: RandomState | None = None
         self._restored: RandomState | None = None
-        self._loop: Any = None  # whose epochs are watched
+        self._stop_watching: Callable[[], None] | None = None
 
     def train_starts(self, trainer: L.Trainer) -> None:
         """Call when the data loaders are there: go to the batch that comes next."""
-        self._watch_epochs(trainer)
+        self.close()
+        self._stop_watching = before_each_epoch(trainer, self._epoch_begins)
         now, self._restored = self._restored, None
-        loaders, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
-        assert loaders is not None
-        assert fetcher is not None
-        keeps_its_own_state = any(isinstance(loader, _Stateful) for loader in loaders.flattened)
+        loaders, fetcher = data_of_fit(trainer)
+        keeps_its_own_state = any(isinstance(loader, Stateful) for loader in loaders.flattened)
         epoch: Any = trainer.fit_loop.epoch_progress.current
         batches = trainer.fit_loop.epoch_loop.batch_progress
         seen = 0
         if now is None:
             # A stream of unknown length may be readable only once, and Lightning has begun with it.
-            make_iterator, self._epoch_start = fetcher.length is not None, random_state()
+            start = None if fetcher.length is None else random_state()
         elif batches.is_last_batch or batches.current.ready >= trainer.fit_loop.max_batches:
             # Where the hooks at the end of the epoch are still to come, Lightning makes the next iterator after them.
-            make_iterator, self._epoch_start = epoch.processed == epoch.ready, now
+            start = now if epoch.processed == epoch.ready else None
         else:
-            make_iterator, seen = self._epoch_start is not None, batches.current.ready
+            start, seen = self._epoch_start, batches.current.ready
 
-        if keeps_its_own_state or not make_iterator:
-            self._epoch_start = None
-        else:
-            assert self._epoch_start is not None
+        self._epoch_start = None if keeps_its_own_state else start
+        if self._epoch_start is not None:
             set_random_state(self._epoch_start)
             for loader in loaders.flattened:
-                _set_sampler_epoch(loader, epoch.processed)
+                set_sampler_epoch(loader, epoch.processed)
             iter(fetcher)
-        if seen and isinstance(fetcher, _DataLoaderIterDataFetcher):
+        if seen and isinstance(fetcher, DataLoaderIterDataFetcher):
             warnings.warn(
                 "training_step takes dataloader_iter: only it knows which batches it has used, so the rest of this "
                 "epoch begins again at the first batch; save at the end of an epoch, or let training_step take a batch",
@@ -98,41 +110,25 @@ class TrainingPosition:
                 stacklevel=2,
             )
         elif seen and not keeps_its_own_state:
-            for _ in range(seen):
-                next(fetcher)
-            fetcher.fetched -= seen  # Lightning adds them
-            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            _leave_out(seen, fetcher)
         if now is not None:
             if seen or self._epoch_start is None:
                 set_random_state(now)
-            assert fetcher.iterator is not None
+            assert fetcher.iterator is not None, "Lightning or the lines above have made it"
             fetcher.iterator = _from_state(random_state(), fetcher.iterator)
 
-    def _watch_epochs(self, trainer: L.Trainer) -> None:
-        """Keep the random state just before Lightning makes the iterator of an epoch, after all hooks at its start."""
-        self.close()
-        fit_loop = trainer.fit_loop
-        loop: Any = fit_loop.epoch_loop
-        make_iterator = type(loop).on_run_start
-
-        def on_run_start(fetcher: Any) -> None:
-            if trainer.current_epoch > 0 and not fit_loop.is_resuming and not loop.restarting:  # its own condition
-                self._epoch_start = random_state()
-            make_iterator(loop, fetcher)
-
-        loop.on_run_start = on_run_start
-        self._loop = loop
+    def _epoch_begins(self) -> None:
+        self._epoch_start = random_state()
 
     def close(self) -> None:
-        """Call at the end of a run: leave the trainer alone."""
-        if self._loop is not None:
-            del self._loop.on_run_start
-            self._loop = None
+        """Call at the end of a run: the trainer makes its iterators by itself again."""
+        if self._stop_watching is not None:
+            self._stop_watching()
+        self._stop_watching = self._before_validation = None
 
     def batch_ended(self, trainer: L.Trainer) -> None:
         """Call after every training batch: what follows may be a validation."""
-        loop = trainer.fit_loop
-        if loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if validates_after_this_batch(trainer):
             self._before_validation = random_state()
 
     def validation_ended(self) -> None:
@@ -151,7 +147,7 @@ class TrainingPosition:
         return {"processes": everyone}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave, unless it is of another number of processes, whose data differ."""
+        """Take up what :meth:`state_dict` gave, unless another number of processes made it: their data differ."""
         everyone = state["processes"]
         if len(everyone) == processes():
             mine = everyone[dist.get_rank() if processes() > 1 else 0]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from geolora_pl.storage.checkpoint import is_small
 
 _BUILDS = {"class_path", "auto_map", "trust_remote_code"}  # keys that name code
+_CODE = {"optimizer", "lr_scheduler"}  # arguments that are code
 _FOREIGN = {"lightning", "torch", "builtins"}  # whose constructors take no hyperparameters
 _LOCATES = re.compile(r"[/\\:]")  # in every address, every path and every name on a hub that is not a library's own
 
@@ -35,10 +36,11 @@ def from_checkpoint(
     taken: dict[str, Any] = {}
     refused: dict[str, str] = {}
     names = _argument_names(module_class, of_package=configured)
-    names -= set(module_class.locating_arguments) if configured else set()
-    for name, value in checkpoint.get("hyper_parameters", {}).items():
-        if name not in names:
+    for name, value in hyperparameters_of(checkpoint).items():
+        if name in _CODE or (names is not None and name not in names):
             continue  # such as Lightning's own notes on the class and on what makes it
+        if configured and name in module_class.locating_arguments:
+            continue
         if name in module_class.base_arguments:
             if is_small(checkpoint):
                 refused[name] = f"says where the base lies, which this small checkpoint leaves out; it names {value!r}"
@@ -47,9 +49,33 @@ def from_checkpoint(
             continue
         try:
             taken[name] = module_class.argument_from_checkpoint(name, value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             refused[name] = str(error)
     return taken, refused
+
+
+def hyperparameters_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about its module, without Lightning's own notes on the class and on what makes it.
+
+    Raises:
+        ValueError: It is not a mapping of names to values.
+    """
+    given = checkpoint.get("hyper_parameters", {})
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError("the checkpoint's hyper_parameters are not values by name: it was changed, or is of another kind")
+    return {name: value for name, value in given.items() if not name.startswith("_")}
+
+
+def completed(taken: Mapping[str, Any]) -> Callable[..., Any]:
+    """A function for jsonargparse that makes a module of the user's settings, completed by what a checkpoint may say.
+
+    The parser itself never sees a value from a file, because it imports whatever it can read as the name of a class.
+    """
+
+    def make(module_class: type[Any], *args: Any, **settings: Any) -> Any:
+        return module_class(*args, **{**settings, **taken})
+
+    return make
 
 
 def refuse_missing(refused: Mapping[str, str], given: Iterable[str]) -> None:
@@ -80,44 +106,46 @@ def check_plain(value: object) -> None:
             raise ValueError(f"has {key}={inner!r}, which names code to run")
 
 
-def check_sizes(value: object, never: Iterable[str] = (), labels: Iterable[str] = ()) -> None:
+def check_sizes(value: object, never: Iterable[str] = ()) -> None:
     """Refuse settings of a model that are more than its sizes.
 
     Args:
         value: The settings, nested as they are.
         never: Names of settings that may not be set at all.
-        labels: Names of settings that are for people to read, in which everything may stand.
 
     Raises:
-        ValueError: A setting names code, a place, or is one of ``never``.
+        ValueError: A setting names code or a place, is private, or is one of ``never``.
     """
     check_plain(value)
-    for key, inner in _entries(value, skip=set(labels)):
-        if key in never and inner:
+    for key, inner in _entries(value):
+        if (key in never or key.startswith("_")) and inner:
             raise ValueError(f"has {key}={inner!r}, which is no size of a model")
         if isinstance(inner, str) and _LOCATES.search(inner):
             raise ValueError(f"has {key}={inner!r}, which names a place to load from")
 
 
-def _entries(value: object, key: str = "", skip: Iterable[str] = ()) -> Iterable[tuple[str, object]]:
+def _entries(value: object, key: str = "") -> Iterable[tuple[str, object]]:
     """Every key with its value, at every depth; what lies in a list has the key of the list."""
-    if key in skip:
-        return
     yield key, value
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _entries(inner, str(name), skip)
+            yield from _entries(inner, str(name))
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _entries(inner, key, skip)
+            yield from _entries(inner, key)
 
 
-def _argument_names(module_class: type, of_package: bool) -> set[str]:
-    """The names of the arguments of a class that are values, those that it hands on to its bases included."""
+def _argument_names(module_class: type, of_package: bool) -> set[str] | None:
+    """The names of the arguments of a class that are values, those that it hands on to its bases included.
+
+    ``None`` stands for any name: a class of the user's that takes ``**kwargs`` may read them itself.
+    """
     names: set[str] = set()
     for base in module_class.__mro__:
         package = base.__module__.partition(".")[0]
         if "__init__" in vars(base) and (package == "geolora_pl" if of_package else package not in _FOREIGN):
             parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            if package != "geolora_pl" and any(p.kind is p.VAR_KEYWORD for p in parameters):
+                return None
             names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return names - {"self", "optimizer", "lr_scheduler"}
+    return names - {"self", *_CODE}

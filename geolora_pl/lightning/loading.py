@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.cli import LightningArgumentParser
 
 from geolora_pl.lazy import import_class
-from geolora_pl.lightning.hyperparameters import from_checkpoint
+from geolora_pl.lightning.hyperparameters import completed, from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.storage.checkpoint import read_checkpoint
 
@@ -34,23 +33,35 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
     """
     checkpoint = read_checkpoint(path)
     settings = {} if config is None else _configured(config)
-    module_class = _task_of(checkpoint, path) if config is None else _module_class(settings["_class_path"])
+    module_class = _task_of(checkpoint, path) if config is None else _module_class(settings["class_path"])
     try:
         if config is None:
             module: GeoLoRAModule = module_class.load_from_checkpoint(path, map_location="cpu")
         else:
             taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
-            module = instantiate_module(GeoLoRAModule, settings | taken)
+            module = _build(settings, taken)
             module.restore(checkpoint)
-    except (RuntimeError, TypeError, KeyError, AttributeError, ArgumentError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # each library has errors of its own for sizes that make no sense
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {module_class.__name__}: {reason}") from error
     module.eval()
     return module
 
 
+def _build(settings: dict[str, Any], taken: dict[str, Any]) -> GeoLoRAModule:
+    """The module that the user's configuration describes, completed by what the checkpoint may say."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(GeoLoRAModule, "module", fail_untyped=False, required=True)
+    parser.add_instantiator(completed(taken), GeoLoRAModule)
+    module: GeoLoRAModule = parser.instantiate(parser.parse_object({"module": settings})).module
+    return module
+
+
 def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule]:
     """The task of this package that a checkpoint names."""
+    hyperparameters_of(checkpoint)  # which refuses what is not even a mapping
     class_path = checkpoint.get("hyper_parameters", {}).get("_class_path")
     name = str(class_path).rpartition(".")[2]
     tasks = import_module(_TASKS)  # by its name: the folder lies above this one
@@ -62,7 +73,7 @@ def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule
 
 
 def _configured(config: str | Path) -> dict[str, Any]:
-    """The arguments that a configuration gives to its module, with the path of the class as ``_class_path``."""
+    """The path of a configuration's module, as ``class_path``, and the arguments that it is given, as ``init_args``."""
     try:
         settings = yaml.safe_load(Path(config).read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -71,7 +82,7 @@ def _configured(config: str | Path) -> dict[str, Any]:
     model = {"class_path": model} if isinstance(model, str) else model
     if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):
         raise ValueError(f"config={str(config)!r} has no model.class_path: give the configuration of the run")
-    return {**(model.get("init_args") or {}), "_class_path": model["class_path"]}
+    return {"class_path": model["class_path"], "init_args": model.get("init_args") or {}}
 
 
 def _module_class(class_path: str) -> type[GeoLoRAModule]:

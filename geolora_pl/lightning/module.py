@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
-from lightning.fabric.utilities.cloud_io import _load as pl_load
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
-from geolora_pl.lightning.callback import GeoLoRACallback, run_length
+from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
+from geolora_pl.lightning.internals import load_anywhere, restricted_classmethod, run_length
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
 from geolora_pl.training.optim import RiemannianAdam, parameter_groups
 from geolora_pl.training.schedule import warmup_cosine
@@ -118,10 +117,10 @@ class GeoLoRAModule(L.LightningModule):
                 modules_to_save=(*self.adapter.modules_to_save, *self.new_modules()),
             )
             inject_adapters(self.model, config)
-            if self._device_mesh is not None:  # ModelParallelStrategy
+            if self.device_mesh is not None:  # ModelParallelStrategy
                 from geolora_pl.training.fsdp import shard_model  # imports a second's worth of torch
 
-                shard_model(self.model, self._device_mesh)
+                shard_model(self.model, self.device_mesh)
 
     def save_model(self, folder: Path) -> None:
         """Write ``self.model``, whose adapters have been merged, as ``model.safetensors`` into an empty folder.
@@ -142,7 +141,7 @@ class GeoLoRAModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as Lightning does, also where the base is sharded and the adapters are not."""
-        sharded = self._device_mesh is not None
+        sharded = self.device_mesh is not None
         if sharded and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             from geolora_pl.training.fsdp import clip_by_norm
 
@@ -162,9 +161,14 @@ class GeoLoRAModule(L.LightningModule):
             ValueError: The value names code, a place to load from, or something else that only the user may say.
         """
         check_plain(value)
-        return value
+        if name != "adapter":
+            return value
+        known = {field.name for field in fields(AdapterConfig)}
+        if not isinstance(value, Mapping) or value.keys() - known:
+            raise ValueError("is not a configuration of adapters")
+        return AdapterConfig(**value)
 
-    @_restricted_classmethod
+    @restricted_classmethod
     def load_from_checkpoint(  # a task may have an argument checkpoint_path of its own
         cls,
         path: Any = None,
@@ -194,9 +198,11 @@ class GeoLoRAModule(L.LightningModule):
                 "load_from_checkpoint takes neither hparams_file nor weights_only=False: give the arguments "
                 f"of {cls.__name__} themselves, and load a file that holds more than plain values by torch.load"
             )
-        path = kwargs.pop("checkpoint_path") if path is None else path
+        path = kwargs.pop("checkpoint_path", None) if path is None else path
+        if path is None:
+            raise ValueError("load_from_checkpoint needs the path of a checkpoint")
         is_file = isinstance(path, (str, Path)) and "://" not in str(path)
-        checkpoint = read_checkpoint(path) if is_file else pl_load(path, weights_only=True)
+        checkpoint = read_checkpoint(path) if is_file else load_anywhere(path, weights_only=True)
         taken, refused = from_checkpoint(cls, checkpoint)
         refuse_missing(refused, kwargs)
         module = cls(**{**taken, **kwargs})

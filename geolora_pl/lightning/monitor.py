@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from geolora_pl.adapters.base import GeoLoRALayer
-from geolora_pl.loggers import show_picture, shows_pictures
 from geolora_pl.math.decomposition import orthonormality_defect
-from geolora_pl.report.heat_map import heat_map
-from geolora_pl.report.rank_map import RankMap, depth_label, spread
+from geolora_pl.report import metrics, pictures
+from geolora_pl.report.rank_map import RankMap
 from geolora_pl.training.clock import DeviceClock
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
-_IN_BAR = ("rank/mean", "adapter_params")
+_IN_BAR = (metrics.MEAN_RANK, metrics.ADAPTER_PARAMS)
 _POINTS = 128  # of the ranks over time that are kept: enough for a picture, little in a checkpoint
 _SHARE = 0.005  # of the run that pictures may take
 _SPACING = 1.2  # from one picture to the next, as a factor of the step: many at first, few in a long run
-_COLUMNS = 96  # of the ranks over time
-_DEPTHS, _ROWS = 128, 300  # at most, so that a picture of thousands of layers can be looked at
-_DECADES = 2  # of singular values: tau drops most of what is smaller
 
 
 class RankMonitor:
@@ -49,7 +45,7 @@ class RankMonitor:
     def __init__(self, integrator: RankAdaptiveIntegrator) -> None:
         self.integrator = integrator
         self.map = RankMap.of(integrator.adapters)
-        self._drawn = self.map.thinned(_ROWS)  # where adapters are rows
+        self._drawn = self.map.thinned(pictures.ROWS)  # where adapters are rows
         self._highest = max(layer.max_rank for layer in integrator.adapters.values())
         self.clock = DeviceClock(next(iter(integrator.adapters.values())).U.device)
         self.before = integrator.ranks()
@@ -75,17 +71,17 @@ class RankMonitor:
         self._record(step)
         ranks = integrator.ranks()
         numbers = {
-            **{f"rank/{name}": float(rank) for name, rank in ranks.items()},
-            "rank/mean": sum(ranks.values()) / len(ranks),  # after the ranks: an adapter may be named mean
-            "adapter_params": float(integrator.adapter_parameters()),
-            "orthonormality_defect": self._largest_defect(),
-            "skipped_steps": float(integrator.skipped_steps),
+            **{metrics.rank_of(name): float(rank) for name, rank in ranks.items()},
+            metrics.MEAN_RANK: sum(ranks.values()) / len(ranks),  # after the ranks: an adapter may be named mean
+            metrics.ADAPTER_PARAMS: float(integrator.adapter_parameters()),
+            metrics.ORTHONORMALITY_DEFECT: self._largest_defect(),
+            metrics.SKIPPED_STEPS: float(integrator.skipped_steps),
         }
         if integrator.adaptations:
-            numbers["truncation_error"] = integrator.truncation_error
-            numbers["energy_kept"] = 1.0 - integrator.truncation_error**2
+            numbers[metrics.TRUNCATION_ERROR] = integrator.truncation_error
+            numbers[metrics.ENERGY_KEPT] = 1.0 - integrator.truncation_error**2
         if (seconds := self.clock.last()) is not None:
-            numbers["adaptation_time"] = seconds
+            numbers[metrics.ADAPTATION_TIME] = seconds
         return numbers
 
     def _largest_defect(self) -> float:
@@ -147,71 +143,17 @@ class RankMonitor:
 
     def pictures(self) -> dict[str, Image.Image]:
         """The ranks now by kind and depth, the ranks over time, and the singular values of S."""
-        return {"rank_map": self._rank_map(), "ranks_over_time": self._over_time(), "spectra": self._spectra()}
-
-    def _rank_map(self) -> Image.Image:
-        ranks = self.integrator.ranks()
-        return heat_map(
-            [spread(row, _DEPTHS) for row in spread(self.map.rows(ranks), _ROWS)],
-            spread(list(self.map.short_kinds().values()), _ROWS),
-            [depth_label(depth) for depth in spread(self.map.depths, _DEPTHS)],
-            f"rank by kind of layer and depth, {sum(ranks.values()) / len(ranks):.2f} on average",
-            low=0,
-            high=self._highest,
-            cell=(34, 24),
-            numbers=True,
-        )
-
-    def _over_time(self) -> Image.Image:
-        order = {name: i for i, name in enumerate(self.integrator.adapters)}
-        last = self.steps[-1] if self.steps else 0
-        columns = min(_COLUMNS, last + 1)
-        at = [bisect_right(self.steps, last * (j + 1) // columns) - 1 for j in range(columns)]
-        labels = [""] * columns
-        labels[0], labels[-1] = str(self.steps[0]) if self.steps else "", str(last)
-        return heat_map(
-            [[self.ranks[i][order[name]] if i >= 0 else None for i in at] for name in self._drawn.places],
-            self._row_labels(),
-            labels,
-            f"rank by adapter over steps, of at most {self._highest}{self._how_many}",
-            low=0,
-            high=self._highest,
-            cell=(5, self._row_height),
-        )
-
-    def _spectra(self) -> Image.Image:
-        layers = {name: self.integrator.adapters[name] for name in self._drawn.places}
+        adapters, number = self.integrator.adapters, len(self.map.places)
+        over_time = dict(zip(adapters, zip(*self.ranks, strict=True), strict=True)) if self.ranks else {}
         sigmas = {
-            name: torch.linalg.svdvals(layer.S.detach().cpu())[: layer.rank].double() for name, layer in layers.items()
+            name: torch.linalg.svdvals(adapters[name].S.detach().cpu())[: adapters[name].rank].tolist()
+            for name in self._drawn.places
         }
-        largest = max((float(sigma[0]) for sigma in sigmas.values() if len(sigma)), default=0.0)
-        values: list[list[float | None]] = []
-        for sigma in sigmas.values():
-            relative = (sigma / largest).clamp_min(10.0**-_DECADES).log10() if largest else sigma
-            values.append([*relative.tolist(), *[None] * (self._highest - len(relative))])
-        return heat_map(
-            values,
-            self._row_labels(),
-            [str(j + 1) for j in range(self._highest)] if self._highest <= 32 else [""] * self._highest,
-            f"singular values of S, largest {largest:.3g}, by their logarithm over {_DECADES} decades{self._how_many}",
-            low=-_DECADES,
-            high=0,
-            cell=(22, self._row_height) if self._highest <= 32 else (5, self._row_height),
-        )
-
-    @property
-    def _how_many(self) -> str:
-        drawn, there = len(self._drawn.places), len(self.map.places)
-        return "" if drawn == there else f" ({drawn} of {there} adapters)"
-
-    @property
-    def _row_height(self) -> int:
-        return min(16, 1200 // len(self._drawn.places))
-
-    def _row_labels(self) -> list[str]:
-        """A label for each adapter, or for the first of each kind where they are many."""
-        labels, firsts = self._drawn.short_names(), self._drawn.firsts()
-        return [label if self._row_height >= 12 or name in firsts else "" for name, label in labels.items()]
+        return {
+            "rank_map": pictures.rank_map(self.map, self.integrator.ranks(), self._highest),
+            "ranks_over_time": pictures.ranks_over_time(self._drawn, number, self.steps, over_time, self._highest),
+            "spectra": pictures.spectra(self._drawn, number, sigmas, self._highest),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The ranks over time, for a run that is resumed."""
@@ -237,3 +179,23 @@ def largest_defect(layers: Iterable[GeoLoRALayer]) -> float:
         for basis in (layer.U, layer.V):
             alike.setdefault((basis.shape, basis.dtype, basis.device), []).append(basis)
     return max(float(orthonormality_defect(torch.stack(bases)).max()) for bases in alike.values())
+
+
+def shows_pictures(logger: Logger) -> bool:
+    """Whether a logger is one of those that :func:`show_picture` knows."""
+    return isinstance(logger, (TensorBoardLogger, WandbLogger))
+
+
+def show_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to TensorBoard or Weights & Biases.
+
+    Args:
+        logger: A logger that :func:`shows_pictures`.
+        name: The name under which it is shown.
+        picture: The picture, in RGB.
+        step: The step as the logger counts.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [picture], step)

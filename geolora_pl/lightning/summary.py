@@ -18,8 +18,9 @@ from torch import nn
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.adapters.inject import adapter_parameters
 from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.report.metrics import ADAPTER_PARAMS
 
-_WHOLE = ("adapter_params",)  # what a progress bar shows without decimals
+_WHOLE = (ADAPTER_PARAMS,)  # what a progress bar shows without decimals
 
 
 def wants_tables(trainer: L.Trainer) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from geolora_pl.report import figures
+from geolora_pl.report.metrics import ADAPTATION_TIME, ADAPTER_PARAMS, ENERGY_KEPT, MEAN_RANK, ORTHONORMALITY_DEFECT
 from geolora_pl.report.rank_map import RankMap, depth_label
 from geolora_pl.report.runs import Curve, Run
 from geolora_pl.storage.spectra import checkpoint_spectra
@@ -17,11 +18,11 @@ from geolora_pl.storage.spectra import checkpoint_spectra
 GENERATOR = "geolora_pl report"  # by which a report knows another
 _FIGURES = 24  # of learning curves, a quarter of a second each; the rest are in a table
 _COLUMN = 4.6  # inches: what is wider gets a line of its own
-_OURS = (("adapter_params", "adapter parameters"), ("rank/mean", "mean rank"))
+_OURS = ((ADAPTER_PARAMS, "adapter parameters"), (MEAN_RANK, "mean rank"))
 _OF_RETRACTIONS = (
-    ("energy_kept", "share of energy kept by a retraction"),
-    ("orthonormality_defect", "largest orthonormality defect of the bases"),
-    ("adaptation_time", "seconds of a retraction"),
+    (ENERGY_KEPT, "share of energy kept by a retraction"),
+    (ORTHONORMALITY_DEFECT, "largest orthonormality defect of the bases"),
+    (ADAPTATION_TIME, "seconds of a retraction"),
 )
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -70,8 +71,8 @@ def _comparison(runs: Sequence[Run]) -> str:
         [
             run.name,
             *(_number(_last(run.scores.get(name))) for name in shared),
-            _number(_last(run.curves.get("adapter_params"))),
-            _number(_last(run.curves.get("rank/mean"))),
+            _number(_last(run.curves.get(ADAPTER_PARAMS))),
+            _number(_last(run.curves.get(MEAN_RANK))),
             _number(_steps(run)),
             *(str(run.settings.get(name, "")) for name in differing),
         ]
@@ -147,8 +148,8 @@ def _ranks(run: Run, salt: str) -> str:
     chart = figures.rank_map(last, "rank by layer and depth")
     deep = chart.get_size_inches()[0] > _COLUMN
     (wide if deep else drawn).insert(0, _figure(chart, f"Rank map at the end: {extremes}", f"{salt}-map", deep))
-    if params := run.curves.get("adapter_params"):
-        drawn.append(_curves({"adapter_params": params}, "adapter parameters", f"{salt}-params"))
+    if params := run.curves.get(ADAPTER_PARAMS):
+        drawn.append(_curves({ADAPTER_PARAMS: params}, "adapter parameters", f"{salt}-params"))
     note = ""
     if run.checkpoints:
         try:
@@ -252,7 +253,7 @@ def _last(curve: Curve | None) -> float | None:
 def _steps(run: Run) -> float:
     """Optimizer steps of the fit, which are counted from 0; what is logged after it has the step that never came."""
     of_fit = [curve for name, curve in run.curves.items() if _split(name) != "test"]
-    mean_rank = run.curves.get("rank/mean")
+    mean_rank = run.curves.get(MEAN_RANK)
     return max((curve[-1][0] for curve in ([mean_rank] if mean_rank else of_fit)), default=-1) + 1
 
 

@@ -12,17 +12,12 @@ from typing import Any
 
 import yaml
 
+from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, OF_THE_RUN, RANK, is_rank
+
 Curve = Sequence[tuple[int, float]]
 _Curves = dict[str, list[tuple[int, float]]]
-_MARK = "rank/mean"  # of a fit: it is logged from the start on, and no evaluation logs it
-_OURS = (
-    "adapter_params",
-    "truncation_error",
-    "energy_kept",
-    "orthonormality_defect",
-    "adaptation_time",
-    "skipped_steps",
-)
+_MARK = MEAN_RANK  # of a fit: it is logged from the start on, and no evaluation logs it
+_OF_LIGHTNING = ("epoch", "step", "hp_metric")
 
 
 @dataclass(frozen=True)
@@ -46,14 +41,14 @@ class Run:
     @property
     def ranks(self) -> dict[str, Curve]:
         """The rank of each adapter over steps."""
-        found = {name: curve for name, curve in self.curves.items() if name.startswith("rank/")}
-        return {name.removeprefix("rank/"): curve for name, curve in found.items() if name != "rank/mean"}
+        found = {name: curve for name, curve in self.curves.items() if is_rank(name) and name != MEAN_RANK}
+        return {name.removeprefix(RANK): curve for name, curve in found.items()}
 
     @property
     def scores(self) -> dict[str, Curve]:
         """The metrics of the module: losses, scores, and whatever else it logs."""
-        ours = (*_OURS, "epoch", "step", "hp_metric")
-        return {n: c for n, c in self.curves.items() if n not in ours and not n.startswith(("rank/", "lr-"))}
+        others = (*OF_THE_RUN, *_OF_LIGHTNING)
+        return {n: c for n, c in self.curves.items() if not (n in others or is_rank(n) or n.startswith("lr-"))}
 
 
 def read_runs(folders: str | Path | Sequence[str | Path]) -> list[Run]:
@@ -133,7 +128,7 @@ def _add(curves: _Curves, points: Iterable[tuple[str, int, float]]) -> None:
 
 def _has_start(metric: str) -> bool:
     """Whether it is logged before the first batch as well, which has the step 0 too."""
-    return metric == "adapter_params" or metric.startswith("rank/")
+    return metric == ADAPTER_PARAMS or is_rank(metric)
 
 
 def _of_table(path: Path) -> Iterable[tuple[str, int, float]]:

@@ -11,13 +11,14 @@ from typing import Any
 import timm
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
-from timm.models._hub import save_for_hf  # the oldest supported timm does not export it
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from geolora_pl.lightning.hyperparameters import check_sizes
+from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
+from geolora_pl.tasks.internals import save_for_hf
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
@@ -93,14 +94,18 @@ class ImageClassification(GeoLoRAModule):
         if name == "model_name":
             check_sizes({name: value})
         if name == "model_args" and value:
+            if not isinstance(value, Mapping):
+                raise ValueError("is not a mapping")
             overlay = value.get("pretrained_cfg_overlay") or {}
+            if not isinstance(overlay, Mapping):
+                raise ValueError("has a pretrained_cfg_overlay that is not a mapping")
             check_sizes(value, never=_OF_TIMM | (set(overlay) - _OF_IMAGES))
         return super().argument_from_checkpoint(name, value)
 
     def configure_model(self) -> None:
         """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""
         if not hasattr(self, "model"):
-            data = getattr(self._trainer, "datamodule", None)
+            data = datamodule_of(self)
             self.num_classes = settle_num_classes(self.num_classes, data)
             self.class_names = settle_class_names(self.class_names, self.num_classes, data)
             # A checkpoint can then be loaded without the data.

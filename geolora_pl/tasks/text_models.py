@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,11 +28,12 @@ from geolora_pl.lightning.hyperparameters import check_sizes
 
 _PACKAGE = "pkg://"
 _SAID = "checkpoint-says://"  # the prefix of a name that only a checkpoint gives
-_FOR_PEOPLE = {"_name_or_path", "architectures", "id2label", "label2id", "transformers_version"}
-# Settings of a configuration that make transformers fetch weights or kernels.
-_FETCHES = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config"}
-_FETCHES |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal", "use_kernels"}
-_FETCHES |= {"backbone", "backbone_config", "use_pretrained_backbone"}
+# What a configuration says of its origin or to people; the task itself knows the classes.
+_NOT_TAKEN = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "task_specific_params"}
+_NOT_TAKEN |= {"torch_dtype", "transformers_version"}
+# Settings of a configuration, or of one inside it, that make transformers fetch weights or kernels, or rename settings.
+_FETCHES = {"attn_implementation", "experts_implementation", "quantization_config", "use_kernels"}
+_FETCHES |= {"attribute_map", "sub_configs", "auto_map", "backbone", "backbone_config", "use_pretrained_backbone"}
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")  # BERT and most; GPT-2; OPT
 _IN_BLOCK = re.compile(r".*\.\d+\..+")  # a part of a numbered block, as in encoder.layer.0.output.dense
 
@@ -70,6 +72,8 @@ def find_source(model_name: str) -> tuple[str, bool]:
 
 def said_by_checkpoint(model_name: str) -> str:
     """Mark a name of the hub that comes from a checkpoint, so that it is shown but nothing is fetched by it."""
+    if not isinstance(model_name, str):
+        raise ValueError("is not a name")
     if model_name.startswith(_SAID):
         return model_name
     try:
@@ -79,15 +83,27 @@ def said_by_checkpoint(model_name: str) -> str:
     return model_name if is_local else f"{_SAID}{model_name}"
 
 
-def check_config(model_args: Mapping[str, Any]) -> None:
-    """Refuse a configuration from a checkpoint if it is incomplete or says more than the sizes of a model.
+def shown(model_name: str) -> str:
+    """The name of a model as people know it, whoever says it."""
+    return model_name.removeprefix(_SAID)
+
+
+def config_from_checkpoint(model_args: object) -> dict[str, Any]:
+    """Of a configuration in a checkpoint the sizes of a model that transformers itself has; the rest is dropped.
+
+    Args:
+        model_args: The whole configuration, as :func:`plain_config` writes it.
 
     Raises:
-        ValueError: Something would be fetched or run because of the configuration.
+        ValueError: It is not whole, so that something would be fetched, or a size names code or a place.
     """
-    if not isinstance(model_args, Mapping) or "model_type" not in model_args:
-        raise ValueError("is not a complete configuration, so that the rest would be fetched")
-    check_sizes(model_args, never=_FETCHES, labels=_FOR_PEOPLE)
+    kind = model_args.get("model_type") if isinstance(model_args, Mapping) else None
+    if not isinstance(model_args, Mapping) or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError("is no whole configuration of a model that transformers has, so that it would be fetched")
+    known = AutoConfig.for_model(kind).to_dict().keys() - _NOT_TAKEN
+    sizes = {name: value for name, value in model_args.items() if name in known}
+    check_sizes(sizes, never=_FETCHES)
+    return {**sizes, "model_type": kind}
 
 
 def load_config(model_name: str, model_args: Mapping[str, Any]) -> PreTrainedConfig:

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.tasks.text_models import (
     block_linears,
-    check_config,
+    config_from_checkpoint,
     load_config,
     load_model,
     load_tokenizer,
     plain_config,
     position_limit,
     said_by_checkpoint,
+    shown,
 )
 
 Batch = Mapping[str, Tensor]
@@ -74,7 +76,7 @@ class TransformerTask(GeoLoRAModule):
             ValueError: The checkpoint says more, or its configuration is incomplete.
         """
         if name == "model_args":
-            check_config(value)
+            value = config_from_checkpoint(value)
         if name == "model_name":
             return said_by_checkpoint(value)
         return super().argument_from_checkpoint(name, value)
@@ -94,6 +96,8 @@ class TransformerTask(GeoLoRAModule):
         """
         config = load_config(self.model_name, self.model_args)
         self.adjust(config)
+        if not self.pretrained:
+            config.name_or_path = shown(self.model_name)  # which exports name as their base
         model, new = load_model(self.model_name, config, self.pretrained, self.auto_class, self._trusts_code)
         heads = self.may_be_new(model)
         if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
@@ -155,4 +159,4 @@ class TransformerTask(GeoLoRAModule):
         raise NotImplementedError(f"{type(self).__name__} must evaluate")
 
     def _data(self) -> object:
-        return getattr(self._trainer, "datamodule", None)
+        return datamodule_of(self)

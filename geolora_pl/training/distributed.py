@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from geolora_pl.training.internals import foreach_copy_
+
 
 def processes() -> int:
     """How many processes train together; one where ``torch.distributed`` is not in use."""
@@ -49,7 +51,7 @@ def average_unsharded(parameters: Iterable[nn.Parameter]) -> None:
     message = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(message)
     parts = (message / processes()).split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)])
+    foreach_copy_(gradients, [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)])
 
 
 def is_sharded(tensor: Tensor) -> bool:

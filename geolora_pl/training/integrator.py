@@ -18,6 +18,7 @@ from geolora_pl.math import decomposition
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.binding import Binding
+from geolora_pl.training.internals import foreach_copy_, foreach_zero_
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
 from geolora_pl.training.steps import OnNonfinite, StepWatch
@@ -251,10 +252,10 @@ class RankAdaptiveIntegrator:
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
         # The columns beyond were zero and stay so.
-        torch._foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
-        torch._foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
-        torch._foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
-        torch._foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
+        foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
+        foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
+        foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
+        foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
 
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:

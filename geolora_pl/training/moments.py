@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.math.transport import transport_first_moment, transport_second_moment
+from geolora_pl.training.internals import foreach_copy_
 
 _FIRST = ("exp_avg", "momentum_buffer")
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq")
@@ -63,7 +64,7 @@ def transport_moments(
             new_L = transport_second_moment(m_L, *moving[::2])
         for after, before in ((new_K, m_K), (new_L, m_L)):
             torch.where(here, after, before, out=after)
-        torch._foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
+        foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
     return reset
 
 

@@ -14,6 +14,7 @@ from geolora_pl.adapters.base import adapter_of
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import without_autocast
 from geolora_pl.math.ranks import resolution
+from geolora_pl.training.internals import foreach_add_, foreach_copy_, foreach_mul_, foreach_norm
 from geolora_pl.training.stacks import Stack, leading, owners, stacks
 
 Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
@@ -200,9 +201,9 @@ class RiemannianAdam(Optimizer):
         live = leading(factors, columns)
         if group["weight_decay"]:
             kept = 1 - group["lr"] * group["weight_decay"] * taken
-            torch._foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
+            foreach_mul_(live, [kept] * len(live) if isinstance(kept, Tensor) else kept)
         step = direction * (weights * (-group["lr"] * taken * scale)[owner])[:, None]
-        torch._foreach_add_(live, list(step.split(rows)))
+        foreach_add_(live, list(step.split(rows)))
 
     def _second_moment(
         self, geometry: Geometry, factors: Sequence[Tensor], G: Tensor, rows: list[int], weight: float | Tensor
@@ -255,7 +256,7 @@ class RiemannianAdam(Optimizer):
         if new.dim() == 2:
             averages = leading(averages, new.shape[1])
         whole = (torch.stack(averages) if rows is None else torch.cat(averages)).lerp_(new, weight)
-        torch._foreach_copy_(averages, list(whole.unbind() if rows is None else whole.split(rows)))
+        foreach_copy_(averages, list(whole.unbind() if rows is None else whole.split(rows)))
         return whole
 
     def _states(self, parameters: Sequence[Tensor], key: str, like: Sequence[Tensor]) -> list[Tensor]:
@@ -274,7 +275,7 @@ class RiemannianAdam(Optimizer):
     def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:
         """Count this step, if it is taken, and return the steps of each parameter, at least 1, as a vector."""
         steps = self._steps(parameters)
-        torch._foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
+        foreach_add_(steps, [taken] * len(steps) if isinstance(taken, Tensor) else taken)
         return torch.stack(steps).to(parameters[0].dtype).clamp_min(1)
 
 
@@ -376,7 +377,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of each K and L together."""
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).view(-1, 2), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(tensors))).view(-1, 2), dim=1)
     return norms
 
 

@@ -17,6 +17,7 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.distributed import anywhere, is_sharded
+from geolora_pl.training.internals import foreach_mul, foreach_norm
 from geolora_pl.training.optim import RiemannianAdam
 
 OnNonfinite = Literal["skip", "raise"]
@@ -281,8 +282,8 @@ def _values(parameter: nn.Parameter) -> Tensor:
 def _squares_are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Whether the squares of each gradient have a finite sum; otherwise second moments would never recover."""
     values = [_values(parameter) for parameter in parameters]
-    norms = torch._foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
-    squares = torch._foreach_mul(norms, norms)  # each in its own precision, before they are stacked into one vector
+    norms = foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
+    squares = foreach_mul(norms, norms)  # each in its own precision, before they are stacked into one vector
     return torch.stack([square.to(values[0].device) for square in squares]).isfinite()
 
 

@@ -1,5 +1,7 @@
+import contextlib
 import csv
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +12,7 @@ from kept import Keeps
 from lightning.pytorch.loggers import TensorBoardLogger
 from pages import only
 
+import geolora_pl
 from geolora_pl import GeoLoRAWarning
 from geolora_pl.cli.dispatch import main
 from geolora_pl.cli.train import GeoLoRACLI
@@ -260,3 +263,10 @@ def test_the_csv_logger_keeps_what_was_there(tmp_path):
         logger.save()
     tables = [path.read_text().splitlines() for path in (tmp_path / "run").glob("metrics*.csv")]
     assert sorted(next(csv.DictReader(table))["a"] for table in tables) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--version", "fit"]])
+def test_the_version_is_that_of_the_package(arguments, capsys):
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().out.split()[-1] == geolora_pl.__version__ == version("geolora_pl")

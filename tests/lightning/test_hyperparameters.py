@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from geolora_pl import GeoLoRAModule
 from geolora_pl.cli.dispatch import main
+from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.loading import load_module
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 
@@ -70,24 +71,75 @@ def export_fails(ckpt, message, capsys, *more):
     fails(["export", f"--ckpt_path={ckpt}", "--format=merged", "--output=out", *more], message, capsys)
 
 
-IN_A_CONFIGURATION = {
+HOSTILE = {
     "auto_map": {"AutoConfig": "attacker/repo--evil.Evil"},
     "trust_remote_code": True,
     "attn_implementation": "attacker/kernel",
     "_attn_implementation_internal": "attacker/kernel",
+    "attribute_map": {"hidden_act": "_attn_implementation_internal"},
     "quantization_config": {"quant_method": "evil"},
     "text_config": {"auto_map": {"AutoConfig": "evil.Evil"}},
-    "encoder": {"name": "https://attacker.example/x"},
-    "architecture": {"class_path": "evil.Evil"},
+    "transformers_version": '{"class_path": "evil.Evil"}',
+    "_name_or_path": "{class_path: evil.Evil}",
+    "architectures": ["evil.Evil"],
+    "id2label": {"0": '{"class_path": "evil.Evil"}'},
+    "hidden_act": {"class_path": "evil.Evil"},
+    "problem_type": "https://attacker.example/x",
 }
+REFUSED = {"hidden_act", "problem_type"}  # settings of a BERT; what a BERT does not have is dropped
 
 
-@pytest.mark.parametrize("key", IN_A_CONFIGURATION)
+def configured(path, init_args, name="TextClassification"):
+    """The user's own configuration."""
+    settings = {"class_path": f"geolora_pl.tasks.{name}", "init_args": init_args}
+    (path / "c.yaml").write_text(yaml.safe_dump({"model": settings}))
+    return f"--config={path / 'c.yaml'}"
+
+
+@pytest.mark.parametrize("key", HOSTILE)
 def test_a_configuration_in_a_checkpoint_brings_neither_code_nor_places(tmp_path, capsys, key):
-    ckpt, _ = text_checkpoint(tmp_path, config={key: IN_A_CONFIGURATION[key]})
-    export_fails(ckpt, "model_args of the checkpoint is not taken from a file", capsys)
-    with pytest.raises(ValueError, match=r"model_args of the checkpoint.*or model_args=\.\.\. to load_from_checkpoint"):
-        TextClassification.load_from_checkpoint(ckpt)
+    """Whoever reads it: an export with and without a configuration, Python, and a prediction."""
+    ckpt, _ = text_checkpoint(tmp_path, config={key: HOSTILE[key]})
+    own = configured(tmp_path, {"model_name": str(tmp_path / "base"), "num_classes": 2})
+    if key in REFUSED:
+        export_fails(ckpt, "model_args of the checkpoint is not taken from a file", capsys)
+        with pytest.raises(ValueError, match=r"model_args of the checkpoint.*or model_args=\.\.\. to load_from_checkpoint"):
+            TextClassification.load_from_checkpoint(ckpt)
+    else:
+        assert not TextClassification.load_from_checkpoint(ckpt).model_args.keys() & HOSTILE.keys() - REFUSED
+        main(["export", f"--ckpt_path={ckpt}", "--format=adapter", "--output=a"])
+    main(["export", f"--ckpt_path={ckpt}", "--format=adapter", "--output=b", own])
+    (tmp_path / "t.txt").write_text("good film\n")
+    data = ["--data=geolora_pl.data.UnlabelledTexts", f"--data.file={tmp_path / 't.txt'}", "--data.cache_dir=cache"]
+    main(["predict", own, *data, *FLAGS, "--trainer.logger=false", f"--ckpt_path={ckpt}", "--output=p.csv"])
+
+
+@pytest.mark.parametrize("adapter", ["evil.Evil", "{class_path: evil.Evil}", {"class_path": "evil.Evil"}, {"r": 8}, 3])
+def test_the_adapters_of_a_checkpoint_are_a_configuration_of_adapters(tmp_path, capsys, adapter):
+    ckpt, _ = text_checkpoint(tmp_path, adapter=adapter)
+    export_fails(ckpt, "adapter of the checkpoint is not taken from a file", capsys)
+    own = configured(tmp_path, {"model_name": str(tmp_path / "base"), "num_classes": 2})
+    main(["export", f"--ckpt_path={ckpt}", "--format=adapter", "--output=b", own])
+
+
+@pytest.mark.parametrize("given", [[1], None, {3: 4}])
+def test_hyperparameters_of_another_kind_are_refused_in_one_sentence(tmp_path, capsys, given):
+    ckpt, _ = text_checkpoint(tmp_path)
+    checkpoint = torch.load(ckpt, weights_only=True)
+    checkpoint["hyper_parameters"] = given
+    torch.save(checkpoint, ckpt)
+    export_fails(ckpt, "hyper_parameters are not values by name", capsys)
+
+
+def test_a_resumed_run_removes_no_file_outside_of_its_folder(tmp_path):
+    state = {"dirpath": str(tmp_path / "run"), "kth_best_model_path": "x", "best_model_path": "x"}
+    inside = str(tmp_path / "run" / "epoch=1.ckpt")
+    state["best_k_models"] = {inside: 1.0, str(tmp_path / "run" / ".." / "mine.txt"): 9.0, "s3://mine/too": 9.0}
+    ckpt, module = text_checkpoint(tmp_path)
+    checkpoint = torch.load(ckpt, weights_only=True) | {"callbacks": {"ModelCheckpoint": state}}
+    torch.save(checkpoint, ckpt)
+    (read,) = WholeFiles(module).load_checkpoint(ckpt)["callbacks"].values()
+    assert list(read["best_k_models"]) == [inside]
 
 
 def test_another_repository_and_its_code_are_not_fetched(tmp_path, capsys):

@@ -80,7 +80,8 @@ OF_TASKS = {"timm", "datasets", "sklearn", "pandas", "pyarrow", "tensorboard"}
 
 # From the fewest libraries to the most: one process takes the steps one after the other, for it starts in seconds.
 STEPS = [
-    ("import geolora_pl", OF_LIGHTNING | OF_TASKS | {"torch"}),
+    ("import geolora_pl; geolora_pl.__version__", OF_LIGHTNING | OF_TASKS | {"torch"}),
+    ("from geolora_pl.cli.dispatch import main; main(['--version'])", OF_LIGHTNING | OF_TASKS | {"torch"}),
     (
         "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, export_peft, save_adapter",
         OF_LIGHTNING | OF_TASKS,
@@ -109,7 +110,8 @@ def test_nothing_is_imported_that_is_not_needed():
     assert done.returncode == 0, done.stderr
     assert done.stderr.split() == []
     for (code, _), line in zip(STEPS, done.stdout.splitlines(), strict=True):
-        assert json.loads(line) == ["usage:" if "main" in code else "", []], code
+        printed = "usage:" if "help" in code else "geolor" if "main" in code else ""
+        assert json.loads(line) == [printed, []], code
 
 
 # Each kind of task in a fork of one process, in which Lightning is there already.
@@ -147,6 +149,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 @pytest.mark.parametrize("package", [geolora_pl, geolora_pl.tasks, geolora_pl.data])
 def test_every_exported_name_is_there_and_no_other(package):
     assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    assert len(package.__all__) >= 3
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'Absent'"):
         _ = package.Absent
 

@@ -1,0 +1,18 @@
+"""The only door of this folder to private names of torch; docs/architecture.md says why each is needed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks would run if the module were called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def convolve(like: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with a weight of one's own, and with stride, padding (and its mode), dilation and groups of a layer."""
+    convolved: Tensor = like._conv_forward(x, weight, None)
+    return convolved

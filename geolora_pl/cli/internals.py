@@ -1,0 +1,48 @@
+"""The only door of this folder to private names of jsonargparse, and of Lightning's command line.
+
+docs/architecture.md says why each is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jsonargparse import ArgumentParser, _typehints
+from lightning.pytorch.cli import LightningCLI
+
+
+@contextmanager
+def before_a_class_is_replaced(call: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Call a function whenever, while settings are parsed, one class takes the place of another.
+
+    Args:
+        call: It gets the settings of the old class, which it may change, and those of the new one.
+    """
+    carry_over: Any = _typehints.discard_init_args_on_class_path_change
+
+    def called_first(parser: Any, before: Any, value: Any) -> None:
+        call(before, value)
+        carry_over(parser, before, value)
+
+    _typehints.discard_init_args_on_class_path_change = called_first
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = carry_over
+
+
+def settings_of(parser: ArgumentParser) -> list[str]:
+    """The names of the settings that a parser takes."""
+    return [action.dest for action in parser._actions if action.dest.rpartition(".")[2] != "help"]
+
+
+class CheckpointAwareCLI(LightningCLI):
+    """Lightning's command line, which asks a checkpoint before it makes the classes."""
+
+    def _parse_ckpt_path(self) -> None:
+        self.read_ckpt_path()
+
+    def read_ckpt_path(self) -> None:
+        """Complete ``self.config`` by what the checkpoint in it knows; a subclass says how."""

@@ -1,0 +1,103 @@
+"""The only door to private names of Lightning: when an upgrade takes one away, this is the file to change.
+
+``tests/project/test_internals.py`` asks for every one of them by its name, and docs/architecture.md says why each is
+needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.cloud_io import _load as load_anywhere
+from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
+from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
+from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
+from lightning.fabric.utilities.types import _PATH as PathLike
+from lightning.fabric.utilities.types import _Stateful as Stateful
+from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher as DataLoaderIterDataFetcher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod as restricted_classmethod
+
+__all__ = [
+    "DataFetcher",
+    "DataLoaderIterDataFetcher",
+    "MultiProcessingLauncher",
+    "PathLike",
+    "Stateful",
+    "collect_random_states",
+    "load_anywhere",
+    "restricted_classmethod",
+    "set_random_states",
+    "set_sampler_epoch",
+]
+
+
+def run_length(trainer: L.Trainer) -> float:
+    """The optimizer steps of the run; infinite where Lightning answers -1, as for a data set of unknown length."""
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps < 0 else steps
+
+
+def batches_that_stepped(trainer: L.Trainer) -> int:
+    """The batches so far whose end was an optimizer step; Lightning gives this number to the loggers as the step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def accumulates(trainer: L.Trainer) -> bool:
+    """Whether the gradients of the current batch wait for those of the next."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def logs_this_batch(trainer: L.Trainer) -> bool:
+    """Whether the current batch is one of those after which Lightning itself logs."""
+    return trainer._logger_connector.should_update_logs
+
+
+def validates_after_this_batch(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the current batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def data_of_fit(trainer: L.Trainer) -> tuple[CombinedLoader, DataFetcher]:
+    """The data loaders of a fit that has begun, and what takes batches from them."""
+    loaders, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    assert loaders is not None, "Lightning makes the loaders before on_train_start"
+    assert fetcher is not None, "Lightning makes the fetcher before on_train_start"
+    return loaders, fetcher
+
+
+def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call a function just before Lightning makes the iterator of an epoch, after all hooks at its start.
+
+    The first epoch of a run is left out, and so is one in whose middle a run is resumed: their iterators are made
+    earlier.
+
+    Returns:
+        A function that ends this.
+    """
+    fit_loop = trainer.fit_loop
+    loop: Any = fit_loop.epoch_loop
+    make_iterator = type(loop).on_run_start
+
+    def on_run_start(fetcher: Any) -> None:
+        if trainer.current_epoch > 0 and not fit_loop.is_resuming and not loop.restarting:  # Lightning's own condition
+            call()
+        make_iterator(loop, fetcher)
+
+    loop.on_run_start = on_run_start
+
+    def stop() -> None:
+        del loop.on_run_start
+
+    return stop
+
+
+def datamodule_of(module: L.LightningModule) -> Any:
+    """The data module of the trainer that a module belongs to; ``None`` without the one or the other."""
+    return getattr(module._trainer, "datamodule", None)

@@ -1,0 +1,4 @@
+# The tasks, once: __init__.py reads them here, and so do type checkers.
+from geolora_pl.tasks.causal_lm import CausalLM as CausalLM
+from geolora_pl.tasks.image import ImageClassification as ImageClassification
+from geolora_pl.tasks.text import TextClassification as TextClassification
