@@ -75,7 +75,8 @@ def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:
 
     For T rows the update takes ``4 w m n`` operations per pass if it is merged and ``4 w T (m + n)`` if it is not. In
     the backward pass a quarter of the latter, ``dy U``, is needed in both forms; ``benchmarks/speed/products.py``
-    measures both. In low precision the sum would round the small update away, and a GPU may form float32 products in TF32.
+    measures both. In low precision the sum would round the small update away, and a GPU may form float32 products in
+    TF32.
     """
     m, n = weight.shape
     exact = rows.dtype == torch.float64 or (rows.dtype == torch.float32 and rows.device.type == "cpu")

@@ -21,7 +21,8 @@ from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
-from geolora_pl.lightning.hyperparameters import completed, from_checkpoint
+from geolora_pl.lightning.hyperparameters import from_checkpoint
+from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.predictions import PredictionWriter
 from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
@@ -82,11 +83,6 @@ class GeoLoRACLI(CheckpointAwareCLI):
         if module_class is not None and issubclass(module_class, GeoLoRAModule):
             self._taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
 
-    def before_instantiate_classes(self) -> None:
-        """Give the module what its checkpoint knows when it is made, past the parser."""
-        if self._taken:
-            self.parser.add_instantiator(completed(self._taken), GeoLoRAModule, prepend=True)
-
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what one of them says of its arguments is passed on as it is."""
         try:
@@ -96,6 +92,8 @@ class GeoLoRACLI(CheckpointAwareCLI):
         except ValueError as error:
             raise _without_types(error) from error.__cause__
         subcommand = self.config["subcommand"]
+        if self._taken:
+            self.model = build_module(self.config[subcommand].model.as_dict(), self._taken)
         if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":
             self.trainer.callbacks.append(CheckLast())  # type: ignore[attr-defined]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from geolora_pl.storage.checkpoint import is_small
@@ -62,20 +62,10 @@ def hyperparameters_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = checkpoint.get("hyper_parameters", {})
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise ValueError("the checkpoint's hyper_parameters are not values by name: it was changed, or is of another kind")
+        raise ValueError(
+            "the checkpoint's hyper_parameters are not values by name: it was changed, or is of another kind"
+        )
     return {name: value for name, value in given.items() if not name.startswith("_")}
-
-
-def completed(taken: Mapping[str, Any]) -> Callable[..., Any]:
-    """A function for jsonargparse that makes a module of the user's settings, completed by what a checkpoint may say.
-
-    The parser itself never sees a value from a file, because it imports whatever it can read as the name of a class.
-    """
-
-    def make(module_class: type[Any], *args: Any, **settings: Any) -> Any:
-        return module_class(*args, **{**settings, **taken})
-
-    return make
 
 
 def refuse_missing(refused: Mapping[str, str], given: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from geolora_pl.lazy import import_class
-from geolora_pl.lightning.hyperparameters import completed, from_checkpoint, hyperparameters_of
+from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.storage.checkpoint import read_checkpoint
 
@@ -39,7 +40,7 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
             module: GeoLoRAModule = module_class.load_from_checkpoint(path, map_location="cpu")
         else:
             taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
-            module = _build(settings, taken)
+            module = build_module(settings, taken)
             module.restore(checkpoint)
     except ValueError:
         raise
@@ -50,12 +51,19 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
     return module
 
 
-def _build(settings: dict[str, Any], taken: dict[str, Any]) -> GeoLoRAModule:
-    """The module that the user's configuration describes, completed by what the checkpoint may say."""
+def build_module(settings: Mapping[str, Any], taken: Mapping[str, Any]) -> GeoLoRAModule:
+    """The module that the user's settings describe, completed by what a checkpoint may say.
+
+    The parser sees the user's settings alone, because it imports whatever it can read as the name of a class.
+
+    Args:
+        settings: ``class_path`` and ``init_args``.
+        taken: Arguments from :func:`from_checkpoint`, which count more.
+    """
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(GeoLoRAModule, "module", fail_untyped=False, required=True)
-    parser.add_instantiator(completed(taken), GeoLoRAModule)
-    module: GeoLoRAModule = parser.instantiate(parser.parse_object({"module": settings})).module
+    parser.add_subclass_arguments(GeoLoRAModule, "module", fail_untyped=False, required=True, instantiate=False)
+    parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
+    module: GeoLoRAModule = import_class(parsed.class_path)(**{**vars(parsed.init_args), **taken})
     return module
 
 

@@ -103,7 +103,9 @@ def test_a_configuration_in_a_checkpoint_brings_neither_code_nor_places(tmp_path
     own = configured(tmp_path, {"model_name": str(tmp_path / "base"), "num_classes": 2})
     if key in REFUSED:
         export_fails(ckpt, "model_args of the checkpoint is not taken from a file", capsys)
-        with pytest.raises(ValueError, match=r"model_args of the checkpoint.*or model_args=\.\.\. to load_from_checkpoint"):
+        with pytest.raises(
+            ValueError, match=r"model_args of the checkpoint.*or model_args=\.\.\. to load_from_checkpoint"
+        ):
             TextClassification.load_from_checkpoint(ckpt)
     else:
         assert not TextClassification.load_from_checkpoint(ckpt).model_args.keys() & HOSTILE.keys() - REFUSED
