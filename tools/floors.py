@@ -1,7 +1,8 @@
 """Print the floors of pyproject.toml as constraints for pip, so that the tests can run at the lowest versions allowed.
 
-Run it with a Python that has the project installed (``make test-floors`` does); a floor has to be a released version.
-torch and torchvision stand as constraints.txt has them: a build of their floors needs gigabytes of CUDA libraries.
+Run it with a Python that has the project installed, as ``make test-floors`` does; every floor must be a released
+version. torch and torchvision keep their versions of constraints.txt, because builds of their floors need gigabytes of
+CUDA libraries.
 """
 
 import importlib.metadata

@@ -2,9 +2,9 @@
 
     python tools/kill_and_resume.py --kills 20
 
-The run is the quickstart by its command line, with a checkpoint at every step, so that many kills fall into the
-writing of one. In the end weights, moments, ranks, schedule and random states must be those of the unbroken run, to the
-bit.
+The run is the quickstart, started by its command line, with a checkpoint at every step, so that many kills interrupt
+the writing of one. In the end weights, moments, ranks, schedule and random states must equal those of the unbroken run
+to the bit.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ CHECKPOINT, END = Path("checkpoints/last.ckpt"), Path("end.ckpt")
 
 
 class SaveTheEnd(Callback):
-    """When the last checkpoint of a run is written depends on whether it was resumed: here is one more at its end."""
+    """Writes a checkpoint at the very end, because the step of a run's last one depends on whether it was resumed."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save it."""
+        """Write the checkpoint."""
         trainer.save_checkpoint(END)
 
 
 def run(folder: Path, epochs: int) -> None:
-    """Fit in a folder, from its last checkpoint if there is one."""
+    """Fit in a folder, and start from its last checkpoint if there is one."""
     os.chdir(folder)
     (folder / "overlay.yaml").write_text(OVERLAY)
     log = os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -63,7 +63,7 @@ def run(folder: Path, epochs: int) -> None:
 
 
 def start(folder: Path, epochs: int) -> multiprocessing.Process:
-    """The same in a process of its own, which need not import anything again."""
+    """Start :func:`run` in a forked process, which need not import anything again."""
     folder.mkdir(exist_ok=True)
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(ROOT / "configs")
@@ -73,7 +73,7 @@ def start(folder: Path, epochs: int) -> multiprocessing.Process:
 
 
 def finish(folder: Path, epochs: int) -> dict[str, Any]:
-    """Let a run come to its end, and read what it ended with."""
+    """Let a run come to its end, and read its last checkpoint."""
     process = start(folder, epochs)
     process.join()
     if process.exitcode:
@@ -82,13 +82,13 @@ def finish(folder: Path, epochs: int) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, which must be whole."""
+    """Read a checkpoint, which must be whole."""
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     return checkpoint
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Names of what is not equal to the bit."""
+    """The names of all values that are not equal to the bit."""
     if isinstance(ours, dict):
         return [d for key in ours | theirs for d in differences(ours.get(key), theirs.get(key), f"{name}.{key}")]
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
@@ -99,20 +99,20 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
 
 
 def soak(kills: int, epochs: int, seed: int) -> None:
-    """Kill, resume, compare; exit with 1 if anything differs."""
+    """Kill, resume and compare; exit with 1 if anything differs."""
     console, moments = Console(), random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
         began = time.monotonic()
         whole = finish(Path(place, "whole"), epochs)
         seconds = time.monotonic() - began
         console.print(f"unbroken: {whole['global_step']} steps in {seconds:.0f} s")
-        broken, done, in_mid_write = Path(place, "broken"), 0, 0
+        broken, done, while_writing = Path(place, "broken"), 0, 0
         while done < kills:
             process = start(broken, epochs)
             process.join(moments.uniform(0.1, 0.5) * seconds)
             if process.exitcode:
                 sys.exit(f"the run failed:\n{(broken / 'log.txt').read_text()[-3000:]}")
-            if not process.is_alive():  # it came to its end: from the start again
+            if not process.is_alive():  # it came to its end, so the next one begins at the start
                 for file in broken.glob("checkpoints/*"):
                     file.unlink()
                 continue
@@ -120,15 +120,15 @@ def soak(kills: int, epochs: int, seed: int) -> None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             done += 1
-            in_mid_write += any(broken.glob("checkpoints/.*.part"))
+            while_writing += any(broken.glob("checkpoints/.*.part"))
             step = read(broken / CHECKPOINT)["global_step"] if (broken / CHECKPOINT).exists() else 0
             console.print(f"kill {done}: the last whole checkpoint is of step {step}")
         resumed = finish(broken, epochs)
     compared = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "callbacks")
     different = [name for key in compared for name in differences(resumed[key], whole[key], key)]
-    different = [name for name in different if "ModelCheckpoint" not in name]  # paths
+    different = [name for name in different if "ModelCheckpoint" not in name]  # its paths differ
     console.print(
-        f"{kills} kills, {in_mid_write} of them while a checkpoint was written; differences: {different or 0}"
+        f"{kills} kills, {while_writing} of them while a checkpoint was written; differences: {different or 0}"
     )
     sys.exit(1 if different else 0)
 

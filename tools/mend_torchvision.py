@@ -3,7 +3,7 @@
 Such a wheel cannot load its compiled operators, and then its own import fails with "operator torchvision::nms does
 not exist". Installed as ``_mend_torchvision.py`` with a ``.pth`` file beside it (``make venv`` does both), this module
 defines the two missing operators just before torchvision is first imported. Where the compiled library loads, it does
-nothing. It belongs to the environment: the package never imports it.
+nothing. It is a part of the environment, and the package never imports it.
 
 Run it once with the Python of a virtual environment: ``.venv/bin/python tools/mend_torchvision.py``.
 """
@@ -34,7 +34,7 @@ def _define_missing_operators() -> None:
 
 
 class _BeforeTorchvision:
-    """A finder that finds nothing: it acts once, when torchvision is looked for."""
+    """A finder that finds no module, but defines the operators once, when torchvision is first imported."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":

@@ -1,9 +1,9 @@
-"""Adapt for many steps and see that memory and orthonormality stay where they are.
+"""Adapt for many steps and check that memory and orthonormality stay where they are.
 
     python tools/soak.py --steps 20000
 
-Every step is an optimizer step with a retraction. The gradients come from a target that turns, so that the bases never
-come to rest and ranks rise and fall. Exits with 1 when a bound is broken.
+Every step is an optimizer step with a retraction. The gradients come from a target that rotates, so that the bases keep
+moving and ranks rise and fall. The exit status is 1 when a bound is broken.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import nn
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
 from geolora_pl.math.decomposition import orthonormality_defect
 
-MAX_BYTES_A_STEP = 16.0  # a single float kept a step in a list takes 32
-MAX_GROWTH = 2.0  # of the defect from the first tenth to the last
+MAX_BYTES_PER_STEP = 16.0  # one float per step that is kept in a list takes 32
+MAX_GROWTH = 2.0  # of the defect, from the first tenth of the run to the last
 WARM_UP = 0.2  # part of the steps in which allocators and caches still fill
 SIZE, MAX_RANK = 32, 12
 MAX_DEFECT = (
@@ -32,19 +32,19 @@ MAX_DEFECT = (
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (Linux)."""
+    """Memory of this process in RAM, as Linux reports it."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def slope(steps: list[int], values: list[int]) -> float:
-    """Least-squares slope after the warm-up."""
+    """The least-squares slope of the values after the warm-up."""
     kept = [(s, v) for s, v in zip(steps, values, strict=True) if s >= WARM_UP * steps[-1]]
     return float(np.polyfit([s for s, _ in kept], [v for _, v in kept], 1)[0])
 
 
 def soak(steps: int) -> bool:
-    """Run, print the figures, and say whether all bounds hold."""
+    """Run, print the figures, and return whether all bounds hold."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, 8))
@@ -61,7 +61,7 @@ def soak(steps: int) -> bool:
     start = time.monotonic()
     for step in range(steps + 1):
         if step % max(1, steps // 200) == 0:
-            gc.collect()  # so that a cycle that waits for the collector is no slope
+            gc.collect()  # garbage that waits for its collection must not look like growth
             at.append(step)
             resident.append(resident_bytes())
             defects.append(
@@ -82,13 +82,13 @@ def soak(steps: int) -> bool:
     )  # the very first bases come from a QR and not from a retraction
     grown = slope(at, resident)
     print(f"{integrator.adaptations:,} adaptations in {seconds:.0f} s; ranks between {min(ranks)} and {max(ranks)}")
-    print(f"memory: {resident[-1] / 2**20:.1f} MiB, {grown:+.2f} bytes a step (bound {MAX_BYTES_A_STEP:g})")
+    print(f"memory: {resident[-1] / 2**20:.1f} MiB, {grown:+.2f} bytes per step (bound {MAX_BYTES_PER_STEP:g})")
     print(f"orthonormality defect: {first:.2e} at the start, {middle:.2e} in the middle, {last:.2e} at the end")
     print(f"  (bounds {MAX_DEFECT:g}, and {MAX_GROWTH:g} times the start)")
-    return grown <= MAX_BYTES_A_STEP and max(defects) <= MAX_DEFECT and last <= MAX_GROWTH * first
+    return grown <= MAX_BYTES_PER_STEP and max(defects) <= MAX_DEFECT and last <= MAX_GROWTH * first
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20_000, help="adaptation steps (default 20000)")
+    parser.add_argument("--steps", type=int, default=20_000, help="number of steps (default 20000)")
     sys.exit(0 if soak(parser.parse_args().steps) else 1)

@@ -3,8 +3,8 @@
     python tools/test_matrix.py
     python tools/test_matrix.py --cells least crowded -- tests/storage/test_peft.py
 
-A cell is one run of the whole suite and takes as long as one; all of them take hours. What stands behind ``--`` is for
-pytest. A line a cell says how it went, what failed is shown, and the exit status is 1 if anything did.
+A cell is one run of the whole suite, and all cells take hours. The arguments behind ``--`` are for pytest. One line per
+cell says how it went, failures are shown, and the exit status is 1 if there was any.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LEAST = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 HASH = {"PYTHONHASHSEED": "random"}
-AS_IT_IS: dict[str, str] = {}  # the variables of a cell; BUSY is how many processes keep the cores busy beside it
+AS_IT_IS: dict[
+    str, str
+] = {}  # environment variables of a cell; BUSY is the number of processes that keep the cores busy
 
 
 def threads(number: int) -> dict[str, str]:
-    """So many threads of torch, which sleep while they wait: others take the cores in the meantime."""
+    """The number of torch's threads, which sleep while they wait, so that other processes can use the cores."""
     return {"GEOLORA_TEST_THREADS": str(number), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def seed(number: int) -> dict[str, str]:
-    """Other random numbers in every test that does not need its own."""
+    """The seed of the random numbers, for every test that does not need its own."""
     return {"GEOLORA_TEST_SEED": str(number)}
 
 
 def order(number: int) -> dict[str, str]:
-    """The tests in an order of this seed."""
+    """A random order of the tests with this seed."""
     return {"PYTEST_ADDOPTS": f"-p randomly --randomly-seed={number}"}
 
 
@@ -58,7 +60,7 @@ CELLS = {
 
 
 def run(cell: str, arguments: list[str]) -> bool:
-    """Run one cell, print its line, and say whether it is green."""
+    """Run one cell, print its line, and return whether it is green."""
     variables = dict(CELLS[cell])
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(int(variables.pop("BUSY", 0)))]
     start = time.monotonic()
@@ -87,5 +89,5 @@ if __name__ == "__main__":
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="by default all of them")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, behind --")
     args = parser.parse_args()
-    results = [run(cell, args.pytest) for cell in args.cells]  # all of them, whatever comes of the first
+    results = [run(cell, args.pytest) for cell in args.cells]  # all of them, even if the first fails
     sys.exit(not all(results))
