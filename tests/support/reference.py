@@ -35,7 +35,7 @@ def best_within_tau(matrix: Tensor, tau: float, cap: int) -> Tensor:
 def bought_one_by_one(
     sigmas: list[list[float]], ranks: list[int], costs: list[int], budget: int, min_ranks: list[int]
 ) -> list[int]:
-    """Ranks within a budget: by descending energy a parameter, each while it fits, of one adapter only in order."""
+    """Ranks within a budget: by descending energy per parameter, each while it fits, of one adapter only in order."""
     chosen = list(min_ranks)
     left = budget - sum(rank * cost for rank, cost in zip(chosen, costs, strict=True))
     offers = [
