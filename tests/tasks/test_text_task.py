@@ -375,7 +375,7 @@ def test_the_limit_is_the_lesser_of_configuration_and_table(tmp_path, settings, 
 
 def test_what_is_no_tokenizer_is_refused(model, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: False)
-    with pytest.raises(ValueError, match=r"model_name=.* has a bool in the place of a tokenizer"):
+    with pytest.raises(ValueError, match=r"model_name=.* has a bool instead of a tokenizer"):
         _ = TextClassification(model).tokenizer
 
 
@@ -469,7 +469,7 @@ def test_help_of_the_task_and_of_the_data(capfd):
     for name, said in (
         ("--model.help=geolora_pl.tasks.TextClassification", "Weight of each class in the loss"),
         ("--data.help=geolora_pl.data.GLUE", "The folder with the official files"),
-        ("--data.help=geolora_pl.data.TextFiles", "Whether the training texts of a batch are of similar length"),
+        ("--data.help=geolora_pl.data.TextFiles", "Whether the training texts of a batch have similar lengths"),
     ):
         with pytest.raises(SystemExit):
             main(["fit", name])
