@@ -23,6 +23,7 @@ _CLASS = re.compile(r"(?:given class_path |class_path=)'([\w.]+)'")
 _UNKNOWN = re.compile(r"(?:Group '([\w.]+)' .*)?(?:unrecognized arguments: --|[Oo]ption ')([\w.-]+)")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.Literal\[(.+?)\])")
+_NOT_EVEN_NONE = "Expected a <class 'NoneType'>"  # what was tried last, wherever a setting may be left out
 _VALUE = re.compile(r"(?:Got|Given) value: (.+?)(?:\. Got value: .*)?$", re.M)
 _KINDS = {
     "bool": "true or false",
@@ -127,7 +128,7 @@ def as_sentence(message: str, options: list[str]) -> str:
 
 def _innermost(message: str) -> str:
     """The deepest of the nested lines of a message, of several the last; those around it only say how it was found."""
-    lines = [line for line in message.splitlines() if line.strip()]
+    lines = [line for line in message.splitlines() if line.strip() and not line.endswith(_NOT_EVEN_NONE)]
     deepest = max(reversed(lines), key=lambda line: len(line) - len(line.lstrip(" -")))
     return deepest.lstrip(" -").rstrip(".")
 
