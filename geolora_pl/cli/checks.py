@@ -9,16 +9,17 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
 class CheckLast(L.Callback):
-    """Refuse to test or predict with the last checkpoint where there is none: Lightning would take untrained adapters.
+    """Refuse to test or predict with the last checkpoint where there is none: Lightning would use untrained adapters.
 
-    A fit that asks for it starts anew, as Lightning means it: a job that is put back into the queue is always the same.
+    A fit that asks for it starts from scratch, as Lightning means it: the first job and the one that is put back into
+    the queue have the same command.
     """
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether a checkpoint was loaded.
 
         Raises:
-            ValueError: None was.
+            ValueError: No checkpoint was loaded.
         """
         if trainer.ckpt_path is None:
             folders = dict.fromkeys(str(getattr(each, "dirpath", None)) for each in trainer.checkpoint_callbacks)
@@ -35,7 +36,7 @@ class CheckTestSplit(L.Callback):
         """Look for a test step and a test split.
 
         Raises:
-            ValueError: One is missing.
+            ValueError: The step or the split is missing.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
         splits = getattr(data, "splits", None)  # of a data module of ours, which is set up by now

@@ -17,20 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
 from geolora_pl.lazy import import_class
 
-_NOISE = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: (NestedArg|Namespace|{)|"
-    r"Expected a <class 'NoneType'>|Expected a path but|Problem with given class_path|Parser key .*:$"
-)
-_AROUND = re.compile(r"^(?:Type .* expects a function or a callable class: )?(.+?)\.*(?: Got value: Namespace\(.*)?$")
+# What is looked for in the words of jsonargparse. Where it finds other words, its own sentence stands as it is.
 _KEY = re.compile(r"Parser key \"([\w.]+)\":")
 _CLASS = re.compile(r"(?:given class_path |class_path=)'([\w.]+)'")
-_EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.Literal\[(.+?)\])(?:\. Got value: (.+))?$")
-_UNKNOWN = (
-    re.compile(r"unrecognized arguments: --([\w.-]+)"),
-    re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'"),
-    re.compile(r"(?:Subcommand '\w+' does not accept option|Option) '([\w.]+)'(?: is not accepted)?"),
-)
+_UNKNOWN = re.compile(r"(?:Group '([\w.]+)' .*)?(?:unrecognized arguments: --|[Oo]ption ')([\w.-]+)")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+_EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.Literal\[(.+?)\])")
+_NOT_EVEN_NONE = "Expected a <class 'NoneType'>"  # what was tried last, wherever a setting may be left out
+_VALUE = re.compile(r"(?:Got|Given) value: (.+?)(?:\. Got value: .*)?$", re.M)
 _KINDS = {
     "bool": "true or false",
     "dict": "a mapping",
@@ -114,41 +108,42 @@ def as_sentence(message: str, options: list[str]) -> str:
         >>> as_sentence('Parser key "geolora.tau":\n  Expected a <class \'float\'>. Got value: high', [])
         'geolora.tau=high must be a finite number'
     """
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     if message.startswith("Unexpected config:"):
         return f"a configuration must hold settings by name, and not {message.partition(':')[2].strip()!r}"
     key = ".init_args.".join(_KEY.findall(message))
-    classes: list[str] = _CLASS.findall(message)
-    for pattern in _UNKNOWN:
-        if unknown := pattern.search(message):
-            name = ".".join(unknown.groups())
-            where = f" in {key}.init_args of {classes[-1]}" if classes else ""
-            known = _options_of_class(classes[-1]) if classes else options
-            return f"there is no setting {name!r}{where}: {_nearest(name, known)}"
+    if unknown := _UNKNOWN.search(message):
+        name = ".".join(filter(None, unknown.groups()))
+        classes: list[str] = _CLASS.findall(message)
+        where = f" in {key}.init_args of {classes[-1]}" if classes else ""
+        known = _options_of_class(classes[-1]) if classes else options
+        return f"there is no setting {name!r}{where}: {_nearest(name, known)}"
     if missing := _NO_ATTRIBUTE.search(message):
         module, name = missing.groups()
         return f"{key}: there is no {name} in {module}: {_nearest(name, dir(import_module(module)))}"
-    kept = [_AROUND.sub(r"\1", line) for line in lines if line and not _NOISE.search(line)]
-    expected = [found for line in kept if (found := _EXPECTED.search(line))]
-    if not key or not expected:
-        said = dict.fromkeys(line for line in kept if not line.startswith("Given value: "))
-        return f"{key}: {'; '.join(said)}" if key else " ".join(lines)
-    given = [line.removeprefix("Given value: ") for line in kept if line.startswith("Given value: ")]
-    values = [found[3] for found in expected if found[3] is not None] or given
-    return f"{key}={values[0] if values else None} must be {' or '.join(map(_kind, expected))}"
+    kinds = dict.fromkeys(_kind(*found) for found in _EXPECTED.findall(message) if found[0] != "NoneType")
+    if key and kinds and (value := _VALUE.search(message)):  # the first value is the innermost
+        return f"{key}={value[1]} must be {' or '.join(kinds)}"
+    return f"{key}: {_innermost(message)}" if key else " ".join(message.split())
 
 
-def _kind(expected: re.Match[str]) -> str:
-    if expected[1] is None:
-        return f"one of {expected[2]}" if "," in expected[2] else expected[2]
-    name = expected[1].rpartition(".")[2]
+def _innermost(message: str) -> str:
+    """The deepest of the nested lines of a message, of several the last; those around it only say how it was found."""
+    lines = [line for line in message.splitlines() if line.strip() and not line.endswith(_NOT_EVEN_NONE)]
+    deepest = max(reversed(lines), key=lambda line: len(line) - len(line.lstrip(" -")))
+    return deepest.lstrip(" -").rstrip(".")
+
+
+def _kind(type_name: str, choices: str) -> str:
+    if choices:
+        return f"one of {choices}" if "," in choices else choices
+    name = type_name.rpartition(".")[2]
     return _KINDS.get(name, f"a {name}")
 
 
 def _nearest(name: str, known: list[str]) -> str:
     if near := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {near[0]!r}?"
-    return f"drop it, or mend it; there are {', '.join(known)}" if len(known) <= 20 else "drop it, or mend it"
+    return f"drop it, or correct it; there are {', '.join(known)}" if len(known) <= 20 else "drop it, or correct it"
 
 
 def _options_of_class(path: str) -> list[str]:

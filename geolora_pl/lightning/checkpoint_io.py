@@ -17,11 +17,11 @@ from geolora_pl.storage.checkpoint import complete, read_checkpoint
 class WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoint files, written to a temporary name beside the target, flushed and renamed.
 
-    A process that dies in mid-write leaves the earlier file as it was. (Lightning's own writes to the system's
-    temporary folder, and where that is another disk, the file is copied in place.) Remote paths are left to Lightning.
+    A process that dies while it writes leaves the earlier file as it was. (Lightning writes to the system's temporary
+    folder, and where that is another disk, it copies the file into place.) Remote paths are left to Lightning.
 
     Args:
-        module: Rebuilds the base of a small checkpoint that is loaded.
+        module: The module from which a small checkpoint that is loaded gets its base.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -61,7 +61,7 @@ class WholeFiles(TorchCheckpointIO):
         """Read a checkpoint, and complete a small one.
 
         Raises:
-            ValueError: The file is no whole checkpoint, or its base is another one.
+            ValueError: The file is not a whole checkpoint, or it belongs to another base.
         """
         if "://" in str(path) or weights_only is False:
             checkpoint = super().load_checkpoint(path, map_location, weights_only)

@@ -109,7 +109,7 @@ def check_sizes(value: object, never: Iterable[str] = ()) -> None:
     check_plain(value)
     for key, inner in _entries(value):
         if (key in never or key.startswith("_")) and inner:
-            raise ValueError(f"has {key}={inner!r}, which is no size of a model")
+            raise ValueError(f"has {key}={inner!r}, which is not a size of a model")
         if isinstance(inner, str) and _LOCATES.search(inner):
             raise ValueError(f"has {key}={inner!r}, which names a place to load from")
 

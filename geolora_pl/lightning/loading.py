@@ -74,7 +74,11 @@ def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule
     name = str(class_path).rpartition(".")[2]
     tasks = import_module(_TASKS)  # by its name: the folder lies above this one
     if not str(class_path).startswith(f"{_TASKS}.") or name not in tasks.__all__:
-        what = "does not name its module" if class_path is None else f"is of {class_path}, which is no task of ours"
+        what = (
+            "does not name its module"
+            if class_path is None
+            else f"is of {class_path}, which is not a task of geolora_pl"
+        )
         raise ValueError(f"ckpt_path={str(path)!r} {what}: give the run's configuration with --config")
     task: type[GeoLoRAModule] = getattr(tasks, name)
     return task
@@ -96,5 +100,7 @@ def _configured(config: str | Path) -> dict[str, Any]:
 def _module_class(class_path: str) -> type[GeoLoRAModule]:
     found = import_class(class_path)
     if not issubclass(found, GeoLoRAModule):
-        raise ValueError(f"class_path={class_path!r} is no GeoLoRAModule: save its adapters from Python (save_adapter)")
+        raise ValueError(
+            f"class_path={class_path!r} is not a GeoLoRAModule: save its adapters from Python (save_adapter)"
+        )
     return found

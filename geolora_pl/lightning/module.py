@@ -40,10 +40,10 @@ class GeoLoRAModule(L.LightningModule):
         adapter: What to adapt; by default every linear layer but the head, at ranks up to 16.
         optimizer: Makes the optimizer from parameter groups; any torch optimizer.
         lr_scheduler: Makes a scheduler from the optimizer, stepped after every optimizer step (``ReduceLROnPlateau``
-            once an epoch); by default a linear warm-up and half a cosine to zero at the end of the run.
+            once per epoch); by default a linear warm-up and half a cosine to zero at the end of the run.
         warmup: Length of that warm-up for the adapters: a part of the run below 1, a number of steps from 1 on; at
             least 0.
-        head_warmup: Likewise for what is trained in full: shorter, so that the head leads.
+        head_warmup: Length of the warm-up for what is trained in full; it is shorter, so that the head leads.
         head_lr: Learning rate of what is trained in full (head, biases), above 0; ``None`` for that of the adapters.
 
     Raises:
@@ -270,7 +270,7 @@ class GeoLoRAModule(L.LightningModule):
         try:
             optimizer = self.optimizer(parameter_groups(self, head_lr=self.head_lr))
         except ValueError as error:
-            raise ValueError(f"optimizer: {error}; mend its settings, or use another of the Adam family") from error
+            raise ValueError(f"optimizer: {error}; correct its settings, or use another of the Adam family") from error
         if self.lr_scheduler is None:
             scheduler: Any = warmup_cosine(optimizer, self.warmup, run_length(self.trainer), self.head_warmup)
         else:

@@ -34,12 +34,12 @@ class RankMonitor:
     Attributes:
         before: The ranks at the start of the run; the first step may change them, and the log counts both as step 0.
         shown: The step whose numbers were asked for last.
-        steps: Steps of the ranks that are kept.
-        ranks: The ranks then, in the order of the adapters.
-        clock: Of the retractions.
+        steps: The steps at which ranks were kept.
+        ranks: The ranks at those steps, in the order of the adapters.
+        clock: It measures the retractions.
 
     Args:
-        integrator: Of the run.
+        integrator: The integrator of the run.
     """
 
     def __init__(self, integrator: RankAdaptiveIntegrator) -> None:
@@ -56,7 +56,7 @@ class RankMonitor:
         self._began = time.monotonic()
         self._drawing = 0.0
         self._next_picture = 0.0
-        self._defect = (-1, 0.0)  # the number of adaptations it is of, and the defect
+        self._defect = (-1, 0.0)  # after how many adaptations it was computed, and the defect
 
     @property
     def seconds(self) -> float:
@@ -64,7 +64,7 @@ class RankMonitor:
         return time.monotonic() - self._began
 
     def numbers(self, step: int) -> dict[str, float]:
-        """What is logged at a step, of a retraction once there was one; waits for the device."""
+        """The numbers that are logged at a step, those of a retraction once there was one; waits for the device."""
         integrator = self.integrator
         integrator.settle()
         self.shown = step
@@ -85,7 +85,7 @@ class RankMonitor:
         return numbers
 
     def _largest_defect(self) -> float:
-        """Bases move only when factors are retracted, so between two retractions it stays."""
+        """The defect now; it is computed once per retraction, for bases move only then."""
         if self._defect[0] != self.integrator.adaptations:
             self._defect = self.integrator.adaptations, largest_defect(self.integrator.adapters.values())
         return self._defect[1]
@@ -108,8 +108,8 @@ class RankMonitor:
         Not by ``LightningModule.log``, which takes ten times as long and brings every number to the device.
 
         Args:
-            trainer: In a fit.
-            step: As the loggers count.
+            trainer: The trainer of a fit.
+            step: The step as the loggers count.
         """
         numbers = self.numbers(step)
         for known in (trainer.callback_metrics, trainer.logged_metrics):
@@ -126,8 +126,8 @@ class RankMonitor:
         """Give the loggers their pictures, if some are due.
 
         Args:
-            loggers: Of the trainer; those that cannot show a picture get none.
-            step: As the loggers count.
+            loggers: The loggers of the trainer; those that cannot show a picture get none.
+            step: The step as the loggers count.
             at_last: Whether they are due whatever was drawn before.
         """
         able = [logger for logger in loggers if shows_pictures(logger)]

@@ -20,7 +20,7 @@ SUFFIXES = (".csv", ".jsonl")
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write what ``predict`` finds, a row an input, in the order of the inputs.
+    """Write what ``predict`` finds, one row per input, in the order of the inputs.
 
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
     file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number

@@ -110,7 +110,7 @@ class Run:
         """Take up what :meth:`state_dict` gave.
 
         Args:
-            state: From a checkpoint.
+            state: The state in a checkpoint.
             adapt_every: The cadence that the user asks for; ``None`` for that of the checkpoint.
 
         Raises:

@@ -48,8 +48,8 @@ def print_summary(table: Table, lines: Sequence[str], console: Console | None = 
 
     Args:
         table: Printed first.
-        lines: Of plain text.
-        console: That of the progress bar by default, so that the two do not disturb each other.
+        lines: Lines of plain text.
+        console: Where to print; by default the console of the progress bar, so that the two do not disturb each other.
     """
     console = console or get_console()
     if not console.is_terminal:  # a file is as wide as it must be
@@ -60,7 +60,7 @@ def print_summary(table: Table, lines: Sequence[str], console: Console | None = 
 
 
 def print_lines(lines: Iterable[str], console: Console) -> None:
-    """Print lines whole and as they are: a name in brackets is no markup."""
+    """Print lines whole and as they are: a name in brackets is not markup."""
     for line in lines:
         console.print(Text(line), soft_wrap=True)
 

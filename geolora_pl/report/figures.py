@@ -76,12 +76,12 @@ _STYLE: dict[Any, Any] = {
 
 
 def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = (4.4, 2.9)) -> Figure:
-    """Values over steps, a line each.
+    """Values over steps, one line for each series.
 
     Args:
-        series: By their labels.
-        title: Of the figure.
-        size: In inches.
+        series: The series by their labels.
+        title: The title of the figure.
+        size: The size in inches.
     """
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, size)
@@ -100,9 +100,9 @@ def ranks_over_steps(ranks: Mapping[str, Curve], title: str, size: tuple[float, 
     """The mean rank of every kind of layer over steps.
 
     Args:
-        ranks: By adapter.
-        title: Of the figure.
-        size: In inches.
+        ranks: The ranks by adapter.
+        title: The title of the figure.
+        size: The size in inches.
     """
     places = RankMap.of(ranks)
     with matplotlib.rc_context(_STYLE):
@@ -120,8 +120,8 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
     """The ranks by kind of layer (rows) and depth (columns).
 
     Args:
-        ranks: By adapter.
-        title: Of the figure.
+        ranks: The ranks by adapter.
+        title: The title of the figure.
     """
     places = RankMap.of(ranks)
     labels = places.short_kinds()
@@ -149,8 +149,8 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
     """The rank of every adapter (rows) over steps.
 
     Args:
-        ranks: By adapter.
-        title: Of the figure.
+        ranks: The ranks by adapter.
+        title: The title of the figure.
     """
     places = RankMap.of(ranks)
     labels = places.short_names()
@@ -188,11 +188,11 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
 
 
 def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """The singular values of every update in descending order, a line an adapter, a colour a kind of layer.
+    """The singular values of every update in descending order: one line per adapter, one colour per kind of layer.
 
     Args:
-        sigmas: By adapter, descending.
-        title: Of the figure.
+        sigmas: The singular values by adapter, descending.
+        title: The title of the figure.
     """
     places = RankMap.of(sigmas)
     with matplotlib.rc_context(_STYLE):

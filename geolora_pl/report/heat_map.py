@@ -25,12 +25,12 @@ def heat_map(
     """Draw a table of values as colours.
 
     Args:
-        values: By row and column; ``None`` leaves a cell empty.
+        values: The values by row and column; ``None`` leaves a cell empty.
         rows: A label for every row; one that is empty is left out.
-        columns: Likewise for columns.
+        columns: A label for every column; one that is empty is left out.
         title: A line above it.
         low: The value of the lightest colour.
-        high: That of the darkest, above ``low``.
+        high: The value of the darkest colour, above ``low``.
         cell: Width and height of a cell in pixels.
         numbers: Whether cells also show their values.
 

@@ -211,7 +211,7 @@ def _split(name: str) -> str:
 
 
 def _by_kind(scores: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Curves that belong into one picture: ``train_loss`` and ``val_loss`` into ``loss``."""
+    """The curves by picture: ``train_loss`` and ``val_loss`` belong to ``loss``."""
     found: dict[str, dict[str, Curve]] = {}
     for name, curve in scores.items():
         kind = name[len(_split(name)) :].lstrip("_/") or name

@@ -53,7 +53,7 @@ class RankMap:
         return cls(tuple(kinds), tuple(sorted({depth for _, depth in placed.values()})), placed)
 
     def rows(self, values: Mapping[str, float]) -> list[list[float | None]]:
-        """Values by adapter as a table, a row a kind and a column a depth; ``None`` where there is no adapter."""
+        """Values by adapter as a table: one row per kind, one column per depth, ``None`` where there is no adapter."""
         found = {self.places[name]: value for name, value in values.items()}
         return [[found.get((kind, depth)) for depth in self.depths] for kind in self.kinds]
 
@@ -86,10 +86,10 @@ class RankMap:
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of a row of things, from the first to the last at even distances.
+    """At most so many of some items, from the first to the last at even distances.
 
     Args:
-        items: The things.
+        items: The items.
         most: Their number at most, at least 2.
 
     Example:

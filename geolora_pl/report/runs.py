@@ -25,10 +25,10 @@ class Run:
     """What a run left behind.
 
     Attributes:
-        name: Of the folder, with as much of its path as tells it from the other runs.
-        folder: Where it is.
-        curves: By the metric's name: steps, ascending, and values.
-        settings: Those of ``config.yaml`` by their dotted names.
+        name: The name of the folder, with as much of its path as tells it from the other runs.
+        folder: The folder of the run.
+        curves: Steps, ascending, and values by the name of the metric.
+        settings: The settings in ``config.yaml`` by their dotted names.
         checkpoints: Its checkpoint files, the last one at the end.
     """
 
@@ -55,10 +55,10 @@ def read_runs(folders: str | Path | Sequence[str | Path]) -> list[Run]:
     """Read the folders of runs.
 
     Args:
-        folders: Where loggers wrote, such as ``lightning_logs/version_0``; one or several.
+        folders: Folders that loggers wrote to, such as ``lightning_logs/version_0``; one or several.
 
     Raises:
-        ValueError: There is none, one is no such folder, or named twice.
+        ValueError: No run is named, one of them is not a folder of a run, or one is named twice.
     """
     paths = [Path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
     if not paths:
@@ -74,19 +74,19 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     evaluations afterwards.
 
     Raises:
-        ValueError: It is no folder, holds no metrics, or a file in it cannot be read.
+        ValueError: It is not a folder, holds no metrics, or a file in it cannot be read.
     """
     try:
         return _read_run(folder, name)
     except OSError as error:
         raise ValueError(
-            f"run='{folder}' cannot be read ({error.filename}: {error.strerror}): mend it, or name another folder"
+            f"run='{folder}' cannot be read ({error.filename}: {error.strerror}): correct that, or name another folder"
         ) from error
 
 
 def _read_run(folder: Path, name: str | None) -> Run:
     if not folder.is_dir():
-        raise ValueError(f"run='{folder}' is no folder (from {Path.cwd()}): name the one that the logger wrote to")
+        raise ValueError(f"run='{folder}' is not a folder (from {Path.cwd()}): name the one that the logger wrote to")
     tables = sorted(folder.glob("metrics.*.csv"), key=_number) + list(folder.glob("metrics.csv"))
     events = sorted(folder.glob("events.out.tfevents.*"))
     if not tables and not events:
@@ -140,7 +140,7 @@ def _of_table(path: Path) -> Iterable[tuple[str, int, float]]:
             values = {name: float(cell) for name, cell in row.items() if cell}
             yield from ((name, step, value) for name, value in values.items() if math.isfinite(value))
     except (csv.Error, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of metrics of Lightning ({error})") from error
+        raise ValueError(f"{path} is not a table of metrics of Lightning ({error})") from error
 
 
 def _of_events(path: Path) -> Iterable[tuple[str, int, float]]:
@@ -160,7 +160,7 @@ def _settings(path: Path) -> dict[str, object]:
     try:
         return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {error}") from error
 
 
 def _flat(settings: Any, name: str = "") -> Iterable[tuple[str, object]]:

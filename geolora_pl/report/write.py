@@ -33,7 +33,7 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | N
     with _refused_by_the_system(target):
         foreign = target.exists() and not (target.is_file() and page.GENERATOR.encode() in target.read_bytes()[:2000])
     if foreign:
-        raise ValueError(f"output='{target}' is there already and is no report: name another file")
+        raise ValueError(f"output='{target}' is there already and is not a report: name another file")
     text = page.page(found)
     with _refused_by_the_system(target), atomic(target) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

@@ -145,9 +145,9 @@ def test_broken_and_foreign_checkpoints_are_refused_in_one_sentence(image, tmp_p
     torch.save(checkpoint, tmp_path / "part.ckpt")
     refused(tmp_path / "part.ckpt", "the weights do not fit this ImageClassification: model.cls_token is missing")
     for class_path, message in (
-        ("os.system", "is of os.system, which is no task of ours: give the run's configuration"),
-        ("geolora_pl.tasks.Gone", "which is no task of ours"),
-        ("geolora_pl.data.Digits", "which is no task of ours"),
+        ("os.system", "is of os.system, which is not a task of geolora_pl: give the run's configuration"),
+        ("geolora_pl.tasks.Gone", "which is not a task of geolora_pl"),
+        ("geolora_pl.data.Digits", "which is not a task of geolora_pl"),
     ):
         refused(save(module, tmp_path / "other.ckpt", class_path), message)
     for config, message in (

@@ -202,7 +202,7 @@ def test_a_whole_checkpoint_fetches_nothing_whatever_it_says_of_its_base(tmp_pat
 @pytest.mark.parametrize("class_path", ["evil.Evil", "geolora_pl.tasks.evil.Evil", "os.system", 3])
 def test_a_class_in_a_checkpoint_is_a_task_or_nothing(tmp_path, capsys, class_path):
     ckpt, _ = image_checkpoint(tmp_path, _class_path=class_path)
-    export_fails(ckpt, "which is no task of ours: give the run's configuration with --config", capsys)
+    export_fails(ckpt, "which is not a task of geolora_pl: give the run's configuration with --config", capsys)
 
 
 @pytest.mark.parametrize(

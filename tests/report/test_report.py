@@ -200,10 +200,10 @@ def refusal(arguments, capfd):
 
 
 def test_the_users_mistakes_are_one_sentence(runs, tmp_path, capfd):
-    assert refusal(["--run", "gone"], capfd).startswith("error: run='gone' is no folder")
+    assert refusal(["--run", "gone"], capfd).startswith("error: run='gone' is not a folder")
     own = tmp_path / "own.html"
     own.write_text("mine")
-    assert "own.html' is there already and is no report" in refusal(
+    assert "own.html' is there already and is not a report" in refusal(
         ["--run", str(runs[0]), "--output", str(own)], capfd
     )
     assert own.read_text() == "mine"
@@ -223,7 +223,7 @@ def test_what_the_system_refuses_is_one_sentence(runs, tmp_path, capfd, monkeypa
     (tmp_path / "metrics.csv").mkdir()
     said = refusal(["--run", str(tmp_path)], capfd)
     what = f"({tmp_path / 'metrics.csv'}: Is a directory)"
-    assert said == f"error: run='{tmp_path}' cannot be read {what}: mend it, or name another folder\n"
+    assert said == f"error: run='{tmp_path}' cannot be read {what}: correct that, or name another folder\n"
 
 
 def test_without_matplotlib_the_remedy_is_said(runs, tmp_path, capfd, monkeypatch):

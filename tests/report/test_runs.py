@@ -129,7 +129,7 @@ def test_one_path_is_one_run(tmp_path):
 
 
 def test_bad_folders_are_refused_with_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match="gone' is no folder"):
+    with pytest.raises(ValueError, match="gone' is not a folder"):
         read_run(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"holds neither metrics.csv nor TensorBoard's events: train with the logger"):
         read_run(tmp_path)
@@ -139,19 +139,19 @@ def test_bad_folders_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="is given twice"):
         read_runs([inside, tmp_path / "version_3" / ".." / "version_3"])
     for text in ("a,b\n1,2\n", "step,a\n0,much\n", "step,a\nx,1\n"):
-        with pytest.raises(ValueError, match=r"metrics.csv is no table of metrics of Lightning"):
+        with pytest.raises(ValueError, match=r"metrics.csv is not a table of metrics of Lightning"):
             read_run(write(inside, text))
     for content in (
         b"step,a\n0,\xff\n",
         b"step,a\n0," + b"1" * 200_000 + b"\n",
     ):  # no UTF-8; a field beyond what csv takes
         (inside / "metrics.csv").write_bytes(content)
-        with pytest.raises(ValueError, match=r"metrics.csv is no table of metrics of Lightning"):
+        with pytest.raises(ValueError, match=r"metrics.csv is not a table of metrics of Lightning"):
             read_run(inside)
     write(inside, "step,a\n0,1\n")
     write(inside, "a: [", "config.yaml")
-    with pytest.raises(ValueError, match=r"config.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"config.yaml is not YAML"):
         read_run(inside)
     (inside / "config.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(ValueError, match=r"config.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"config.yaml is not YAML"):
         read_run(inside)

@@ -47,7 +47,7 @@ def only(command: str):
 
 def understood(arguments: list[str], capfd) -> None:
     """The command line takes the arguments, but for a checkpoint or a run that is not there."""
-    missing = {"export": "last.ckpt' is not a file", "ranks": "last.ckpt' is not a file", "report": "' is no folder"}
+    missing = {"export": "last.ckpt' is not a file", "ranks": "last.ckpt' is not a file", "report": "' is not a folder"}
     about = missing.get(arguments[0])
     with only(arguments[0]), pytest.raises(SystemExit) as stop:
         main(arguments if about else [*arguments, "--print_config"])
