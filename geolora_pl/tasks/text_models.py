@@ -99,7 +99,9 @@ def config_from_checkpoint(model_args: object) -> dict[str, Any]:
     """
     kind = model_args.get("model_type") if isinstance(model_args, Mapping) else None
     if not isinstance(model_args, Mapping) or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError("is not a complete configuration of a model that transformers has, so that it would be fetched")
+        raise ValueError(
+            "is not a complete configuration of a model that transformers has, so that it would be fetched"
+        )
     known = AutoConfig.for_model(kind).to_dict().keys() - _NOT_TAKEN
     sizes = {name: value for name, value in model_args.items() if name in known}
     check_sizes(sizes, never=_FETCHES)
