@@ -30,17 +30,23 @@ def summing_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device: str) -> bool:
+    """Whether there is autocast for a type of device, a constant to the compiler: torch 2.8 cannot trace the call."""
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast ``x`` to for a product; ``None`` where it would leave it alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products are formed in the type of their factors, whatever autocast is around it."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()  # must be quick, since every layer asks twice per step
     return torch.autocast(device.type, enabled=False)
 
