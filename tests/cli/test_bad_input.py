@@ -328,7 +328,9 @@ class Unsafe:
             lambda good, path: torch.save(Unsafe(), path), r"holds objects that are not loaded", id="unsafe-pickle"
         ),
         pytest.param(
-            lambda good, path: save_file({"0.U": torch.zeros(2, 2)}, path), r"no checkpoint at all", id="adapter-file"
+            lambda good, path: save_file({"0.U": torch.zeros(2, 2)}, path),
+            r"not a checkpoint at all",
+            id="adapter-file",
         ),
     ],
 )
@@ -515,8 +517,8 @@ def _spoil_idx(path: Path, change) -> None:
     [
         pytest.param("train-images-idx3-ubyte", lambda b: b[:-1], r"cut short: .*; fetch it again", id="cut-short"),
         pytest.param("train-images-idx3-ubyte", lambda b: b[:6], r"cut short in its header: fetch", id="header"),
-        pytest.param("train-images-idx3-ubyte", lambda b: b"", r"no IDX file of bytes: fetch it again", id="empty"),
-        pytest.param("train-images-idx3-ubyte", lambda b: b"PK" + b[2:], r"no IDX file of bytes", id="other-kind"),
+        pytest.param("train-images-idx3-ubyte", lambda b: b"", r"not an IDX file of bytes: fetch it again", id="empty"),
+        pytest.param("train-images-idx3-ubyte", lambda b: b"PK" + b[2:], r"not an IDX file of bytes", id="other-kind"),
         pytest.param(
             "train-labels-idx1-ubyte",
             lambda b: b[:-1] + b"\x0a",

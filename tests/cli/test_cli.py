@@ -215,7 +215,7 @@ def test_help_of_the_task(folder, capfd):
     with pytest.raises(SystemExit):
         main(["fit", "--model.help=geolora_pl.tasks.ImageClassification"])
     out = " ".join(capfd.readouterr().out.split())
-    assert "Part of the target spread over all classes" in out
+    assert "Share of the target that is spread over all classes" in out
     assert "--model.adapter.max_rank" in out or "adapter.max_rank" in out
     assert "Columns allocated for every adapter" in out
 
