@@ -62,8 +62,12 @@ def test_new_modules_join_modules_to_save():
 
 
 def test_only_trained_parameters_reach_the_optimizer_with_their_own_lr_and_decay():
-    module = Small(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2), head_lr=0.01, warmup=0)
-    trainer(GeoLoRACallback(), max_steps=0).fit(module, loader())
+    module = Small(
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        head_lr=0.01,
+    )
+    trainer(GeoLoRACallback(), max_steps=1).fit(module, loader())
     optimizer = module.optimizers()
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
         id(p) for p in module.parameters() if p.requires_grad
