@@ -170,31 +170,11 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
     if max_rank < 1:
         raise ValueError(f"max_rank={max_rank} must be at least 1")
     folder = Path(folder)
-    try:
-        config = json.loads((folder / _CONFIG).read_text())
-        tensors = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no readable {_CONFIG} and {_WEIGHTS}: {error}") from error
-    _refuse_other_kinds(config, folder)
-    sides: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{folder}: {key} is not finite; fetch or save it again")
-        name, side, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
-        if not side:
-            name, side, _ = key.removeprefix(_PREFIX).partition(".lora_B.weight")
-        if side:
-            sides.setdefault(name, {})[side[6]] = tensor
-        else:
-            others[name.replace(".base_layer.", ".")] = tensor
+    config, tensors = _read(folder)
+    sides, others = _sides(tensors)
     parameters, buffers = dict(model.named_parameters()), base_buffers(model)
     others = _by_first_name(others, model, folder)
-    for name, tensor in others.items():
-        there = parameters.get(name, buffers.get(name))
-        if there is None or there.shape != tensor.shape:
-            was = "is not in the model" if there is None else f"is {tuple(there.shape)} in the model"
-            raise ValueError(f"{folder}: {name} {tuple(tensor.shape)} {was}: take the base that it was trained on")
+    _refuse_misfits(others, {**buffers, **parameters}, folder)
     modules = dict(model.named_modules())
     factors: dict[str, Factors] = {}
     max_ranks: dict[str, int] = {}
@@ -219,6 +199,43 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
             base_hash="",  # PEFT stores no hash
         ),
     )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a LoRA, which are finite."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+        tensors = load_file(folder / _WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no readable {_CONFIG} and {_WEIGHTS}: {error}") from error
+    _refuse_other_kinds(config, folder)
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {key} is not finite; fetch or save it again")
+    return config, tensors
+
+
+def _sides(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The sides A and B by layer, and everything else by its name in the plain model."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, side, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
+        if not side:
+            name, side, _ = key.removeprefix(_PREFIX).partition(".lora_B.weight")
+        if side:
+            sides.setdefault(name, {})[side[6]] = tensor
+        else:
+            others[name.replace(".base_layer.", ".")] = tensor
+    return sides, others
+
+
+def _refuse_misfits(others: Mapping[str, Tensor], there: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse weights that the model does not have, or has in another shape."""
+    for name, tensor in others.items():
+        if name not in there or there[name].shape != tensor.shape:
+            was = f"is {tuple(there[name].shape)} in the model" if name in there else "is not in the model"
+            raise ValueError(f"{folder}: {name} {tuple(tensor.shape)} {was}: take the base that it was trained on")
 
 
 def _is_linear(layer: nn.Module) -> bool:
