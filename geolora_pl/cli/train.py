@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -151,7 +152,9 @@ def run(args: ArgsType = None) -> None:
         args: What to parse instead of ``sys.argv[1:]``.
     """
     no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
-    GeoLoRACLI(
+    given = sys.argv[1:] if args is None else args
+    cli = _cli_of(given[0] if isinstance(given, list) and given else "")
+    cli(
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
         subclass_mode_model=True,
@@ -164,9 +167,23 @@ def run(args: ArgsType = None) -> None:
         parser_kwargs={
             **no_abbreviations,
             "version": geolora_pl.__version__,
-            **dict.fromkeys(LightningCLI.subcommands(), no_abbreviations),
+            **dict.fromkeys(cli.subcommands(), no_abbreviations),
             "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
             "'report' --help for a page about runs.",
         },
         args=args,
     )
+
+
+def _cli_of(command: str) -> type[GeoLoRACLI]:
+    """The command line with the parser of one command, because making those of all takes most of the start-up time."""
+    commands = LightningCLI.subcommands()
+    if command not in commands:
+        return GeoLoRACLI
+
+    class OneCommand(GeoLoRACLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: commands[command]}
+
+    return OneCommand

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from image_files import write_idx
-from pages import only
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_text import save_tiny_model
@@ -53,12 +52,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def only_fit():
-    with only("fit"):
-        yield
 
 
 def refuse(capfd, message: str, arguments: list[str]) -> None:
@@ -218,7 +211,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), SETTINGS)
-def test_a_setting_that_is_wrong(folder, only_fit, capfd, arguments, message):
+def test_a_setting_that_is_wrong(folder, capfd, arguments, message):
     refuse(capfd, message, quickstart(*arguments))
 
 
@@ -235,7 +228,7 @@ def test_a_setting_that_is_wrong(folder, only_fit, capfd, arguments, message):
         pytest.param("- 1", r"must hold settings by name, and not '- 1'", id="a-list"),
     ],
 )
-def test_a_configuration_that_is_wrong(folder, only_fit, capfd, text, message):
+def test_a_configuration_that_is_wrong(folder, capfd, text, message):
     Path("own.yaml").write_text(text)
     refuse(capfd, message, quickstart("--config=own.yaml"))
 
@@ -461,7 +454,7 @@ def images(*more: str) -> list[str]:
         ),
     ],
 )
-def test_an_image_folder_that_is_broken(folder, only_fit, capfd, spoil, message):
+def test_an_image_folder_that_is_broken(folder, capfd, spoil, message):
     spoil(_tree(folder, "train", "val"))
     refuse(capfd, message, images())
 
@@ -541,7 +534,7 @@ def _spoil_idx(path: Path, change) -> None:
         pytest.param("train-images-idx3-ubyte.gz", None, r"\.gz cannot be unpacked .*fetch it again", id="no-gzip"),
     ],
 )
-def test_idx_files_that_are_broken(folder, only_fit, capfd, name, change, message):
+def test_idx_files_that_are_broken(folder, capfd, name, change, message):
     (folder / "idx").mkdir()
     for prefix, n in (("train", 40), ("t10k", 12)):
         write_idx(folder / "idx" / f"{prefix}-images-idx3-ubyte", np.zeros((n, 28, 28), dtype=np.uint8), False)
@@ -659,7 +652,7 @@ def texts(tiny: str, *more: str) -> list[str]:
         pytest.param(GOOD, [f"{DATA}seed=-1"], r"seed=-1 must be at least 0", id="seed"),
     ],
 )
-def test_texts_that_are_broken(folder, only_fit, capfd, tiny, content, more, message):
+def test_texts_that_are_broken(folder, capfd, tiny, content, more, message):
     if content is not None:
         Path("train.csv").write_text(content)
     refuse(capfd, message, texts(tiny, *more))
@@ -675,7 +668,7 @@ def test_texts_that_are_broken(folder, only_fit, capfd, tiny, content, more, mes
         pytest.param("a.jsonl", json.dumps({"text": "a"}).encode(), r"has no column 'label'", id="json-no-label"),
     ],
 )
-def test_tables_that_are_broken(folder, only_fit, capfd, tiny, name, content, message):
+def test_tables_that_are_broken(folder, capfd, tiny, name, content, message):
     Path(name).write_bytes(content)
     refuse(capfd, message, texts(tiny, f"{DATA}train_file={name}"))
 

@@ -10,7 +10,6 @@ import torch
 import yaml
 from kept import Keeps
 from lightning.pytorch.loggers import TensorBoardLogger
-from pages import only
 
 import geolora_pl
 from geolora_pl import GeoLoRAWarning
@@ -34,8 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(command, *more, quick=QUICK):
-    with only(command):
-        main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
+    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
 
 
 def test_fit_then_test_then_predict(folder, capfd):

@@ -15,7 +15,6 @@ import pytest
 import yaml
 from glue_files import write_glue, write_tsv
 from image_files import write_cifar, write_tiny_imagenet
-from pages import only
 from tiny_text import save_tiny_decoder, save_tiny_model
 
 from geolora_pl.cli.dispatch import main
@@ -109,7 +108,7 @@ def name_of(path: Path) -> str:
 def parsed(*paths: Path) -> dict[str, Any]:
     """The configuration as the command line understands the files, with every default."""
     out = io.StringIO()
-    with only("fit"), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
         main(["fit", *[f"--config={path}" for path in paths], "--print_config"])
     assert stop.value.code == 0
     return yaml.safe_load(out.getvalue())
@@ -183,8 +182,7 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
     if config["geolora"]["adapt_every"] is not None:  # else it is shortened to the run, as the user's would be
         settings["geolora.adapt_every"] = 1
     files = [f"--config={path.relative_to(ROOT)}", "--config=configs/trainer/cpu.yaml"]
-    with only("fit"):
-        main(["fit", *files, *[f"--{name}={value}" for name, value in settings.items()]])
+    main(["fit", *files, *[f"--{name}={value}" for name, value in settings.items()]])
 
     (metrics,) = Path("lightning_logs").rglob("metrics.csv")
     rows = list(csv.DictReader(metrics.read_text().splitlines()))
