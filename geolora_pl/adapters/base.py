@@ -112,8 +112,8 @@ class GeoLoRALayer(nn.Module):
 
     def _mark_factors(self) -> None:
         """Let K and L know their adapter; see :func:`adapter_of`."""
-        for name in ("K", "L"):
-            if (factor := self._parameters.get(name)) is not None:
+        for name, factor in self.named_parameters(recurse=False):
+            if name in ("K", "L"):
                 factor._geolora_owner = _Owner(self)  # type: ignore[attr-defined]
 
     @property

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geolora_pl.adapters.internals import reshaped
 from geolora_pl.math.decomposition import factored, project_out
 from geolora_pl.math.precision import without_autocast
 
@@ -67,7 +68,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
     # Autograd forbids changing in place a view that a custom function returns, so the output gets its shape here. Like
     # matmul it makes no view: an `y += x` behind a view would drop the hook by which FSDP2 gathers parameters.
     y = FusedLinear.apply(rows, weight, bias, *factors, alpha, merged)  # type: ignore[no-untyped-call]
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
+    return reshaped(y, (*x.shape[:-1], len(weight)))
 
 
 def pays_to_merge(rows: Tensor, weight: Tensor, U: Tensor) -> bool:

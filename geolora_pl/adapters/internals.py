@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 
@@ -10,6 +13,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same values in another shape, and not as a view, for autograd and for FSDP2, which treat views apart."""
+    return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
 
 
 def convolve(like: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def ranks_table(ckpt_path: str | Path) -> Table:
     Raises:
         ValueError: It cannot be read, or has no adapters.
     """
-    adapters = spectra(read_checkpoint(ckpt_path)["state_dict"])
+    adapters = spectra(read_checkpoint(ckpt_path, mmap=True)["state_dict"])
     if not adapters:
         raise ValueError(f"ckpt_path={str(ckpt_path)!r} holds no adapters: it is of another run, or merged")
     table = Table(title=str(ckpt_path), title_justify="left", show_footer=True)

@@ -16,7 +16,7 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
 from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.checks import (
-    check_company,
+    check_compatible,
     check_launcher,
     check_length,
     check_trainer,
@@ -121,7 +121,7 @@ class GeoLoRACallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
-        check_company(trainer, self.small_checkpoints)
+        check_compatible(trainer, self.small_checkpoints)
         if stage == "fit":
             check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own

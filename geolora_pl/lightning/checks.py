@@ -37,11 +37,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             raise ValueError(f"{name}=0 leaves nothing to train: raise it, or use validate or test")
 
 
-def check_company(trainer: L.Trainer, small_checkpoints: bool) -> None:
+def check_compatible(trainer: L.Trainer, small_checkpoints: bool) -> None:
     """Refuse strategies, precisions and callbacks that do not go together with adapters.
 
     Raises:
-        ValueError: There is such a one.
+        ValueError: One of them is in use.
     """
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     if sharded and small_checkpoints:

@@ -1,9 +1,9 @@
-"""The commands ``export`` and ``ranks``: what a checkpoint holds, taken away or shown."""
+"""Write the model of a checkpoint in a form that other libraries load."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from geolora_pl.adapters.merge import MergedAdapters
 from geolora_pl.storage.adapter_file import save_adapter
@@ -11,7 +11,7 @@ from geolora_pl.storage.atomic import atomic, refuse_existing
 from geolora_pl.storage.peft import export_peft
 
 Format = Literal["adapter", "peft", "merged"]
-FORMATS: tuple[Format, ...] = ("adapter", "peft", "merged")
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def export(
@@ -45,9 +45,8 @@ def export(
         raise ValueError(f"compact is for format='peft' and not for {format!r}: leave it out")
     if not overwrite:
         refuse_existing(output)
-    from geolora_pl.lightning.loading import (
-        load_module,  # needs Lightning, which takes seconds and the ranks do without
-    )
+    # Lightning takes seconds to import, and the command ranks, which shares the file of this one, does without it.
+    from geolora_pl.lightning.loading import load_module
 
     module = load_module(ckpt_path, config)
     if format == "adapter":

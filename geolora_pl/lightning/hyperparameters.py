@@ -28,7 +28,7 @@ def from_checkpoint(
         module_class: The class of a GeoLoRAModule, which the user named or which is a task of this package.
         checkpoint: The content of the file.
         configured: Whether there is a configuration of the user's beside the checkpoint. It says where the model lies,
-            and every argument that the user's own class adds: its parser imports what it takes for the name of a class.
+            and gives every argument that the user's own class adds to those of this package.
 
     Returns:
         The arguments that are taken, and for each one that is not the reason why.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
 from geolora_pl.lazy import import_class
@@ -62,8 +63,13 @@ def build_module(settings: Mapping[str, Any], taken: Mapping[str, Any]) -> GeoLo
     """
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(GeoLoRAModule, "module", fail_untyped=False, required=True, instantiate=False)
-    parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
-    module: GeoLoRAModule = import_class(parsed.class_path)(**{**vars(parsed.init_args), **taken})
+    try:
+        parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
+    except ArgumentError as error:
+        raise ValueError(f"the configuration of the model: {' '.join(str(error).split())}") from error
+    module: GeoLoRAModule = import_class(parsed.class_path)(
+        **{**vars(parsed.init_args), **(settings.get("dict_kwargs") or {}), **taken}
+    )
     return module
 
 
@@ -94,7 +100,10 @@ def _configured(config: str | Path) -> dict[str, Any]:
     model = {"class_path": model} if isinstance(model, str) else model
     if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):
         raise ValueError(f"config={str(config)!r} has no model.class_path: give the configuration of the run")
-    return {"class_path": model["class_path"], "init_args": model.get("init_args") or {}}
+    given = {name: model[name] for name in ("init_args", "dict_kwargs") if model.get(name)}
+    if any(not isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"config={str(config)!r}: model.init_args must be settings by name")
+    return {**given, "class_path": model["class_path"]}
 
 
 def _module_class(class_path: str) -> type[GeoLoRAModule]:

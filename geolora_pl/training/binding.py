@@ -1,10 +1,8 @@
-"""Which adapters an optimizer trains: worked out once, for all who ask."""
+"""Which adapters an optimizer trains, worked out in one place for all who ask."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim import Optimizer
@@ -17,9 +15,8 @@ _REFUSED = (torch.optim.LBFGS, torch.optim.Rprop)
 class Binding:
     """Knows for every optimizer which of the adapters it trains.
 
-    What an optimizer holds is gathered when it is first asked about, and again once it has more parameters, as after
-    ``add_param_group``. Which parameters are K and L is asked of the adapters every time, for loading a state with
-    ``assign=True`` replaces them.
+    Optimizer and adapters are asked every time: ``add_param_group`` changes the one, and loading a state with
+    ``assign=True`` replaces the parameters of the other.
 
     Args:
         adapters: By name.
@@ -27,14 +24,10 @@ class Binding:
 
     def __init__(self, adapters: Mapping[str, GeoLoRALayer]) -> None:
         self._adapters = adapters
-        self._held: WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Binding, (self._adapters,)  # a copy has other optimizers
 
     def trains_any(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds K or L of any adapter."""
-        held = self._held_by(optimizer)
+        held = _held_by(optimizer)
         return any(id(factor) in held for layer in self._adapters.values() for factor in (layer.K, layer.L))
 
     def check(self, optimizer: Optimizer) -> None:
@@ -44,7 +37,7 @@ class Binding:
                 f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
                 "optimizer of the Adam family, or SGD"
             )
-        held = self._held_by(optimizer)
+        held = _held_by(optimizer)
         for name, layer in self._adapters.items():
             K, L = layer.K, layer.L
             if K.requires_grad != L.requires_grad:
@@ -55,11 +48,7 @@ class Binding:
                     "inject_adapters(model), from all parameters that require gradients"
                 )
 
-    def _held_by(self, optimizer: Optimizer) -> frozenset[int]:
-        """The identities of the optimizer's parameters, which it keeps alive, so that they mean no others."""
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        known, held = self._held.get(optimizer, (-1, frozenset()))
-        if known != count:
-            held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-            self._held[optimizer] = count, held
-        return held
+
+def _held_by(optimizer: Optimizer) -> frozenset[int]:
+    """The identities of the optimizer's parameters, gathered at every call, because groups may change at any time."""
+    return frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])

@@ -179,7 +179,7 @@ class RankAdaptiveIntegrator:
         self._watch.every_adapter_needs_a_gradient = True
 
     def close(self) -> None:
-        """Stop watching the optimizer; the integrator is of no use after it."""
+        """Stop watching the optimizer; what was found can still be read."""
         self._watch.close()
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:

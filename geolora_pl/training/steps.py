@@ -90,11 +90,14 @@ class StepWatch:
         self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+        return {**kept, "_watches": self._finalizer.alive}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({name: value for name, value in state.items() if name != "_watches"})
         self._register()
+        if not state["_watches"]:  # a copy of one that was closed
+            self.close()
 
     def take(self) -> int:
         """Return the number of new steps and start again from zero."""

@@ -58,6 +58,7 @@ for script in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_every_script_starts_by_its_path_and_says_what_it_does(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")

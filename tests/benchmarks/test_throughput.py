@@ -175,6 +175,7 @@ def test_the_loss_that_is_never_reached():
     assert found["lora"]["loss"] > 1
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(memory, "REPEATS", 1)
     ours = torch.ones(75_000_000)  # 300 MB
@@ -189,6 +190,7 @@ def test_both_ways_of_an_adaptation_do_the_same():
     assert found["ratio"][1] > 0
 
 
+@pytest.mark.slow
 def test_what_grows_is_drawn(tmp_path, monkeypatch):
     for name, sizes in (("SIZES", (64, 1, 1)), ("WIDTHS", (64, 128)), ("DEPTHS", (1, 2)), ("RANKS", (2, 8))):
         monkeypatch.setattr(growth, name, sizes)

@@ -246,6 +246,7 @@ def test_a_command_that_is_incomplete(folder, capfd, arguments, message):
     refuse(capfd, message, arguments)
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_another_status_than_0(folder):
     command = [sys.executable, "-m", "geolora_pl", *quickstart("--geolora.tau=2")]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

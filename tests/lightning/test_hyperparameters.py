@@ -98,7 +98,7 @@ def configured(path, init_args, name="TextClassification"):
 
 @pytest.mark.parametrize("key", HOSTILE)
 def test_a_configuration_in_a_checkpoint_brings_neither_code_nor_places(tmp_path, capsys, key):
-    """Whoever reads it: an export with and without a configuration, Python, and a prediction."""
+    """Whoever reads it: an export with and without a configuration, and Python."""
     ckpt, _ = text_checkpoint(tmp_path, config={key: HOSTILE[key]})
     own = configured(tmp_path, {"model_name": str(tmp_path / "base"), "num_classes": 2})
     if key in REFUSED:
@@ -111,6 +111,11 @@ def test_a_configuration_in_a_checkpoint_brings_neither_code_nor_places(tmp_path
         assert not TextClassification.load_from_checkpoint(ckpt).model_args.keys() & HOSTILE.keys() - REFUSED
         main(["export", f"--ckpt_path={ckpt}", "--format=adapter", "--output=a"])
     main(["export", f"--ckpt_path={ckpt}", "--format=adapter", "--output=b", own])
+
+
+def test_a_prediction_takes_neither_code_nor_places_from_its_checkpoint(tmp_path):
+    ckpt, _ = text_checkpoint(tmp_path, config=HOSTILE)
+    own = configured(tmp_path, {"model_name": str(tmp_path / "base"), "num_classes": 2})
     (tmp_path / "t.txt").write_text("good film\n")
     data = ["--data=geolora_pl.data.UnlabelledTexts", f"--data.file={tmp_path / 't.txt'}", "--data.cache_dir=cache"]
     main(["predict", own, *data, *FLAGS, "--trainer.logger=false", f"--ckpt_path={ckpt}", "--output=p.csv"])

@@ -29,6 +29,7 @@ from geolora_pl.math.precision import exact_products, summing_dtype
 from geolora_pl.storage import adapter_state as state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_a_thousand_steps_leave_the_factors_in_float32_and_the_bases_orthonormal(precision):
     module = Foreign(RiemannianAdam)

@@ -157,6 +157,7 @@ def test_the_step_does_not_depend_on_small_singular_values():
     assert (after[0] - after[1]).norm() < 1e-9  # the starts are some 1e-10 apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "optimizer_class"),
     [
