@@ -2,6 +2,8 @@
 
 import socket
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import timm
@@ -271,3 +273,59 @@ def test_the_door_has_no_way_round(tmp_path):
     for settings in ({"weights_only": False}, {"hparams_file": "h.yaml"}):
         with pytest.raises(ValueError, match="takes neither hparams_file nor weights_only=False"):
             ImageClassification.load_from_checkpoint(ckpt, **settings)
+
+
+class WithOptions(Own):
+    def __init__(self, width=4, **options):
+        super().__init__(width)
+        self.options = options
+
+
+def test_a_configuration_gives_what_only_the_users_class_takes(tmp_path, monkeypatch):
+    module = WithOptions(width=6)
+    module.configure_model()
+    path = save(module, tmp_path / "own.ckpt")
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(WithOptions=WithOptions))
+    monkeypatch.setattr(WithOptions, "__module__", "mine")
+    model = {"class_path": "mine.WithOptions", "init_args": {"width": 6}, "dict_kwargs": {"extra": 7}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": model}))
+    assert load_module(path, tmp_path / "c.yaml").options["extra"] == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"init_args": {"modl_name": "x"}}, "the configuration of the model: .*modl_name"),
+        ({"init_args": 3}, "model.init_args must be settings by name"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_blamed_itself(tmp_path, capsys, model, message):
+    ckpt, _ = image_checkpoint(tmp_path)
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"model": {"class_path": "geolora_pl.tasks.ImageClassification", **model}}))
+    with pytest.raises(ValueError, match=message):
+        load_module(ckpt, path)
+
+
+def test_sizes_that_make_no_sense_end_in_one_sentence(tmp_path, capsys):
+    ckpt, _ = image_checkpoint(tmp_path, model_args={**SIZE, "weight_init": "stranger"})
+    export_fails(ckpt, "cannot be loaded as ImageClassification", capsys)
+    with pytest.raises(ValueError, match="needs the path of a checkpoint"):
+        ImageClassification.load_from_checkpoint()
+    ckpt, _ = image_checkpoint(tmp_path)
+    assert ImageClassification.load_from_checkpoint(checkpoint_path=ckpt).num_classes == 2
+
+
+def test_a_module_made_by_a_function_predicts_by_its_checkpoint(tmp_path):
+    ckpt, _ = image_checkpoint(tmp_path)
+    (tmp_path / "work" / "makes.py").write_text(
+        "from geolora_pl.tasks import ImageClassification\n"
+        f"SIZE = {SIZE!r}\n"
+        "def make() -> ImageClassification:\n"
+        "    return ImageClassification('vit_tiny_patch16_224', False, model_args=SIZE, num_classes=2)\n"
+    )
+    Image.new("L", (28, 28)).save(tmp_path / "0.png")
+    data = ["--data=geolora_pl.data.UnlabelledImages", f"--data.folder={tmp_path}", "--data.num_workers=0"]
+    common = ["--model=makes.make", *data, *FLAGS, "--trainer.logger=false"]
+    main(["predict", *common, f"--ckpt_path={ckpt}", "--output=p.csv"])
+    assert Path("p.csv").read_text().count("\n") == 2
