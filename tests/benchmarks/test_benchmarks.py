@@ -184,7 +184,9 @@ def test_a_sweep_goes_on_where_it_stopped(runs):
     assert [record["score"] for record in records] == [0.9, 1.0]
     assert calls.count((0.1, 0)) == 1
     assert records[0]["command"] == "a command"
-    assert torch.__version__.startswith(records[0]["machine"]["versions"]["torch"])  # some builds add where they are for
+    assert torch.__version__.startswith(
+        records[0]["machine"]["versions"]["torch"]
+    )  # some builds add where they are for
 
 
 def test_runs_of_other_settings_are_made_anew(runs):

@@ -139,3 +139,18 @@ def test_a_fit_that_failed_is_no_longer_followed():
     assert callback.integrator.total_steps == 1
     runs.optimizers[0].step()
     assert callback.integrator.total_steps == 1
+
+
+def test_the_last_checkpoint_of_a_run_that_was_resumed_for_some_steps_more_has_nothing_pending(tmp_path):
+    """Lightning counts a batch too many after such a resume, so that optimizer steps must be counted."""
+
+    def run(path=None, **settings):
+        saved = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+        runs = trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=4), saved, **settings)
+        runs.fit(Foreign(), loader(batches=10), ckpt_path=path, weights_only=True if path else None)
+        return torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+    run(max_epochs=2)
+    end = run(tmp_path / "last.ckpt", max_epochs=-1, max_steps=25)
+    assert end["global_step"] == 25
+    assert not any(value.any() for name, value in end["state_dict"].items() if name.endswith((".K", ".L")))

@@ -377,6 +377,18 @@ def test_an_integrator_that_is_gone_watches_no_more():
     assert len(_global_optimizer_pre_hooks) == before
 
 
+def test_a_copy_of_a_closed_integrator_watches_nothing():
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    gc.collect()
+    before = len(_global_optimizer_pre_hooks)
+    model, _, integrator = two_shapes()
+    integrator.close()
+    copies = [copy.deepcopy((model, integrator)), pickle.loads(pickle.dumps((model, integrator)))]
+    assert len(_global_optimizer_pre_hooks) == before
+    assert all(copied.ranks() == integrator.ranks() for _, copied in copies)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_of_model_and_integrator_adapts(copied):
     model, _, integrator = two_shapes()
