@@ -138,4 +138,4 @@ def _argument_names(module_class: type, of_package: bool) -> set[str] | None:
             if package != "geolora_pl" and any(p.kind is p.VAR_KEYWORD for p in parameters):
                 return None
             names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return names - {"self", *_CODE}
+    return names - {"self"}

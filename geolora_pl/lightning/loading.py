@@ -38,7 +38,7 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
     module_class = _task_of(checkpoint, path) if config is None else _module_class(settings["class_path"])
     try:
         if config is None:
-            module: GeoLoRAModule = module_class.load_from_checkpoint(path, map_location="cpu")
+            module = module_class.from_content(checkpoint)
         else:
             taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
             module = build_module(settings, taken)

@@ -203,12 +203,27 @@ class GeoLoRAModule(L.LightningModule):
             raise ValueError("load_from_checkpoint needs the path of a checkpoint")
         is_file = isinstance(path, (str, Path)) and "://" not in str(path)
         checkpoint = read_checkpoint(path) if is_file else load_anywhere(path, weights_only=True)
+        module = cls.from_content(checkpoint, strict, **kwargs)
+        return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def from_content(cls, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Self:
+        """Build the module of a checkpoint that has been read, and load it.
+
+        Args:
+            checkpoint: The content of the file.
+            strict: Whether missing and unknown weights are refused; by default as the module says.
+            **kwargs: Arguments of the class, which count more than those of the checkpoint.
+
+        Raises:
+            ValueError: The checkpoint belongs to another class, or says what only the caller may say.
+        """
         taken, refused = from_checkpoint(cls, checkpoint)
         refuse_missing(refused, kwargs)
         module = cls(**{**taken, **kwargs})
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **kwargs}  # these count from now on
         module.restore(checkpoint, strict)
-        return module if map_location is None else module.to(map_location)
+        return module
 
     def restore(self, checkpoint: dict[str, Any], strict: bool | None = None) -> None:
         """Build the model, and load the weights of a checkpoint into it.
