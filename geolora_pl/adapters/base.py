@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.fused import tangent_factored
-from geolora_pl.math.decomposition import computed_columns
+from geolora_pl.math.decomposition import Factors, computed_columns
 from geolora_pl.math.precision import without_autocast, working_dtype
 
 FACTORS = ("U", "S", "V", "K", "L")
@@ -50,6 +50,10 @@ class GeoLoRALayer(nn.Module):
     matrix, the gradients are ``alpha G V`` and ``alpha (I - V V^T) G^T U``, the Riemannian gradient in orthonormal
     coordinates (GeoLoRA, arXiv 2410.18720, without the inverse of S).
 
+    In front of these R columns U, V, K and L have a few more, the *probes*: directions orthogonal to the live ones that
+    get gradients and steps as all others do, but take no part in the update. The gradient outside of both bases, which
+    no live column sees, gathers there, and the integrator judges by it which directions are worth a rank.
+
     The factors stay float32 (float64 in a float64 model) whatever precision the module is cast to; the products run
     in the precision of the layer's output.
 
@@ -60,6 +64,7 @@ class GeoLoRALayer(nn.Module):
     Attributes:
         rank: The live rank: how many columns of U and V are in use. A plain integer, so that reading it never waits
             for the device.
+        probes: The number of columns in front of the live ones.
         is_linear: Class attribute: whether ``target_modules="all-linear"`` takes this kind of layer; others are named.
 
     Args:
@@ -88,18 +93,22 @@ class GeoLoRALayer(nn.Module):
         m, n = self.out_features, self.in_features
         R = min(config.max_rank, m, n)
         self.rank = min(config.init_rank, R)
+        self.probes = config.probes
         like = next(chain(base.parameters(), base.buffers()))  # a quantised layer may have no attribute "weight"
         device, dtype = like.device, working_dtype(like.dtype)
 
-        def zeros(rows: int, *, trained: bool) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(rows, R, device=device, dtype=dtype), requires_grad=trained)
+        def zeros(rows: int, columns: int, *, trained: bool) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(rows, columns, device=device, dtype=dtype), requires_grad=trained)
 
-        self.U, self.S, self.V = zeros(m, trained=False), zeros(R, trained=False), zeros(n, trained=False)
-        self.K, self.L = zeros(m, trained=True), zeros(n, trained=True)
+        whole = self.probes + R
+        self.U, self.S, self.V = (zeros(*shape, trained=False) for shape in ((m, whole), (R, R), (n, whole)))
+        self.K, self.L = zeros(m, whole, trained=True), zeros(n, whole, trained=True)
+        filled = min(self.rank + self.probes, m, n)  # where a side is too small for all, probes stay zero
         with torch.no_grad():
             for basis in (self.U, self.V):
-                gaussian = torch.randn(len(basis), self.rank, device=device, dtype=dtype)
-                basis[:, : self.rank] = torch.linalg.qr(gaussian).Q
+                gaussian = torch.randn(len(basis), filled, device=device, dtype=dtype)
+                start = self.probes + self.rank - filled
+                basis[:, start : start + filled] = torch.linalg.qr(gaussian).Q
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take a parameter, as every assignment does, and mark it if it is K or L."""
@@ -118,8 +127,8 @@ class GeoLoRALayer(nn.Module):
 
     @property
     def max_rank(self) -> int:
-        """The number of columns allocated."""
-        return self.U.shape[1]
+        """The number of columns allocated for the live rank."""
+        return self.S.shape[1]
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
@@ -136,7 +145,7 @@ class GeoLoRALayer(nn.Module):
         return matrix
 
     def apply_update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Return what the update ``A B^T``, with A (out, 2 R) and B (in, 2 R), adds to the output for an input x."""
+        """Return what the update ``A B^T``, with A (out, 2 w) and B (in, 2 w), adds to the output for an input x."""
         x = self.dropout(x)
         return F.linear(F.linear(x, B.mT.to(x.dtype)), A.to(x.dtype))
 
@@ -169,15 +178,16 @@ class GeoLoRALayer(nn.Module):
         """The bias of the base, or ``None``."""
         return getattr(self.base, "bias", None)
 
-    def _live_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _live_factors(self) -> Factors:
         """U, S, V, K and L without the columns beyond the live rank, where leaving them out saves time."""
         U, S, V, K, L = self.U, self.S, self.V, self.K, self.L
         if torch.compiler.is_compiling():  # all columns, so that a new rank does not compile the forward again
             return U, S, V, K, L
-        columns = computed_columns(self.rank, self.max_rank)
+        columns = computed_columns(self.rank, self.max_rank, self.probes)
         if columns == self.max_rank:
             return U, S, V, K, L
-        return U[:, :columns], S[:columns, :columns], V[:, :columns], K[:, :columns], L[:, :columns]
+        w = self.probes + columns
+        return U[:, :w], S[:columns, :columns], V[:, :w], K[:, :w], L[:, :w]
 
     def _factored(self) -> tuple[Tensor, Tensor]:
         return tangent_factored(*self._live_factors())
@@ -194,8 +204,10 @@ class GeoLoRALayer(nn.Module):
         y: Tensor = self.base(x) + self.apply_update(x, self.scaling * A, B)
         return y
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if all(prefix + name in state_dict for name in FACTORS):
+            self._fit_probes(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in FACTORS:  # load_state_dict(assign=True) may have put factors of low precision here
             factor = getattr(self, name)
             if factor.dtype != working_dtype(factor.dtype):
@@ -203,10 +215,19 @@ class GeoLoRALayer(nn.Module):
                 setattr(self, name, nn.Parameter(wide, requires_grad=factor.requires_grad))
         self.read_rank()
 
+    def _fit_probes(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Give factors of another number of probes ours, which are zero until the next retraction, in place."""
+        probes = state_dict[f"{prefix}U"].shape[1] - state_dict[f"{prefix}S"].shape[1]
+        if probes == self.probes:
+            return
+        for name in ("U", "V", "K", "L"):
+            live = state_dict[prefix + name][:, probes:]
+            state_dict[prefix + name] = torch.cat([live.new_zeros(len(live), self.probes), live], dim=1)
+
     def read_rank(self) -> None:
         """Set the rank to the number of live columns of U; only factors are saved, and the rank follows from them."""
         if not self.U.is_meta:
-            self.rank = int((self.U != 0).any(0).sum())
+            self.rank = int((self.U[:, self.probes :] != 0).any(0).sum())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GeoLoRALayer:
         """Move the factors with the module, but never round them on the way (``.half()``, ``bf16-true``)."""

@@ -14,7 +14,7 @@ class AdapterConfig:
     """What is adapted, and how large the adapters may become.
 
     Args:
-        init_rank: Rank at the start, in [1, max_rank]; a larger one ends at somewhat larger ranks with equal scores.
+        init_rank: Rank at the start, in [1, max_rank]; where the ranks end does not depend on it.
         max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the smaller
             side of the layer's matrix.
         target_modules: ``"all-linear"`` (every linear layer, GPT-2's Conv1D among them, but the task head and
@@ -29,16 +29,19 @@ class AdapterConfig:
         train_bias: Whether the biases of the adapted layers are trained, or ``"all"`` for those of the whole model.
         rank_pattern: Initial rank by name or regular expression, for the layers that differ; the first match counts.
             A rank above ``max_rank`` raises the cap of those layers to it.
+        probes: Columns allocated for every adapter beside ``max_rank``, at least 0, that gather what the gradient asks
+            for outside of the adapter's bases and take no part in the forward; see :class:`~geolora_pl.GeoLoRALayer`.
+            With 0 a rank grows only by the directions that a step itself brings, as in Algorithm 1 of GeoLoRA.
 
     Raises:
         ValueError: An argument is out of range.
 
     Example:
         >>> AdapterConfig(target_modules=["query", "value"], rank_pattern={"value": 8}).init_rank
-        4
+        2
     """
 
-    init_rank: int = 4
+    init_rank: int = 2
     max_rank: int = 16
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
@@ -47,6 +50,7 @@ class AdapterConfig:
     dropout: float = 0.0
     train_bias: bool | Literal["all"] = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    probes: int = 2
 
     def __post_init__(self) -> None:
         self._check_ranks()
@@ -65,6 +69,8 @@ class AdapterConfig:
             raise ValueError(
                 f"init_rank={self.init_rank} is above max_rank={self.max_rank}: lower init_rank or raise max_rank"
             )
+        if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 0:
+            raise ValueError(f"probes={self.probes!r} must be a whole number of at least 0")
         if not isinstance(self.rank_pattern, Mapping):
             raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
         for pattern, rank in self.rank_pattern.items():

@@ -15,28 +15,40 @@ from geolora_pl.math.precision import without_autocast
 
 
 class _TangentGradient(torch.autograd.Function):
-    """The identity, whose backward removes from the gradient of L its part in the span of V.
+    """The gradients of K and L as the backward of a function: probes included, and none of L in the span of V.
 
     The gradients of K and L both contain ``U U^T G V V^T``. Without this projection a step would take that part
     twice, and would differ from Algorithm 1 by exactly that part. The projection acts before gradients are clipped,
-    reduced and averaged.
+    reduced and averaged. What probes hold takes no part in the forward: their columns are zero in what this returns,
+    but they have the gradients that they would have if they did.
     """
 
     @staticmethod
-    def forward(ctx: Any, L: Tensor, V: Tensor) -> Tensor:
-        ctx.save_for_backward(V)
-        return L.view_as(L)
+    def forward(ctx: Any, K: Tensor, L: Tensor, V: Tensor, probes: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(V[:, probes:])
+        if not probes:
+            return K.view_as(K), L.view_as(L)
+        K, L = K.clone(), L.clone()
+        K[:, :probes], L[:, :probes] = 0, 0
+        return K, L
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_K, of_L = grad_outputs
         (V,) = ctx.saved_tensors
         with without_autocast(V.device):  # a backward pass may be run inside autocast
-            return project_out(grad_outputs[0], V), None
+            return of_K, project_out(of_L, V), None, None
 
 
 def tangent_factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of :func:`~geolora_pl.math.decomposition.factored`; the gradient of L gets no part in the span of V."""
-    return factored(U, S, V, K, _TangentGradient.apply(L, V))  # type: ignore[no-untyped-call]
+    """A and B of :func:`~geolora_pl.math.decomposition.factored`, with gradients also for the probes.
+
+    The gradient of L gets no part in the span of V, without probes.
+    """
+    probes = U.shape[1] - S.shape[1]
+    K, L = _TangentGradient.apply(K, L, V, probes)  # type: ignore[no-untyped-call]
+    point = torch.addmm(K[:, probes:], U[:, probes:], S)
+    return torch.cat([K[:, :probes], point, U], dim=1), torch.cat([V, L], dim=1)
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, ...], alpha: float) -> Tensor:
@@ -44,9 +56,10 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
 
     .. math:: y = W_0 x + b + \alpha \left( (U S + K) V^T + U L^T \right) x
 
-    The gradients are those of :class:`~geolora_pl.GeoLoRALinear`, to rounding: U and S have none, and that of L has no
-    part in the span of V. The only activation that is kept for them is ``x``. K and L cost four thin products, two of
-    which LoRA has as well; the rest of the update takes one of two forms, which :func:`pays_to_merge` chooses:
+    The gradients are those of :func:`tangent_factored`, to rounding: U and S have none, that of L has no part in the
+    span of V, and probes have theirs. The only activation that is kept for them is ``x``. K and L cost four thin
+    products, two of which LoRA has as well; the rest of the update takes one of two forms, which
+    :func:`pays_to_merge` chooses:
 
     * *merged*: one weight ``W_0 + alpha A B^T`` in the forward and one in the backward, or
     * *beside*: the thin products ``(x B) A^T`` and ``(dy A) B^T``, added to the base's own results.
@@ -57,7 +70,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[
         x: (..., n).
         weight: (m, n), frozen, of the dtype of ``x``; contiguous, or the transpose of a contiguous matrix.
         bias: (m,), of the dtype of ``x``.
-        factors: U (m, w), S (w, w), V (n, w), K (m, w) and L (n, w), of any floating dtype.
+        factors: U (m, w), S (w - p, w - p), V (n, w), K (m, w) and L (n, w), of any floating dtype, with p probes.
         alpha: Scale of the update.
 
     Returns:
@@ -127,7 +140,8 @@ class FusedLinear(torch.autograd.Function):
             if beside or needs_L:
                 coordinates = _thin(A if beside else U_, dy_parts)  # the last w of them are U^T dy^T
             if needs_L:
-                of_L = project_out(_sum_of_parts(coordinates[..., -w:, :] @ x_parts, alpha, L), V)
+                of_L = _sum_of_parts(coordinates[..., -w:, :] @ x_parts, alpha, L)
+                of_L = project_out(of_L, V[:, w - S.shape[1] :])
             if needs_K:
                 of_K = _sum_of_parts(_thin(V_, x_parts) @ dy_parts, alpha, K)
             if needs_rows and merged:

@@ -53,11 +53,8 @@ class GeoLoRACallback(L.Callback):
         min_rank: Least rank of an adapter, at least 0.
         adapt_every: Optimizer steps from one retraction to the next, at least 1; by default 10, fewer in
             a run of less than 100 (:func:`usual_cadence`); a run that is resumed keeps its own.
-        adapt_until: The part of the run in which ranks may change, in (0, 1]; after it (and once ranks that ``grow``
-            have been judged) the retraction goes on at the ranks found.
-        grow: Whether the ranks grow first, so that where they end hardly depends on where they start: before
-            ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them and drop nothing; only then ``tau``
-            judges. The ranks end larger, and the largest learning rate that works is smaller.
+        adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on
+            at the ranks found.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
         small_checkpoints: Whether checkpoints leave out the frozen weights. The module must bring the same base when
@@ -77,17 +74,16 @@ class GeoLoRACallback(L.Callback):
 
     def __init__(
         self,
-        tau: float = 0.2,
+        tau: float = 0.3,
         budget: int | None = None,
         min_rank: int = 1,
         adapt_every: int | None = None,
         adapt_until: float = 1.0,
-        grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
         small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
     ) -> None:
-        RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, grow)  # raises here, not at the fit
+        RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every)  # raises here, not at the fit
         check_on_nonfinite(on_nonfinite)
         if not 0 < adapt_until <= 1:
             raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
@@ -96,7 +92,6 @@ class GeoLoRACallback(L.Callback):
         self.min_rank = min_rank
         self.adapt_every = adapt_every
         self.adapt_until = adapt_until
-        self.grow = grow
         self.on_nonfinite = on_nonfinite
         self.small_checkpoints = small_checkpoints
         self.adapter = adapter
@@ -162,7 +157,7 @@ class GeoLoRACallback(L.Callback):
         steps_are_known = pl_module.automatic_optimization and not trainer.fast_dev_run  # type: ignore[attr-defined]
         check_length(steps, adapt_every if steps_are_known else 0, self.adapt_until)
         integrator = RankAdaptiveIntegrator(
-            pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.grow, self.on_nonfinite
+            pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.on_nonfinite
         )
         wrapped = trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel) and not (

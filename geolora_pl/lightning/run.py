@@ -57,7 +57,7 @@ class Run:
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             batch = batches_that_stepped(trainer)
-            self.integrator.rank_changes = self.integrator.growing or batch < adapting  # what has grown is judged
+            self.integrator.rank_changes = batch < adapting
             began = self.monitor.clock.now()
             if self.integrator.step(optimizer):
                 self.monitor.clock.add(began)
@@ -74,7 +74,7 @@ class Run:
     def retract_pending(self) -> bool:
         """Fold what is pending into the factors; whether there was anything to do."""
         self.integrator.settle()
-        if not (self.integrator.steps or (self.integrator.growing and self.integrator.adaptations)):
+        if not self.integrator.unfinished:
             return False
         began = self.monitor.clock.now()
         self.integrator.retract(self.optimizer)

@@ -3,14 +3,17 @@ r"""The math of GeoLoRA on plain tensors: no modules, no state.
 Everything is batched over leading dimensions. Shapes, everywhere in the package:
 
 ========  =========  ===========================================================================
-``U``     (m, R)     orthonormal basis of the output side, m = out features
-``V``     (n, R)     orthonormal basis of the input side, n = in features
+``U``     (m, p + R)  orthonormal basis of the output side, m = out features
+``V``     (n, p + R)  orthonormal basis of the input side, n = in features
 ``S``     (R, R)     coefficients; diagonal after a retraction
-``K, L``  (m, R), (n, R)  the pending tangent step ``K V^T + U L^T``
+``K, L``  (m, p + R), (n, p + R)  the pending tangent step ``K V^T + U L^T``
 ``R``     --         allocated columns (``max_rank``); the columns beyond the live rank are zero
+``p``     --         probes: the first columns of U, V, K and L, which take no part in the point
 ========  =========  ===========================================================================
 
-U is on the output side, as in StelLA; the authors of GeoLoRA put it on the input side.
+U is on the output side, as in StelLA; the authors of GeoLoRA put it on the input side. The number of probes follows
+from the shapes, and without probes all factors have R columns. ``decompose``, ``truncate`` and whatever else speaks of
+a point takes the factors :func:`without_probes`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 from geolora_pl.math.precision import working_dtype
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # U, S, V, K and L
 
 
 class Decomposition(NamedTuple):
@@ -35,14 +40,26 @@ class Decomposition(NamedTuple):
     V: Tensor
 
 
-def computed_columns(rank: int, max_rank: int) -> int:
-    """How many of ``max_rank`` columns are computed with: those of the live rank, up to the next multiple of 8.
+def computed_columns(rank: int, max_rank: int, probes: int = 0) -> int:
+    """How many of ``max_rank`` columns are computed with: those of the live rank and more, with the probes 8, 16, ...
 
     Example:
-        >>> computed_columns(0, 16), computed_columns(9, 64), computed_columns(9, 12)
-        (8, 16, 12)
+        >>> computed_columns(0, 16), computed_columns(9, 64), computed_columns(9, 12), computed_columns(6, 16, probes=2)
+        (8, 16, 12, 6)
     """
-    return min(max_rank, max(8, -(-rank // 8) * 8))
+    return min(max_rank, max(8, -(-(rank + probes) // 8) * 8) - probes)
+
+
+def without_probes(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Factors:
+    """The factors of the point and of its pending step alone, as views.
+
+    Example:
+        >>> U, S, V, K, L = (torch.zeros(rows, columns) for rows, columns in ((6, 5), (3, 3), (4, 5), (6, 5), (4, 5)))
+        >>> [tuple(factor.shape) for factor in without_probes(U, S, V, K, L)]
+        [(6, 3), (3, 3), (4, 3), (6, 3), (4, 3)]
+    """
+    probes = U.shape[-1] - S.shape[-1]
+    return U[..., probes:], S, V[..., probes:], K[..., probes:], L[..., probes:]
 
 
 def factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,17 +67,24 @@ def factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Ten
 
     .. math:: U S V^T + K V^T + U L^T = A B^T, \qquad A = [U S + K \mid U], \quad B = [V \mid L]
 
+    With probes A and B have their columns as well, and what K and L hold there counts as zero.
+
     Args:
-        U: (..., m, R).
+        U: (..., m, p + R).
         S: (..., R, R).
-        V: (..., n, R).
-        K: (..., m, R).
-        L: (..., n, R).
+        V: (..., n, p + R).
+        K: (..., m, p + R).
+        L: (..., n, p + R).
 
     Returns:
-        A (..., m, 2 R) and B (..., n, 2 R).
+        A (..., m, 2 (p + R)) and B (..., n, 2 (p + R)).
     """
-    return torch.cat([_plus_product(K, U, S), U], dim=-1), torch.cat([V, L], dim=-1)
+    if not (probes := U.shape[-1] - S.shape[-1]):
+        return torch.cat([_plus_product(K, U, S), U], dim=-1), torch.cat([V, L], dim=-1)
+    none_K, none_L = torch.zeros_like(K[..., :probes]), torch.zeros_like(L[..., :probes])
+    U_live, _, _, K_live, L_live = without_probes(U, S, V, K, L)
+    A = torch.cat([none_K, _plus_product(K_live, U_live, S), U], dim=-1)
+    return A, torch.cat([V, none_L, L_live], dim=-1)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,9 +176,14 @@ def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor
         U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
     """
     c = step.U.shape[-1]
-    keep = (torch.arange(c, device=ranks.device) < ranks[..., None]).to(step.U.dtype)  # a product is the fastest mask
+    keep = first(ranks, c).to(step.U.dtype)  # a product is the fastest mask
     columns = keep[..., None, :]
     return step.U * columns, torch.diag_embed(step.sigma[..., :c] * keep), step.V * columns
+
+
+def first(counts: Tensor, columns: int) -> Tensor:
+    """Which of so many columns are among the first ``counts`` (...): (..., columns), bool."""
+    return torch.arange(columns, device=counts.device) < counts[..., None]
 
 
 def project_out(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,21 +21,19 @@ class RankRule:
         budget: Adapter parameters allowed in all, at least 1, or ``None`` for no limit.
         min_rank: Least rank of an adapter, at least 0.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
-        grow: Whether the ranks grow first, before tau judges them.
 
     Raises:
         ValueError: An argument is out of range.
 
     Example:
-        >>> RankRule(tau=0.1, adapt_every=10).while_growing()
-        RankRule(tau=0.0, budget=None, min_rank=1, adapt_every=10, grow=False)
+        >>> RankRule(tau=0.1, adapt_every=10)
+        RankRule(tau=0.1, budget=None, min_rank=1, adapt_every=10)
     """
 
     tau: float
     budget: int | None = None
     min_rank: int = 1
     adapt_every: int = 1
-    grow: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tau, (int, float)) and 0 <= self.tau < 1):
@@ -49,12 +47,6 @@ class RankRule:
             raise ValueError(
                 f"budget={self.budget!r} must be a whole number of adapter parameters, at least 1, or None"
             )
-        if not isinstance(self.grow, bool):
-            raise ValueError(f"grow={self.grow!r} must be True or False: it says whether the ranks grow first")
-
-    def while_growing(self) -> RankRule:
-        """The rule while the ranks grow: nothing is dropped but what ``max_rank`` and the budget ask for."""
-        return replace(self, tau=0.0)
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from geolora_pl.math.decomposition import project_out
 
 
 def transport_first_moment(
-    m_K: Tensor, m_L: Tensor, U: Tensor, V: Tensor, U_new: Tensor, V_new: Tensor
+    m_K: Tensor, m_L: Tensor, U: Tensor, V: Tensor, U_new: Tensor, V_new: Tensor, probes: int = 0
 ) -> tuple[Tensor, Tensor]:
     r"""Carry a tangent vector to new bases by orthogonal projection onto the new tangent space.
 
@@ -18,22 +19,50 @@ def transport_first_moment(
         m_K' = m_K (V^T V') + U (m_L^T V'), \qquad
         m_L' = (I - V' V'^T) \left( m_L (U^T U') + V (m_K^T U') \right),
 
-    which is the best approximation of xi in the tangent space at U', V'.
+    which is the best approximation of xi in the tangent space at U', V'. What probes have gathered inside of the
+    tangent space is there already, and so only what lies outside of it counts.
 
     Args:
-        m_K: (..., m, R), coordinates in V.
-        m_L: (..., n, R), coordinates in U.
-        U: (..., m, R), the old basis.
-        V: (..., n, R), the old basis.
-        U_new: (..., m, R).
-        V_new: (..., n, R).
+        m_K: (..., m, p + R), coordinates in V.
+        m_L: (..., n, p + R), coordinates in U.
+        U: (..., m, p + R), the old basis.
+        V: (..., n, p + R), the old basis.
+        U_new: (..., m, p + R).
+        V_new: (..., n, p + R).
+        probes: The number p of probes.
 
     Returns:
-        m_K' (..., m, R) and m_L' (..., n, R).
+        m_K' (..., m, p + R) and m_L' (..., n, p + R).
     """
+    m_K, m_L = outside_tangent_space(m_K, m_L, U, V, probes)
     new_K = m_K @ (V.mT @ V_new) + U @ (m_L.mT @ V_new)
     new_L = m_L @ (U.mT @ U_new) + V @ (m_K.mT @ U_new)
-    return new_K, project_out(new_L, V_new)
+    return new_K, project_out(new_L, V_new[..., probes:])
+
+
+def outside_tangent_space(K: Tensor, L: Tensor, U: Tensor, V: Tensor, probes: int) -> tuple[Tensor, Tensor]:
+    r"""Remove from the probes' columns of K and L what the live columns hold as well.
+
+    Of the gradient G the probes ``U_p``, ``V_p`` see ``G V_p`` and ``G^T U_p``. The live columns of the bases U and V
+    hold ``U U^T G`` and ``G V V^T``, and the probes of K have ``U_p U_p^T G V_p V_p^T``; so there remain
+
+    .. math:: (I - U U^T) \, G V_p, \qquad (I - V V^T - V_p V_p^T) \, G^T U_p
+
+    Args:
+        K: (..., m, p + R).
+        L: (..., n, p + R).
+        U: (..., m, p + R).
+        V: (..., n, p + R).
+        probes: The number p of probes, which come first.
+
+    Returns:
+        K and L.
+    """
+    if not probes:
+        return K, L
+    of_K = project_out(K[..., :probes], U[..., probes:])
+    of_L = project_out(L[..., :probes], V)
+    return torch.cat([of_K, K[..., probes:]], dim=-1), torch.cat([of_L, L[..., probes:]], dim=-1)
 
 
 def transport_second_moment(v: Tensor, basis: Tensor, basis_new: Tensor) -> Tensor:

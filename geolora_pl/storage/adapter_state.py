@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
-from geolora_pl.math.decomposition import decompose
+from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import ranks_by_tau, resolution
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
@@ -82,11 +82,12 @@ def retracted(layer: GeoLoRALayer) -> Factors:
     Without pending increments the factors are copied bit for bit. With increments the sum is decomposed again, and at
     most ``max_rank`` leading directions are kept, as in a retraction of the integrator.
     """
-    if not (layer.K.any() or layer.L.any()):
+    U, S, V, K, L = without_probes(layer.U, layer.S, layer.V, layer.K, layer.L)
+    if not (K.any() or L.any()):
         r = layer.rank
-        return Factors(layer.U[:, :r].clone(), layer.S[:r, :r].clone(), layer.V[:, :r].clone())
-    with exact_products(layer.U.device):
-        step = decompose(layer.U, layer.S, layer.V, layer.K, layer.L)
+        return Factors(U[:, :r].clone(), S[:r, :r].clone(), V[:, :r].clone())
+    with exact_products(U.device):
+        step = decompose(U, S, V, K, L)
         return leading(step.U, step.sigma, step.V)
 
 
@@ -205,7 +206,8 @@ def apply(model: nn.Module, state: AdapterState) -> None:
         r = U.shape[1]
         for factor in (layer.U, layer.S, layer.V, layer.K, layer.L):
             factor.zero_()
-        layer.U[:, :r], layer.S[:r, :r], layer.V[:, :r] = U.to(layer.U), S.to(layer.U), V.to(layer.U)
+        p = layer.probes  # which stay zero until the first retraction
+        layer.U[:, p : p + r], layer.S[:r, :r], layer.V[:, p : p + r] = U.to(layer.U), S.to(layer.U), V.to(layer.U)
         layer.rank = r
     write(model, {**state.trained, **state.buffers})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from geolora_pl.adapters.base import FACTORS
-from geolora_pl.math.decomposition import decompose
+from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.storage.checkpoint import read_checkpoint
 
 
@@ -22,7 +22,7 @@ def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tenso
         name = key.removesuffix(".U")
         if name == key or any(f"{name}.{factor}" not in state_dict for factor in FACTORS):
             continue
-        U, S, V, K, L = (state_dict[f"{name}.{factor}"] for factor in FACTORS)
+        U, S, V, K, L = without_probes(*(state_dict[f"{name}.{factor}"] for factor in FACTORS))
         rank = int((U != 0).any(0).sum())
         sigma = decompose(U, S, V, K, L).sigma
         found[name] = (len(U) + len(V), rank, sigma[: max(rank, int((sigma > 1e-6 * sigma[:1]).sum()))])

@@ -14,16 +14,15 @@ from torch.optim import Optimizer
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import adapter_parameters, find_adapters
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.math import decomposition
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.internals import foreach_copy_, foreach_zero_
 from geolora_pl.training.moments import transport_moments
-from geolora_pl.training.plan import GroupPlan, plan_retraction, stack
+from geolora_pl.training.plan import GroupPlan, Plan, Retraction, plan_retraction, stack
 from geolora_pl.training.steps import OnNonfinite, StepWatch
 
-_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "growing")
+_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "_on_trial")
 
 
 class RankAdaptiveIntegrator:
@@ -52,7 +51,6 @@ class RankAdaptiveIntegrator:
     Attributes:
         adapters: The adapters by name.
         rule: When a retraction is due and how it chooses the ranks.
-        growing: Whether the ranks still grow: ``tau`` has not judged yet.
         rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
         steps: Optimizer steps since the last retraction.
         total_steps: Optimizer steps in all.
@@ -66,11 +64,8 @@ class RankAdaptiveIntegrator:
         budget: Adapter parameters allowed in all, ``sum(rank * (in + out))``, or ``None`` for no limit but
             ``max_rank``.
         min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
-        adapt_every: Optimizer steps from one retraction to the next, at least 1.
-        grow: Whether the ranks grow first: before ``adapt_every`` steps are over, retract after 1, 2, 4, ... of them
-            and drop nothing but what ``max_rank`` and the budget ask for, so that a rank may double each time; only
-            then ``tau`` judges. Later a rank hardly grows, for beside a large S a new direction is as small as the
-            square of a step divided by S.
+        adapt_every: Optimizer steps from one retraction to the next, at least 1; the first ones come sooner, after 1,
+            2, 4, ... steps, so that the bases of the start, which are random, do not decide which ranks are found.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
 
     Raises:
@@ -97,22 +92,21 @@ class RankAdaptiveIntegrator:
         budget: int | None = None,
         min_rank: int = 1,
         adapt_every: int = 1,
-        grow: bool = False,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        self.rule = RankRule(tau, budget, min_rank, adapt_every, grow)
+        self.rule = RankRule(tau, budget, min_rank, adapt_every)
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
         for layer in self.adapters.values():
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
         _check_floors(self.rule, self.adapters)
-        self.growing = grow
         self.rank_changes = True
         self.steps = 0
         self.total_steps = 0
         self.adaptations = 0
         self.truncation_error = 0.0
+        self._on_trial = False  # whether the last retraction may have taken in directions that nothing has judged yet
         self._reset_keys: set[str] = set()  # keys of the optimizer's state that a warning has named
         self._binding = Binding(self.adapters)
         self._watch = StepWatch(model, self.adapters, self._binding, on_nonfinite)
@@ -130,6 +124,11 @@ class RankAdaptiveIntegrator:
     def skipped_steps(self) -> int:
         """Optimizer steps that were skipped because a gradient was not finite."""
         return self._watch.skipped_steps
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether :meth:`retract` has anything to do: increments are pending, or new directions are not judged yet."""
+        return self.steps > 0 or self._on_trial
 
     def ranks(self) -> dict[str, int]:
         """The live rank of every adapter by name."""
@@ -161,12 +160,12 @@ class RankAdaptiveIntegrator:
             self.settle()
         if self.steps < self._interval():
             return False
-        self._fold(optimizer, grow=self.growing and self.total_steps < self.adapt_every)
+        self._retract(optimizer, admits=self.rank_changes)
         return True
 
     def _interval(self) -> int:
-        """Steps from the last retraction to the next; while the ranks grow, as many as were taken before the last."""
-        return min(self.adapt_every, max(1, self.total_steps - self.steps)) if self.growing else self.adapt_every
+        """Steps from the last retraction to the next: at first as many as were taken before the last one."""
+        return min(self.adapt_every, max(1, self.total_steps - self.steps))
 
     def settle(self) -> None:
         """Subtract the steps that were counted, but that a device has skipped; waits for the device to know them."""
@@ -204,25 +203,26 @@ class RankAdaptiveIntegrator:
     def retract(self, optimizer: Optimizer | None = None) -> None:
         """Fold every pending increment into its factors now, whatever the cadence.
 
-        An adapter with nothing pending keeps its factors to the bit, for a relative ``tau`` would erode it; only the
-        budget may still take ranks from it, and the first ``tau`` after the ranks have grown.
+        No direction is taken in that was not trained yet, and probes are left out until the next retraction. An adapter
+        with nothing pending keeps its factors to the bit, for a relative ``tau`` would erode it; only directions that
+        never took a step are dropped, and the budget may take ranks from it.
 
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
-        self._fold(optimizer, grow=False)
+        self._retract(optimizer, admits=False)
 
     @torch.no_grad()
-    def _fold(self, optimizer: Optimizer | None, grow: bool) -> None:
+    def _retract(self, optimizer: Optimizer | None, admits: bool) -> None:
         self.settle()
-        rule = self.rule.while_growing() if grow else self.rule
+        what = Retraction(self.rule, self.rank_changes, admits, seed=self.adaptations)
         with exact_products(next(iter(self.adapters.values())).U.device):
-            # After the growth tau judges every adapter, also one with nothing pending.
-            self._retract(rule, optimizer, whole=self.growing and not grow)
-        self.growing = grow
+            self._carry_out(plan_retraction(self.adapters, self._watch.decay, what), optimizer)
+        self.steps = 0
+        self.adaptations += 1
+        self._on_trial = admits
 
-    def _retract(self, rule: RankRule, optimizer: Optimizer | None, whole: bool) -> None:
-        plan = plan_retraction(self.adapters, self._watch.decay, rule, self.rank_changes, whole)
+    def _carry_out(self, plan: Plan, optimizer: Optimizer | None) -> None:
         try:
             for group in plan.groups:
                 self._move(group, optimizer)
@@ -234,8 +234,6 @@ class RankAdaptiveIntegrator:
             raise
         for name, rank in ranks.items():
             self.adapters[name].rank = rank
-        self.steps = 0
-        self.adaptations += 1
 
     def _anything_pending(self) -> bool:
         return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))
@@ -243,18 +241,20 @@ class RankAdaptiveIntegrator:
     def _move(self, group: GroupPlan, optimizer: Optimizer | None) -> None:
         """Write the truncated factors of adapters of one shape and carry their moments along."""
         layers = [self.adapters[name] for name in group.names]
-        columns = group.step.U.shape[-1]
+        columns = group.sigma.shape[-1]
         U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
         moves = group.moves[:, None, None]
-        U_new, S_new, V_new = decomposition.truncate(group.step, group.ranks)
-        for new, old in ((U_new, U), (S_new, S), (V_new, V)):
-            torch.where(moves, new, old, out=new)
+        U_new, S_new, V_new = (
+            torch.where(moves, new, old)
+            for new, old in ((group.U, U), (torch.diag_embed(group.sigma), S), (group.V, V))
+        )
         if optimizer is not None:
             self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
         # The columns beyond were zero and stay so.
-        foreach_copy_([layer.U[:, :columns] for layer in layers], list(U_new.unbind()))
+        width = U.shape[-1]
+        foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
         foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
-        foreach_copy_([layer.V[:, :columns] for layer in layers], list(V_new.unbind()))
+        foreach_copy_([layer.V[:, :width] for layer in layers], list(V_new.unbind()))
         foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
 
     def _report_reset(self, keys: set[str]) -> None:

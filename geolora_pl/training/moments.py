@@ -30,7 +30,8 @@ def transport_moments(
     Args:
         optimizer: Any torch optimizer.
         layers: B adapters of one shape.
-        old: The leading columns of U (B, m, c) and V (B, n, c) before the retraction; the others are and stay zero.
+        old: The leading columns of U (B, m, p + c) and V (B, n, p + c) before the retraction; the others are and stay
+            zero.
         new: The same columns after the retraction.
         moves: (B,), bool; the state of the other adapters stays to the bit.
 
@@ -53,15 +54,15 @@ def transport_moments(
             continue
         of_K, of_L = ([states[i][side][key][:, : U.shape[-1]] for i in having] for side in (0, 1))
         m_K, m_L = torch.stack(of_K), torch.stack(of_L)
-        here, *moving = (
+        here, U_here, V_here, U_new_here, V_new_here = (
             batch if len(having) == len(layers) else torch.stack([batch[i] for i in having])
             for batch in (moves[:, None, None], U, V, U_new, V_new)
         )
         if key in _FIRST:
-            new_K, new_L = transport_first_moment(m_K, m_L, *moving)
+            new_K, new_L = transport_first_moment(m_K, m_L, U_here, V_here, U_new_here, V_new_here, layers[0].probes=layers[0].probes)
         else:
-            new_K = transport_second_moment(m_K, *moving[1::2])
-            new_L = transport_second_moment(m_L, *moving[::2])
+            new_K = transport_second_moment(m_K, V_here, V_new_here)
+            new_L = transport_second_moment(m_L, U_here, U_new_here)
         for after, before in ((new_K, m_K), (new_L, m_L)):
             torch.where(here, after, before, out=after)
         foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])

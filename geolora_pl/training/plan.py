@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
+from geolora_pl.math.probes import candidates, new_basis, worth_a_rank
 from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
@@ -24,13 +26,17 @@ class GroupPlan:
 
     Attributes:
         names: The names of the adapters.
-        step: The decomposition of each point plus its pending step, with as many singular vectors as any may keep.
+        U: (B, m, p + c), the new bases, probes included, with as many columns as any may need.
+        sigma: (B, c), the new coefficients.
+        V: (B, n, p + c).
         ranks: (B,), int64, the new ranks.
         moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
     """
 
     names: Sequence[str]
-    step: decomposition.Decomposition
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
     ranks: Tensor
     moves: Tensor
 
@@ -55,99 +61,181 @@ class Plan:
         return {name: int(rank) for name, rank in zip(names, on_host, strict=True)}, error
 
 
-def plan_retraction(
-    adapters: Adapters, decay: Mapping[str, float], rule: RankRule, rank_changes: bool, whole: bool
-) -> Plan:
+@dataclass(frozen=True)
+class Retraction:
+    """What a retraction is to do.
+
+    Attributes:
+        rule: Chooses the ranks.
+        rank_changes: Whether tau may change ranks; if not, only the budget may.
+        admits: Whether directions that probes have found become columns, and new probes follow.
+        seed: Of the random probes.
+    """
+
+    rule: RankRule
+    rank_changes: bool
+    admits: bool
+    seed: int
+
+
+def plan_retraction(adapters: Adapters, decay: Mapping[str, float], what: Retraction) -> Plan:
     """Plan a retraction; where several processes train together, rank 0 sends its plan to all in one message.
 
     Args:
         adapters: The adapters by name.
         decay: The factor by which S of each adapter has decayed, in [0, 1].
-        rule: Chooses the ranks.
-        rank_changes: Whether tau may change ranks; if not, only the budget may.
-        whole: Whether adapters with nothing pending move as well.
+        what: What to do with them.
     """
     if processes() == 1:
-        return _decide(adapters, decay, rule, rank_changes, whole)
-    plan = _decide(adapters, decay, rule, rank_changes, whole) if decides() else _blank(adapters, rule.min_rank)
+        return _decide(adapters, decay, what)
+    plan = _decide(adapters, decay, what) if decides() else _blank(adapters, what.rule.min_rank)
     return _agree(plan)
 
 
 def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -> Tensor:
-    """Stack the leading columns of one factor of adapters of one shape; of S also only the leading rows."""
-    tensors = [getattr(adapters[name], factor) for name in names]
-    return torch.stack([t[:columns, :columns] if factor == "S" else t[:, :columns] for t in tensors])
+    """Stack the leading columns of one factor of adapters of one shape, behind the probes; of S also only such rows."""
+    if factor == "S":
+        return torch.stack([adapters[name].S[:columns, :columns] for name in names])
+    return torch.stack([getattr(layer := adapters[name], factor)[:, : layer.probes + columns] for name in names])
 
 
 def _columns(adapters: Adapters, names: Sequence[str], min_rank: int) -> tuple[int, int]:
     """How many columns of adapters of one shape to compute with, and how many may be live afterwards."""
-    max_rank = adapters[names[0]].max_rank
-    before = decomposition.computed_columns(max(min_rank, *(adapters[name].rank for name in names)), max_rank)
-    return before, min(2 * before, max_rank)
+    layer = adapters[names[0]]
+    rank = max(min_rank, *(adapters[name].rank for name in names))
+    before = decomposition.computed_columns(rank, layer.max_rank, layer.probes)
+    return before, min(2 * (before + layer.probes), layer.max_rank)
 
 
 def _group_by_shape(adapters: Adapters) -> list[list[str]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in adapters.items():
-        key = (layer.out_features, layer.in_features, layer.max_rank, layer.U.dtype, layer.U.device)
-        groups.setdefault(key, []).append(name)
+        shape = layer.out_features, layer.in_features, layer.max_rank, layer.probes
+        groups.setdefault((*shape, layer.U.dtype, layer.U.device), []).append(name)
     return list(groups.values())
 
 
-def _decide(adapters: Adapters, decay: Mapping[str, float], rule: RankRule, rank_changes: bool, whole: bool) -> Plan:
+@dataclass(frozen=True)
+class _Offer:
+    """What each adapter of a group could keep and take in, before the budget has its say.
+
+    Attributes:
+        names: The names of the adapters.
+        step: The decomposition of each point plus its pending step.
+        new: The decomposition of what the probes have gathered.
+        sigma: (B, k), the singular values on offer, descending.
+        is_new: (B, k), bool, which of them are those of candidates.
+        ranks: (B,), int64, how many of them become columns.
+        moves: (B,), bool.
+    """
+
+    names: Sequence[str]
+    step: decomposition.Decomposition
+    new: decomposition.Decomposition
+    sigma: Tensor
+    is_new: Tensor
+    ranks: Tensor
+    moves: Tensor
+
+    @property
+    def admitted(self) -> Tensor:
+        """How many of the columns are candidates: (B,), int64."""
+        return (self.is_new & decomposition.first(self.ranks, self.sigma.shape[-1])).sum(-1)
+
+    @property
+    def kept(self) -> Tensor:
+        """How many of the columns are directions of the point: (B,), int64."""
+        return self.ranks - self.admitted
+
+
+def _decide(adapters: Adapters, decay: Mapping[str, float], what: Retraction) -> Plan:
     """Choose the new ranks by tau, or keep them, then apply the budget. No number is read from a device."""
-    groups = [_decide_group(adapters, names, decay, rule, rank_changes, whole) for names in _group_by_shape(adapters)]
-    if rule.budget is not None:
-        groups = _within_budget(adapters, groups, rule.budget, rule.min_rank)
-    return Plan(groups, _truncation_error(groups))
+    offers = [_offer(adapters, names, decay, what) for names in _group_by_shape(adapters)]
+    if what.rule.budget is not None:
+        offers = _within_budget(adapters, offers, what.rule.budget, what.rule.min_rank)
+    groups = [_take(adapters, offer, what) for offer in offers]
+    return Plan(groups, _truncation_error(offers))
 
 
-def _decide_group(
-    adapters: Adapters,
-    names: Sequence[str],
-    decay: Mapping[str, float],
-    rule: RankRule,
-    rank_changes: bool,
-    whole: bool,
-) -> GroupPlan:
-    layer = adapters[names[0]]
+def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], what: Retraction) -> _Offer:
+    layer, rule = adapters[names[0]], what.rule
     columns, columns_after = _columns(adapters, names, rule.min_rank)
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factors = [decay[name] for name in names]
     if any(factor != 1 for factor in factors):  # the condition saves a copy from the host, which may wait for a GPU
         S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
-    step = decomposition.decompose(U, S, V, K, L, columns_after)
-    pending = K.flatten(1).any(1) | L.flatten(1).any(1) | whole
-    ranks = (U != 0).any(-2).sum(-1)  # the present ranks, counted on the device to save such a copy
-    if rank_changes:
-        least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
-        floor = min(rule.min_rank, layer.max_rank)
-        ranks = torch.where(pending, ranks_by_tau(step.sigma, rule.tau, least, floor, layer.max_rank), ranks)
-    return GroupPlan(names, step, ranks, pending)
+    step = decomposition.decompose(*decomposition.without_probes(U, S, V, K, L), columns=columns_after)
+    pending = K.flatten(1).any(1) | L.flatten(1).any(1)
+    present = (U[..., layer.probes :] != 0).any(-2).sum(-1)  # counted on the device to save such a copy
+    least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
+    ranks = _ranks(step.sigma, present, pending, least, layer.max_rank, what)
+
+    keep = decomposition.first(ranks, step.sigma.shape[-1])
+    probes = layer.probes if what.admits else 0
+    some = keep[:, None, : step.U.shape[-1]]
+    new = candidates(U, V, K, L, probes, step.U * some, step.V * some)
+    worth = worth_a_rank(step.sigma, new.sigma, rule.tau, least)
+    sigma, order = torch.cat([step.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
+    most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
+    return _Offer(names, step, new, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
 
 
-def _within_budget(adapters: Adapters, groups: Sequence[GroupPlan], budget: int, min_rank: int) -> list[GroupPlan]:
+def _ranks(sigma: Tensor, present: Tensor, pending: Tensor, least: float, max_rank: int, what: Retraction) -> Tensor:
+    """How many singular values of each point to keep."""
+    if not what.rank_changes:
+        return present
+    floor = min(what.rule.min_rank, max_rank)
+    by_tau = ranks_by_tau(sigma, what.rule.tau, least, floor, max_rank)
+    if what.admits:
+        return torch.where(pending, by_tau, present)
+    # Nothing can be gathered any more in a direction that was admitted last and never took a step.
+    in_use = ranks_by_tau(sigma, 0.0, least, floor, max_rank)
+    at_rest = torch.where(sigma[:, 0] > 0, torch.minimum(present, in_use), present)
+    return torch.where(pending, by_tau, at_rest)
+
+
+def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
+    """The new factors of a group, once the ranks are final."""
+    layer = adapters[offer.names[0]]
+    _, columns = _columns(adapters, offer.names, what.rule.min_rank)
+    U, S, V = decomposition.truncate(offer.step, offer.kept)
+    probes = layer.probes if what.admits else 0
+    sides = [layer.out_features, layer.in_features]
+    generator = torch.Generator(U.device).manual_seed(what.seed)
+    numbers = torch.randn(len(U), sum(sides), 3 * probes, dtype=U.dtype, device=U.device, generator=generator)
+    U, V = (
+        F.pad(
+            new_basis(basis, offer.kept, new, offer.admitted, gaussian, columns, min(sides)),
+            (layer.probes - probes, 0),
+        )
+        for basis, new, gaussian in zip((U, V), (offer.new.U, offer.new.V), numbers.split(sides, dim=1), strict=True)
+    )
+    sigma = F.pad(S.diagonal(dim1=-2, dim2=-1), (0, columns - S.shape[-1]))
+    return GroupPlan(offer.names, U, sigma, V, offer.ranks, offer.moves)
+
+
+def _within_budget(adapters: Adapters, offers: Sequence[_Offer], budget: int, min_rank: int) -> list[_Offer]:
     """Lower ranks where the budget asks for it, also those of adapters with nothing pending."""
-    layers = [adapters[group.names[0]] for group in groups]
+    layers = [adapters[offer.names[0]] for offer in offers]
     within = ranks_by_budget(
-        [group.step.sigma for group in groups],
-        [group.ranks for group in groups],
+        [offer.sigma for offer in offers],
+        [offer.ranks for offer in offers],
         [layer.in_features + layer.out_features for layer in layers],
         budget,
-        [group.ranks.clamp_max(min(min_rank, layer.max_rank)) for group, layer in zip(groups, layers, strict=True)],
+        [offer.ranks.clamp_max(min(min_rank, layer.max_rank)) for offer, layer in zip(offers, layers, strict=True)],
     )
     return [
-        replace(group, ranks=ranks, moves=group.moves | (ranks != group.ranks))
-        for group, ranks in zip(groups, within, strict=True)
+        replace(offer, ranks=ranks, moves=offer.moves | (ranks != offer.ranks))
+        for offer, ranks in zip(offers, within, strict=True)
     ]
 
 
-def _truncation_error(groups: Sequence[GroupPlan]) -> Tensor:
-    device = groups[0].ranks.device
+def _truncation_error(offers: Sequence[_Offer]) -> Tensor:
+    device = offers[0].ranks.device
     sums = []
-    for group in groups:
-        sigma, moves = group.step.sigma, group.moves[:, None]
-        beyond = torch.arange(sigma.shape[-1], device=sigma.device) >= group.ranks[:, None]
+    for offer in offers:
+        sigma, moves = offer.step.sigma, offer.moves[:, None]
+        beyond = ~decomposition.first(offer.kept, sigma.shape[-1])
         energy = sigma.to(summing_dtype(sigma.device)).square() * moves
         sums.append(torch.stack([(energy * beyond).sum(), energy.sum()]).to(device))
     dropped, total = torch.stack(sums).sum(0).unbind()
@@ -160,9 +248,9 @@ def _blank(adapters: Adapters, min_rank: int) -> Plan:
     for names in _group_by_shape(adapters):
         layer, B = adapters[names[0]], len(names)
         _, columns = _columns(adapters, names, min_rank)
-        U, V = (basis.new_empty(B, len(basis), columns) for basis in (layer.U, layer.V))
-        step = decomposition.Decomposition(U, U.new_empty(B, columns), V)
-        groups.append(GroupPlan(names, step, *(U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))))
+        U, V = (basis.new_empty(B, len(basis), layer.probes + columns) for basis in (layer.U, layer.V))
+        ranks, moves = (U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))
+        groups.append(GroupPlan(names, U, U.new_empty(B, columns), V, ranks, moves))
     device = groups[0].ranks.device
     return Plan(groups, torch.empty((), dtype=summing_dtype(device), device=device))
 
@@ -171,7 +259,6 @@ def _agree(plan: Plan) -> Plan:
     """Give every process the plan of rank 0: the last bit of linear algebra may differ between machines."""
     tensors = [plan.truncation_error]
     for group in plan.groups:
-        U, sigma, V = group.step
-        tensors += group.ranks, group.moves, U, sigma[:, : U.shape[-1]], V
+        tensors += group.ranks, group.moves, group.U, group.sigma, group.V
     broadcast_packed(tensors)
     return plan

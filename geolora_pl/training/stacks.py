@@ -46,11 +46,11 @@ def stacks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Stack]:
 
 
 def _columns(K: Tensor) -> int:
-    """The number of live columns where that pays; a GPU takes many matrices in one launch only if they are whole."""
+    """The columns in use, probes included, where that pays; a GPU takes many matrices in a launch only if whole."""
     whole = K.shape[1]
     if K.device.type != "cpu" or (adapter := adapter_of(K)) is None:
         return whole
-    live = computed_columns(adapter.rank, whole)
+    live = adapter.probes + computed_columns(adapter.rank, adapter.max_rank, adapter.probes)
     return live if whole - live >= _WORTH_LEAVING_OUT else whole
 
 
