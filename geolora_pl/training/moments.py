@@ -59,7 +59,7 @@ def transport_moments(
             for batch in (moves[:, None, None], U, V, U_new, V_new)
         )
         if key in _FIRST:
-            new_K, new_L = transport_first_moment(m_K, m_L, U_here, V_here, U_new_here, V_new_here, layers[0].probes=layers[0].probes)
+            new_K, new_L = transport_first_moment(m_K, m_L, U_here, V_here, U_new_here, V_new_here, layers[0].probes)
         else:
             new_K = transport_second_moment(m_K, V_here, V_new_here)
             new_L = transport_second_moment(m_L, U_here, U_new_here)
