@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.math.decomposition import Decomposition, project_out, svd_of_product
+from geolora_pl.math.decomposition import Decomposition, first, project_out, svd_of_product
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.math.transport import outside_tangent_space
 
+_MEMORY = 0.8  # part of what the probe of a direction has gathered that counts at the next retraction as well
+_GROWTH = 1.25  # factor by which a direction's share of the update must grow from one retraction to the next to stay
 _KEPT = 0.5  # norm that is left of a unit vector, below which it counts as lying in the span of what it leaves
 
 
@@ -64,6 +66,49 @@ def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> T
     both, order = torch.cat([sigma, new], dim=-1).sort(descending=True, stable=True)
     rank = ranks_by_tau(both, tau, resolution, 0, total)
     return order.argsort()[..., k:] < rank[..., None]
+
+
+def still_growing(sigma: Tensor, before: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
+    """How many singular values to keep where those beyond ``ranks`` that are next in line still grow.
+
+    A direction that has just been taken in starts from zero, and so tau would drop it before it can show what it is
+    worth. It stays as long as its share of the update grows by a quarter from one retraction to the next: if its
+    coefficient grows steadily, for four of them, and if it wanders as noise does, for one or two.
+
+    Args:
+        sigma: (B, k), descending, of the point.
+        before: (B, c), descending, after the last retraction, c at most k.
+        ranks: (B,), int64, what tau would keep.
+        present: (B,), int64, how many directions there were before.
+
+    Returns:
+        (B,), int64, at most ``present``, or ``ranks`` where that is more.
+
+    Example:
+        >>> sigma, before = torch.tensor([[4.0, 0.4, 0.3]]), torch.tensor([[3.0, 0.0, 0.0]])
+        >>> still_growing(sigma, before, ranks=torch.tensor([1]), present=torch.tensor([2]))
+        tensor([2])
+    """
+    share, share_before = (
+        x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-30) for x in (sigma, before)
+    )
+    c = before.shape[-1]
+    grows = (share[..., :c] > _GROWTH * share_before) & first(present, c)
+    return torch.maximum(ranks, (grows | first(ranks, c)).to(torch.int64).cumprod(-1).sum(-1))
+
+
+def remembered(new: Decomposition, U: Tensor, V: Tensor) -> Tensor:
+    """What the new probes know of a direction already, as the coefficients of ``U_p E V_p^T``.
+
+    Args:
+        new: The candidates, from :func:`candidates`.
+        U: (B, m, p), the new probes.
+        V: (B, n, p), the new probes.
+
+    Returns:
+        E (B, p, p).
+    """
+    return _MEMORY * (U.mT @ new.U * new.sigma[..., None, :]) @ (new.V.mT @ V)
 
 
 def new_basis(

@@ -13,7 +13,7 @@ from torch import Tensor
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
-from geolora_pl.math.probes import candidates, new_basis, worth_a_rank
+from geolora_pl.math.probes import candidates, new_basis, remembered, still_growing, worth_a_rank
 from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
@@ -29,6 +29,7 @@ class GroupPlan:
         U: (B, m, p + c), the new bases, probes included, with as many columns as any may need.
         sigma: (B, c), the new coefficients.
         V: (B, n, p + c).
+        gathered: (B, p, p), what the new probes start with: ``U_p gathered`` are their columns of K.
         ranks: (B,), int64, the new ranks.
         moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
     """
@@ -37,6 +38,7 @@ class GroupPlan:
     U: Tensor
     sigma: Tensor
     V: Tensor
+    gathered: Tensor
     ranks: Tensor
     moves: Tensor
 
@@ -165,10 +167,12 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     if any(factor != 1 for factor in factors):  # the condition saves a copy from the host, which may wait for a GPU
         S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
     step = decomposition.decompose(*decomposition.without_probes(U, S, V, K, L), columns=columns_after)
-    pending = K.flatten(1).any(1) | L.flatten(1).any(1)
+    stepped = K[..., layer.probes :].flatten(1).any(1) | L[..., layer.probes :].flatten(1).any(1)
     present = (U[..., layer.probes :] != 0).any(-2).sum(-1)  # counted on the device to save such a copy
     least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
-    ranks = _ranks(step.sigma, present, pending, least, layer.max_rank, what)
+    pending = stepped | ((present == 0) & K.flatten(1).any(1))
+    before = S.diagonal(dim1=-2, dim2=-1)
+    ranks = _ranks(step.sigma, before, present, pending, least, layer.max_rank, what)
 
     keep = decomposition.first(ranks, step.sigma.shape[-1])
     probes = layer.probes if what.admits else 0
@@ -180,14 +184,16 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     return _Offer(names, step, new, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
 
 
-def _ranks(sigma: Tensor, present: Tensor, pending: Tensor, least: float, max_rank: int, what: Retraction) -> Tensor:
+def _ranks(
+    sigma: Tensor, before: Tensor, present: Tensor, pending: Tensor, least: float, max_rank: int, what: Retraction
+) -> Tensor:
     """How many singular values of each point to keep."""
     if not what.rank_changes:
         return present
     floor = min(what.rule.min_rank, max_rank)
     by_tau = ranks_by_tau(sigma, what.rule.tau, least, floor, max_rank)
     if what.admits:
-        return torch.where(pending, by_tau, present)
+        return torch.where(pending, still_growing(sigma, before, by_tau, present), present)
     # Nothing can be gathered any more in a direction that was admitted last and never took a step.
     in_use = ranks_by_tau(sigma, 0.0, least, floor, max_rank)
     at_rest = torch.where(sigma[:, 0] > 0, torch.minimum(present, in_use), present)
@@ -211,7 +217,8 @@ def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
         for basis, new, gaussian in zip((U, V), (offer.new.U, offer.new.V), numbers.split(sides, dim=1), strict=True)
     )
     sigma = F.pad(S.diagonal(dim1=-2, dim2=-1), (0, columns - S.shape[-1]))
-    return GroupPlan(offer.names, U, sigma, V, offer.ranks, offer.moves)
+    gathered = remembered(offer.new, U[..., : layer.probes], V[..., : layer.probes])
+    return GroupPlan(offer.names, U, sigma, V, gathered, offer.ranks, offer.moves)
 
 
 def _within_budget(adapters: Adapters, offers: Sequence[_Offer], budget: int, min_rank: int) -> list[_Offer]:
@@ -250,7 +257,8 @@ def _blank(adapters: Adapters, min_rank: int) -> Plan:
         _, columns = _columns(adapters, names, min_rank)
         U, V = (basis.new_empty(B, len(basis), layer.probes + columns) for basis in (layer.U, layer.V))
         ranks, moves = (U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))
-        groups.append(GroupPlan(names, U, U.new_empty(B, columns), V, ranks, moves))
+        gathered = U.new_empty(B, layer.probes, layer.probes)
+        groups.append(GroupPlan(names, U, U.new_empty(B, columns), V, gathered, ranks, moves))
     device = groups[0].ranks.device
     return Plan(groups, torch.empty((), dtype=summing_dtype(device), device=device))
 
@@ -259,6 +267,6 @@ def _agree(plan: Plan) -> Plan:
     """Give every process the plan of rank 0: the last bit of linear algebra may differ between machines."""
     tensors = [plan.truncation_error]
     for group in plan.groups:
-        tensors += group.ranks, group.moves, group.U, group.sigma, group.V
+        tensors += group.ranks, group.moves, group.U, group.sigma, group.V, group.gathered
     broadcast_packed(tensors)
     return plan
