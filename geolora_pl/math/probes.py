@@ -89,11 +89,9 @@ def still_growing(sigma: Tensor, before: Tensor, ranks: Tensor, present: Tensor)
         >>> still_growing(sigma, before, ranks=torch.tensor([1]), present=torch.tensor([2]))
         tensor([2])
     """
-    share, share_before = (
-        x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-30) for x in (sigma, before)
-    )
+    norm, norm_before = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (sigma, before))
     c = before.shape[-1]
-    grows = (share[..., :c] > _GROWTH * share_before) & first(present, c)
+    grows = (sigma[..., :c] * norm_before > _GROWTH * before * norm) & first(present, c)
     return torch.maximum(ranks, (grows | first(ranks, c)).to(torch.int64).cumprod(-1).sum(-1))
 
 

@@ -169,35 +169,35 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     step = decomposition.decompose(*decomposition.without_probes(U, S, V, K, L), columns=columns_after)
     stepped = K[..., layer.probes :].flatten(1).any(1) | L[..., layer.probes :].flatten(1).any(1)
     present = (U[..., layer.probes :] != 0).any(-2).sum(-1)  # counted on the device to save such a copy
-    least = resolution(layer.out_features, layer.in_features, step.sigma.dtype)
     pending = stepped | ((present == 0) & K.flatten(1).any(1))
-    before = S.diagonal(dim1=-2, dim2=-1)
-    ranks = _ranks(step.sigma, before, present, pending, least, layer.max_rank, what)
+    ranks = _ranks(layer, S, step.sigma, present, pending, what)
 
     keep = decomposition.first(ranks, step.sigma.shape[-1])
     probes = layer.probes if what.admits else 0
     some = keep[:, None, : step.U.shape[-1]]
     new = candidates(U, V, K, L, probes, step.U * some, step.V * some)
-    worth = worth_a_rank(step.sigma, new.sigma, rule.tau, least)
+    worth = worth_a_rank(step.sigma, new.sigma, rule.tau, _resolution(layer))
     sigma, order = torch.cat([step.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
     return _Offer(names, step, new, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
 
 
-def _ranks(
-    sigma: Tensor, before: Tensor, present: Tensor, pending: Tensor, least: float, max_rank: int, what: Retraction
-) -> Tensor:
-    """How many singular values of each point to keep."""
+def _ranks(layer: GeoLoRALayer, S: Tensor, sigma: Tensor, present: Tensor, pending: Tensor, what: Retraction) -> Tensor:
+    """How many singular values of each point to keep, where S was the coefficients before."""
     if not what.rank_changes:
         return present
-    floor = min(what.rule.min_rank, max_rank)
-    by_tau = ranks_by_tau(sigma, what.rule.tau, least, floor, max_rank)
+    limits = _resolution(layer), min(what.rule.min_rank, layer.max_rank), layer.max_rank
+    by_tau = ranks_by_tau(sigma, what.rule.tau, *limits)
     if what.admits:
-        return torch.where(pending, still_growing(sigma, before, by_tau, present), present)
+        return torch.where(pending, still_growing(sigma, S.diagonal(dim1=-2, dim2=-1), by_tau, present), present)
     # Nothing can be gathered any more in a direction that was admitted last and never took a step.
-    in_use = ranks_by_tau(sigma, 0.0, least, floor, max_rank)
+    in_use = ranks_by_tau(sigma, 0.0, *limits)
     at_rest = torch.where(sigma[:, 0] > 0, torch.minimum(present, in_use), present)
     return torch.where(pending, by_tau, at_rest)
+
+
+def _resolution(layer: GeoLoRALayer) -> float:
+    return resolution(layer.out_features, layer.in_features, layer.U.dtype)
 
 
 def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
