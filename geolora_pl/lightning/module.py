@@ -40,7 +40,7 @@ class GeoLoRAModule(L.LightningModule):
         adapter: What to adapt; by default every linear layer but the head, at ranks up to 16.
         optimizer: Makes the optimizer from parameter groups; any torch optimizer.
         lr_scheduler: Makes a scheduler from the optimizer, stepped after every optimizer step (``ReduceLROnPlateau``
-            once per epoch); by default a linear warm-up and half a cosine to zero at the end of the run.
+            once per epoch); by default a warm-up and half a cosine to zero at the end of the run.
         warmup: Length of that warm-up for the adapters: a part of the run below 1, a number of steps from 1 on; at
             least 0.
         head_warmup: Length of the warm-up for what is trained in full; it is shorter, so that the head leads.

@@ -10,10 +10,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_warmup: float = 0.02) -> LambdaLR:
-    """Linear warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
+    """Warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
 
-    The adapters warm up more slowly than the head. A new head is random at first, and the gradients that it
-    sends to the body only distort the pretrained features (Kumar et al., ICLR 2022, who train the head alone first).
+    The adapters warm up more slowly than the head: over a longer time, and with the square of the step instead of the
+    step. A new head is random at first, and the gradients that it sends to the body only distort the pretrained
+    features (Kumar et al., ICLR 2022, who train the head alone first). Meanwhile the steps are large enough to find the
+    bases of the adapters, for which only their directions matter.
 
     Args:
         optimizer: The optimizer whose groups each have their own learning rate scaled; groups with ``adapters: True``
@@ -27,16 +29,16 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
         >>> optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "adapters": True}], lr=1.0)
         >>> schedule = warmup_cosine(optimizer, warmup=2, total_steps=4)
         >>> schedule.get_last_lr()
-        [0.5]
+        [0.25]
     """
     endless = math.isinf(total_steps)
 
-    def schedule(length: float) -> Callable[[int], float]:
+    def schedule(length: float, power: int) -> Callable[[int], float]:
         steps = round(length) if length >= 1 else 0 if endless else round(length * total_steps)
 
         def factor(t: int) -> float:
             if t < steps:
-                return (t + 1) / steps
+                return float(((t + 1) / steps) ** power)
             if endless:
                 return 1.0
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - steps) / max(1, total_steps - steps))))
@@ -44,5 +46,5 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
         return factor
 
     marked = [group.get("adapters", False) for group in optimizer.param_groups]
-    lengths = [warmup if mark or not any(marked) else head_warmup for mark in marked]
-    return LambdaLR(optimizer, [schedule(length) for length in lengths])
+    slow = [mark or not any(marked) for mark in marked]
+    return LambdaLR(optimizer, [schedule(warmup, power=2) if s else schedule(head_warmup, power=1) for s in slow])
