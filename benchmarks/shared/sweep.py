@@ -19,6 +19,7 @@ from benchmarks.shared.methods import Method
 from benchmarks.shared.paths import GLUE_FOLDER, ROOT
 from benchmarks.shared.results import Record, machine
 from benchmarks.shared.summary import best_lr
+from geolora_pl.training.schedule import WARMUP_POWER
 
 _CHANGES_NO_RESULT = ("jobs", "glue", "output", "document")  # arguments that are left out of the recorded command
 KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
@@ -51,7 +52,7 @@ class Planned:
             "steps": self.steps,
             "method": self.name,
             "settings": self.method.settings(),
-            "warmup": harness.warmup(),
+            "warmup": {**harness.warmup(), "power": WARMUP_POWER},
             "lr": self.lr,
             "seed": self.seed,
         }

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+WARMUP_POWER = 2  # of the step, by which the adapters' learning rate grows
+
 
 def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_warmup: float = 0.02) -> LambdaLR:
     """Warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
@@ -47,4 +49,4 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
 
     marked = [group.get("adapters", False) for group in optimizer.param_groups]
     slow = [mark or not any(marked) for mark in marked]
-    return LambdaLR(optimizer, [schedule(warmup, power=2) if s else schedule(head_warmup, power=1) for s in slow])
+    return LambdaLR(optimizer, [schedule(warmup, WARMUP_POWER) if s else schedule(head_warmup, 1) for s in slow])
