@@ -209,6 +209,9 @@ def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
     sides = [layer.out_features, layer.in_features]
     generator = torch.Generator(U.device).manual_seed(what.seed)
     numbers = torch.randn(len(U), sum(sides), 3 * probes, dtype=U.dtype, device=U.device, generator=generator)
+    for of_one, name in zip(numbers, offer.names, strict=True):
+        if (row := adapters[name].unused_row) is not None:
+            of_one[layer.out_features + row] = 0
     U, V = (
         F.pad(
             new_basis(basis, offer.kept, new, offer.admitted, gaussian, columns, min(sides)),
