@@ -105,10 +105,14 @@ class GeoLoRALayer(nn.Module):
         self.K, self.L = zeros(m, whole, trained=True), zeros(n, whole, trained=True)
         filled = min(self.rank + self.probes, m, n)  # where a side is too small for all, probes stay zero
         with torch.no_grad():
-            for basis in (self.U, self.V):
+            for basis, row in ((self.U, None), (self.V, self.unused_row)):
                 gaussian = torch.randn(len(basis), filled, device=device, dtype=dtype)
+                if row is not None:
+                    gaussian[row] = 0
                 start = self.probes + self.rank - filled
                 basis[:, start : start + filled] = torch.linalg.qr(gaussian).Q
+                if row is not None:
+                    basis[row] = 0  # where the factorisation leaves rounding
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take a parameter, as every assignment does, and mark it if it is K or L."""
@@ -139,6 +143,11 @@ class GeoLoRALayer(nn.Module):
     def matrix_shape(base: Any) -> tuple[int, int]:
         """Rows and columns, (out, in), of the matrix that a layer's weight stands for."""
         return base.out_features, base.in_features
+
+    @property
+    def unused_row(self) -> int | None:
+        """The row of V, one input of the layer, that is never updated and that bases leave out; ``None`` without."""
+        return None
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Rearrange a matrix (out, in) into the layout of the layer's weight."""

@@ -31,8 +31,8 @@ class GeoLoRALinear(GeoLoRALayer):
 
     Example:
         >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
-        >>> layer.rank, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
-        (2, (6, 4), (6, 8))
+        >>> layer.rank, layer.probes, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
+        (2, 2, (6, 6), (6, 8))
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,13 +189,6 @@ class GeoLoRAEmbedding(GeoLoRALayer):
 
     is_linear = False
 
-    def __init__(self, base: nn.Module, config: AdapterConfig) -> None:
-        super().__init__(base, config)
-        if (row := self.base.padding_idx) is not None:
-            with torch.no_grad():  # the basis leaves out a row that is never updated
-                self.V[row] = 0
-                self.V[:, : self.rank] = torch.linalg.qr(self.V[:, : self.rank]).Q
-
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         """Refuse settings that a sum with an update would not honour, and a subclass that looks up in its own way."""
@@ -212,13 +205,18 @@ class GeoLoRAEmbedding(GeoLoRALayer):
         """Return the transpose of the table's shape."""
         return base.embedding_dim, base.num_embeddings
 
+    @property
+    def unused_row(self) -> int | None:
+        """The row of the table that stands for padding."""
+        return self.base.padding_idx  # type: ignore[no-any-return]
+
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Transpose (dim, num) to (num, dim)."""
         return matrix.mT
 
     def _factored(self) -> tuple[Tensor, Tensor]:
         A, B = super()._factored()
-        if (row := self.base.padding_idx) is not None:
+        if (row := self.unused_row) is not None:
             B[row] = 0  # a retraction may have left rounding errors there
         return A, B
 

@@ -237,7 +237,12 @@ class RankAdaptiveIntegrator:
             self.adapters[name].rank = rank
 
     def _anything_pending(self) -> bool:
-        return any(bool(factor.any()) for layer in self.adapters.values() for factor in (layer.K, layer.L))
+        """Whether K or L hold a step; what probes remember from the last retraction, in K, is none."""
+        return any(
+            bool(increments.any())
+            for layer in self.adapters.values()
+            for increments in (layer.K[:, layer.probes :], layer.L)
+        )
 
     def _move(self, group: GroupPlan, optimizer: Optimizer | None) -> None:
         """Write the truncated factors of adapters of one shape and carry their moments along."""

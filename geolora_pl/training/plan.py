@@ -176,7 +176,7 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     probes = layer.probes if what.admits else 0
     some = keep[:, None, : step.U.shape[-1]]
     new = candidates(U, V, K, L, probes, step.U * some, step.V * some)
-    worth = worth_a_rank(step.sigma, new.sigma, rule.tau, _resolution(layer))
+    worth = worth_a_rank(step.sigma, new.sigma, rule.tau, _resolution(layer)) & pending[:, None]
     sigma, order = torch.cat([step.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
     return _Offer(names, step, new, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
@@ -209,6 +209,9 @@ def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
     sides = [layer.out_features, layer.in_features]
     generator = torch.Generator(U.device).manual_seed(what.seed)
     numbers = torch.randn(len(U), sum(sides), 3 * probes, dtype=U.dtype, device=U.device, generator=generator)
+    for of_one, name in zip(numbers, offer.names, strict=True):
+        if (row := adapters[name].unused_row) is not None:
+            of_one[layer.out_features + row] = 0
     U, V = (
         F.pad(
             new_basis(basis, offer.kept, new, offer.admitted, gaussian, columns, min(sides)),

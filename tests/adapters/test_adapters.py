@@ -12,9 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from trained import trained
 
 from geolora_pl import AdapterConfig, GeoLoRALinear, inject_adapters
-from geolora_pl.adapters.base import adapter_of
+from geolora_pl.adapters.base import FACTORS, adapter_of
+from geolora_pl.math.decomposition import without_probes
 
 CONFIG = AdapterConfig(init_rank=3, max_rank=5)
+
+
+def of_the_point(layer):
+    """The factors without the columns of the probes."""
+    return without_probes(*(getattr(layer, name).detach() for name in FACTORS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -26,24 +32,38 @@ def test_the_output_at_the_start_is_the_base_to_the_bit(dtype, bias):
     assert torch.equal(GeoLoRALinear(base, CONFIG)(x), expected)
 
 
-def test_shapes_ranks_and_zero_columns():
-    layer = GeoLoRALinear(nn.Linear(7, 6), CONFIG)
-    assert [tuple(getattr(layer, f).shape) for f in "USVKL"] == [(6, 5), (5, 5), (7, 5), (6, 5), (7, 5)]
+@pytest.mark.parametrize("probes", [0, 2])
+def test_shapes_ranks_and_zero_columns(probes):
+    layer = GeoLoRALinear(nn.Linear(7, 6), AdapterConfig(init_rank=3, max_rank=5, probes=probes))
+    whole, filled = probes + 5, probes + 3
+    assert [tuple(getattr(layer, f).shape) for f in "USVKL"] == [(6, whole), (5, 5), (7, whole), (6, whole), (7, whole)]
     assert {f for f in "USVKL" if getattr(layer, f).requires_grad} == {"K", "L"}
-    assert layer.rank == 3
-    assert is_orthonormal(layer.U)
-    assert torch.count_nonzero(layer.U[:, 3:]) == torch.count_nonzero(layer.V[:, 3:]) == 0
+    assert (layer.rank, layer.max_rank, layer.probes) == (3, 5, probes)
+    for basis in (layer.U, layer.V):
+        assert is_orthonormal(basis)
+        assert basis[:, :filled].any(0).all()
+        assert torch.count_nonzero(basis[:, filled:]) == 0
     assert not list(layer.buffers())
 
 
-def test_ranks_are_cut_to_the_layer():
-    layer = GeoLoRALinear(nn.Linear(40, 2), AdapterConfig(init_rank=4, max_rank=16))
+@pytest.mark.parametrize("probes", [0, 2])
+def test_ranks_are_cut_to_the_layer(probes):
+    layer = GeoLoRALinear(nn.Linear(40, 2), AdapterConfig(init_rank=4, max_rank=16, probes=probes))
     assert (layer.rank, layer.max_rank) == (2, 2)
+    assert is_orthonormal(layer.U)
+    assert torch.count_nonzero(layer.U[:, :probes]) == 0, "there is no room for a probe"
+
+
+def test_probes_that_find_no_room_stay_zero():
+    layer = GeoLoRALinear(nn.Linear(40, 4), AdapterConfig(init_rank=3, max_rank=4))
+    for basis in (layer.U, layer.V):
+        assert is_orthonormal(basis)
+        assert (basis != 0).any(0).tolist() == [False, True, True, True, True, False]
 
 
 def test_forward_and_delta_weight_agree_with_the_dense_sum():
     layer = trained(GeoLoRALinear(nn.Linear(7, 6).double(), AdapterConfig(init_rank=3, max_rank=5, alpha=0.5)))
-    U, S, V, K, L = (getattr(layer, f) for f in "USVKL")
+    U, S, V, K, L = of_the_point(layer)
     delta = 0.5 * (U @ S @ V.T + K @ V.T + U @ L.T)
     close(layer.delta_weight(), delta)
     close(layer.weight, layer.base.weight + delta)
@@ -51,19 +71,22 @@ def test_forward_and_delta_weight_agree_with_the_dense_sum():
     close(layer(x), nn.functional.linear(x, layer.base.weight + delta, layer.base.bias))
 
 
+@pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
-def test_gradients_are_the_riemannian_gradient_in_tangent_coordinates(alpha):
-    layer = GeoLoRALinear(nn.Linear(7, 6).double(), AdapterConfig(init_rank=3, max_rank=5, alpha=alpha))
+def test_gradients_are_the_riemannian_gradient_in_tangent_coordinates(alpha, probes):
+    config = AdapterConfig(init_rank=3, max_rank=5, alpha=alpha, probes=probes)
+    layer = GeoLoRALinear(nn.Linear(7, 6).double(), config)
     x, target = torch.randn(9, 7).double(), torch.randn(9, 6).double()
     y = layer(x)
     (y - target).square().sum().backward()
     G = 2 * (y - target).detach().T @ x
-    U, V = layer.U.detach(), layer.V.detach()
-    close(layer.K.grad, alpha * G @ V)
-    close(layer.L.grad, alpha * (G.T @ U - V @ V.T @ G.T @ U))
-    xi = layer.K.grad @ V.T + U @ layer.L.grad.T
+    U, _, V, *_ = of_the_point(layer)
+    close(layer.K.grad, alpha * G @ layer.V.detach())
+    close(layer.L.grad, alpha * (torch.eye(7) - V @ V.T) @ G.T @ layer.U.detach())
+    xi = layer.K.grad[:, probes:] @ V.T + U @ layer.L.grad[:, probes:].T
     close(xi, alpha * tangent_projection(G, U, V))
-    assert torch.count_nonzero(layer.K.grad[:, 3:]) == torch.count_nonzero(layer.L.grad[:, 3:]) == 0
+    for gradient in (layer.K.grad, layer.L.grad):
+        assert torch.count_nonzero(gradient[:, probes + 3 :]) == 0
 
 
 def test_casting_never_rounds_the_factors():
@@ -154,7 +177,7 @@ def test_projection_and_delta_weight_are_exact_inside_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.delta_weight(), exact)
         layer(torch.randn(20, 40)).square().sum().backward()
-    assert largest(layer.V.T @ layer.L.grad) < rounding(torch.float32) * largest(layer.L.grad)
+    assert largest(of_the_point(layer)[2].T @ layer.L.grad) < rounding(torch.float32) * largest(layer.L.grad)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -201,7 +224,7 @@ def test_no_recompile_and_no_graph_break_when_the_rank_changes(graphs):
     x = torch.randn(3, 7)
     close(compiled(x), layer(x))
     with torch.no_grad():
-        layer.U.copy_(padded(orthonormal(6, 4, torch.float32), 5))
+        layer.U[:, layer.probes :] = padded(orthonormal(6, 4, torch.float32), 5)
     layer.rank = 4
     close(compiled(x), layer(x))
     assert len(graphs) == 1

@@ -21,11 +21,11 @@ def layer_in_training(dtype=torch.float32, bias=True, base=None, **settings):
     config = AdapterConfig(**{"init_rank": 5, "max_rank": 12, "alpha": 0.5, **settings})
     base = nn.Linear(16, 24, bias=bias, dtype=dtype) if base is None else base
     layer = adapter_class_of(base)(base, config)
-    r = layer.rank
+    r, w = layer.rank, layer.probes + layer.rank
     with torch.no_grad():
         layer.S[:r, :r] = torch.diag(torch.rand(r)) / 4
-        layer.K[:, :r].normal_().div_(8)
-        layer.L[:, :r].normal_().div_(8)
+        layer.K[:, :w].normal_().div_(8)
+        layer.L[:, :w].normal_().div_(8)
     return layer
 
 
@@ -45,9 +45,12 @@ def cores(request, monkeypatch):
     return request.param
 
 
+SETTINGS = [{}, {"probes": 0}, {"bias": False}, {"train_bias": True}, {"max_rank": 40}, {"init_rank": 11}]
+
+
 @pytest.mark.parametrize("rows", [(), FEW, MANY, (0,), (2, 3, 40), (8,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"train_bias": True}, {"max_rank": 40}, {"init_rank": 11}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_fused_and_plain_agree(rows, dtype, settings, cores):
     layer = layer_in_training(dtype, **settings)
     x, dy = torch.randn(*rows, 16, dtype=dtype), torch.randn(*rows, 24, dtype=dtype)
@@ -119,7 +122,7 @@ def test_a_penalty_on_the_gradient_of_the_input(rows, cores):
         found.append([x.grad, layer.K.grad, layer.L.grad])
     for ours, theirs in zip(*found, strict=True):
         close(ours, theirs)
-    assert largest(layer.V.T @ found[0][2]) < rounding(torch.float64, NETWORK) * largest(found[0][2])
+    assert largest(layer.V[:, layer.probes :].T @ found[0][2]) < rounding(torch.float64, NETWORK) * largest(found[0][2])
 
 
 @pytest.mark.parametrize("rows", [(), FEW, MANY])
@@ -159,7 +162,7 @@ def test_the_input_is_all_of_its_size_that_is_kept_for_the_backward(rows):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     shapes = sorted(tuple(t.shape) for t in kept if t.data_ptr() not in own | {x.data_ptr()})
-    assert shapes == [(16, 16), (24, 16)]  # [V | L] and [U S + K | U], of 8 columns each
+    assert shapes == [(16, 16), (24, 16)]  # [V | L] and [U S + K | U], of 8 columns each, probes included
     assert x.data_ptr() in {t.data_ptr() for t in kept}
 
 
@@ -227,8 +230,8 @@ def test_what_needs_no_gradient_costs_no_product_in_the_backward(rows, needs_x):
             with FlopCounterMode(display=False) as counter:
                 y.sum().backward()
             flops[trained] = counter.get_total_flops()
-    T, w = torch.Size(rows).numel(), 8
-    of_K, of_L = 2 * T * w * (24 + 16), 2 * T * w * (24 + 16) + 4 * w * w * 16  # of L its part in the span of V out
+    T, w, p = torch.Size(rows).numel(), 8, 2
+    of_K, of_L = 2 * T * w * (24 + 16), 2 * T * w * (24 + 16) + 4 * w * (w - p) * 16  # L: its part in the span of V out
     shared = 2 * T * w * 24 if needs_x and rows == FEW else 0  # dy U, which the gradient of the input takes as well
     assert flops["KL"] - flops["L"] == of_K
     assert flops["KL"] - flops["K"] == of_L - shared

@@ -222,7 +222,7 @@ def test_merge_refuses_what_is_not_finite_before_it_changes_anything():
     model = Model()
     adapters = inject_adapters(model)
     with torch.no_grad():
-        adapters["pooler"].K[0, 0] = float("inf")
+        adapters["pooler"].K[0, adapters["pooler"].probes] = float("inf")
     with pytest.raises(ValueError, match="the merged weight of pooler is not finite"):
         merge_adapters(model)
     assert list(find_adapters(model)) == ALL
@@ -233,8 +233,8 @@ def test_merge_refuses_what_overflows_in_the_precision_of_the_base():
     nn.init.constant_(model[0].weight, 6e4)
     adapter = inject_adapters(model)["0"]
     with torch.no_grad():
-        adapter.V[0, 0] = 1.0
-        adapter.K[0, 0] = 1e5
+        adapter.V[0, adapter.probes] = 1.0
+        adapter.K[0, adapter.probes] = 1e5
     with pytest.raises(ValueError, match=r"not finite in torch.float16: .*cast the model to a wider type"):
         merge_adapters(model)
 

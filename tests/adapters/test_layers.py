@@ -109,10 +109,11 @@ def test_the_output_at_the_start_is_the_base_to_the_bit(make, inputs, kind, dtyp
 
 
 @every_kind
+@pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
-def test_gradients_are_the_projected_gradient_of_the_dense_weight(make, inputs, kind, alpha):
+def test_gradients_are_the_projected_gradient_of_the_dense_weight(make, inputs, kind, alpha, probes):
     base, x = make(torch.float64), inputs(torch.float64)
-    _, layer = adapted(copy.deepcopy(base), AdapterConfig(3, 5, target_modules=["0"], alpha=alpha))
+    _, layer = adapted(copy.deepcopy(base), AdapterConfig(3, 5, target_modules=["0"], alpha=alpha, probes=probes))
     layer.double()  # the factors of a base without decimals are float32
     if base.weight.is_floating_point():
         dense = base.requires_grad_()
@@ -126,10 +127,11 @@ def test_gradients_are_the_projected_gradient_of_the_dense_weight(make, inputs, 
     dense(x).square().sum().backward()
     layer(x).square().sum().backward()
     close(layer(x), dense(x))
-    G, U, V = as_matrix(layer, dense.weight.grad), layer.U.detach(), layer.V.detach()
-    close(layer.K.grad, alpha * G @ V)
-    close(layer.L.grad, alpha * (G.T @ U - V @ V.T @ G.T @ U))
-    xi = layer.K.grad @ V.T + U @ layer.L.grad.T
+    G = as_matrix(layer, dense.weight.grad)
+    U, V = (basis.detach()[:, probes:] for basis in (layer.U, layer.V))
+    close(layer.K.grad, alpha * G @ layer.V.detach())
+    close(layer.L.grad, alpha * (torch.eye(len(V)) - V @ V.T) @ G.T @ layer.U.detach())
+    xi = layer.K.grad[:, probes:] @ V.T + U @ layer.L.grad[:, probes:].T
     close(xi, alpha * tangent_projection(G, U, V))
     assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"K", "L"}
 
@@ -262,9 +264,23 @@ def test_a_row_for_padding_gets_no_update():
     assert torch.count_nonzero(layer.V[2]) == 0
     trained(layer)
     with torch.no_grad():
-        layer.V[2, 0] = 1.0  # as a retraction may leave rounding there
+        layer.V[2, layer.probes] = 1.0  # as a retraction may leave rounding there
     assert torch.equal(model(torch.tensor([2])), base(torch.tensor([2])))
     assert torch.count_nonzero(layer.delta_weight()[:, 2]) == 0
+
+
+def test_bases_and_probes_leave_out_a_row_for_padding():
+    model, layer = adapted(nn.Embedding(30, 16, padding_idx=2, dtype=torch.float64))
+    integrator = RankAdaptiveIntegrator(model, tau=0.01)
+    optimizer = torch.optim.SGD([layer.K, layer.L], lr=0.1)
+    for _ in range(5):
+        assert is_orthonormal(layer.V)
+        assert layer.V[:, : layer.probes].any(0).all()
+        assert layer.V[2].abs().max() <= rounding(torch.float64)
+        optimizer.zero_grad()
+        (model(torch.arange(30)) - 1).square().mean().backward()
+        optimizer.step()
+        assert integrator.step(optimizer)
 
 
 def test_all_linear_takes_linear_layers_and_conv1d_and_others_are_named():

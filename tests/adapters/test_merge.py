@@ -14,7 +14,7 @@ def adapted(dtype=torch.float32):
     inject_adapters(shared, AdapterConfig(init_rank=3, max_rank=4))
     for layer in find_adapters(shared).values():
         layer.S.data[:3, :3].normal_()
-        layer.K.data[:, :3].normal_()
+        layer.K.data[:, : layer.probes + 3].normal_()
     return shared
 
 

@@ -6,17 +6,19 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import bought_one_by_one, orthonormal, padded, tangent_projection
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
+from geolora_pl.adapters.base import FACTORS
 from geolora_pl.math import decomposition, transport
 from geolora_pl.math import ranks as rank_rules
 
 SCALES = st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e30])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
+PROBES = st.sampled_from([0, 1, 2])
 TAUS = st.sampled_from([0.0, 1e-7, 1e-3, 0.05, 0.2, 0.7, 0.99])
 
 
@@ -39,7 +41,7 @@ def points(draw, m=None, n=None):
     dtype = draw(DTYPES)
     U, V = padded(orthonormal(m, r), R), padded(orthonormal(n, r), R)
     S, K, L = (torch.zeros(rows, R, dtype=torch.float64) for rows in (R, m, n))
-    S[:r, :r] = torch.diag(torch.rand(r, dtype=torch.float64)).sort(descending=True).values * draw(SCALES)
+    S[:r, :r] = torch.diag(torch.rand(r, dtype=torch.float64).sort(descending=True).values) * draw(SCALES)
     for increment, basis in ((K, U), (L, V)):
         scale, kind = draw(SCALES), draw(st.sampled_from(["free", "in the span", "dependent", "badly scaled"]))
         columns = torch.randn(len(basis), r, dtype=torch.float64)
@@ -160,6 +162,26 @@ def test_the_budget_buys_what_one_purchase_after_the_other_would(made, left):
         assert rank == most or cost > spare
 
 
+def put(layer, U, S, V, K, L):
+    """Put an adapter at a point with its pending step, with probes that remember something, and maybe saw a step."""
+    p = layer.probes
+    r = int((U != 0).any(0).sum())
+    room = max(0, min(p, len(U) - r, len(V) - r))
+    with torch.no_grad():
+        for name, value in zip(FACTORS, (U, S, V, K, L), strict=True):
+            factor = getattr(layer, name).zero_()
+            columns = factor if name == "S" else factor[:, p:]
+            columns[: value.shape[0], : value.shape[1]] = value
+        for name, live in (("U", U), ("V", V)):
+            both = torch.cat([live[:, :r].double(), torch.randn(len(live), room, dtype=torch.float64)], 1)
+            getattr(layer, name)[:, :room] = torch.linalg.qr(both).Q[:, r:].to(U.dtype)
+        layer.K[:, :room] = layer.U[:, :room] @ torch.randn(room, room, dtype=layer.U.dtype)
+        if K.any() or L.any():
+            layer.K[:, :room] += torch.randn(len(U), room, dtype=U.dtype)
+            layer.L[:, :room] = torch.randn(len(V), room, dtype=U.dtype)
+    layer.read_rank()
+
+
 @st.composite
 def models(draw):
     """Up to three adapters, of one shape or of several, with pending steps; some have nothing pending."""
@@ -167,20 +189,20 @@ def models(draw):
     of_layer = [draw(points(m, n)) for m, n in shapes]
     dtype = of_layer[0][0].dtype
     model = nn.Sequential(*(nn.Linear(n, m, dtype=dtype) for m, n in shapes))
-    adapters = inject_adapters(model, AdapterConfig(init_rank=1, max_rank=12))
-    for layer, factors in zip(adapters.values(), of_layer, strict=True):
+    adapters = inject_adapters(model, AdapterConfig(init_rank=1, max_rank=12, probes=draw(PROBES)))
+    for layer, (U, S, V, K, L) in zip(adapters.values(), of_layer, strict=True):
         quiet = draw(st.booleans())
-        with torch.no_grad():
-            for name, value in zip("USVKL", factors, strict=True):
-                factor = getattr(layer, name).zero_()
-                if not (quiet and name in "KL"):
-                    factor[: value.shape[0], : value.shape[1]] = value
-        layer.read_rank()
+        put(layer, U, S, V, *((0 * K, 0 * L) if quiet else (K, L)))
     return model, adapters
 
 
-@given(models(), TAUS, st.one_of(st.none(), st.integers(1, 400)), st.integers(0, 12), st.booleans())
-def test_an_adaptation_keeps_to_tau_budget_and_floors(made, tau, budget, min_rank, rank_changes):
+def of_the_point(layer):
+    return decomposition.without_probes(*(getattr(layer, name).detach() for name in FACTORS))
+
+
+@given(models(), TAUS, st.one_of(st.none(), st.integers(1, 400)), st.integers(0, 12), st.booleans(), st.booleans())
+def test_an_adaptation_keeps_to_tau_budget_and_floors(made, tau, budget, min_rank, rank_changes, last):
+    """Be it one in the middle of a run, which takes in what the probes have found, or the last one."""
     model, adapters = made
     min_rank = min(min_rank, max(layer.max_rank for layer in adapters.values()))
     costs = {name: layer.in_features + layer.out_features for name, layer in adapters.items()}
@@ -191,31 +213,36 @@ def test_an_adaptation_keeps_to_tau_budget_and_floors(made, tau, budget, min_ran
         return
     integrator = RankAdaptiveIntegrator(model, tau, budget, min_rank)
     integrator.rank_changes = rank_changes
-    before = {
-        name: (
-            dense(layer.U, layer.S, layer.V, layer.K, layer.L).detach(),
-            layer.rank,
-            bool(layer.K.any() or layer.L.any()),
-            {key: value.clone() for key, value in layer.state_dict().items()},
-        )
-        for name, layer in adapters.items()
-    }
-    integrator.retract()
+    before = {}
+    for name, layer in adapters.items():
+        U, S, V, K, L = of_the_point(layer)
+        pending = bool(K.any() or L.any() or (not layer.rank and layer.K.any()))
+        state = {key: value.clone() for key, value in layer.state_dict().items()}
+        before[name] = dense(U, S, V, K, L), layer.rank, pending, state
+    if last:
+        integrator.retract()
+    elif not integrator.step(torch.optim.SGD([p for layer in adapters.values() for p in (layer.K, layer.L)], lr=1.0)):
+        assert all(torch.equal(v, before[n][3][k]) for n in adapters for k, v in adapters[n].state_dict().items())
+        return
     left = math.inf if budget is None else budget - integrator.adapter_parameters()
     assert left >= 0
     assert 0 <= integrator.truncation_error <= 1 + 1e-9
     for name, layer in adapters.items():
         W, rank_before, pending, state = before[name]
         m, n = W.shape
-        assert not layer.K.any()
+        assert not layer.K[:, layer.probes :].any()
         assert not layer.L.any()
-        assert layer.rank == int((layer.U != 0).any(0).sum()) == int((layer.V != 0).any(0).sum())
+        assert layer.rank == int((layer.U[:, layer.probes :] != 0).any(0).sum())
+        assert layer.rank == int((layer.V[:, layer.probes :] != 0).any(0).sum())
         if not pending and layer.rank == rank_before:
             assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
             continue
         slack = rounding(m, n, layer.U.dtype, W)
         error = torch.linalg.matrix_norm(W - layer.delta_weight().double())
-        assert abs(error - torch.linalg.svdvals(W)[layer.rank :].norm()) <= slack
+        kept = int((layer.S.diagonal() != 0).sum())  # and the others are new
+        assert abs(error - torch.linalg.svdvals(W)[kept:].norm()) <= slack
+        if last:
+            assert not (layer.U[:, : layer.probes].any() or layer.K.any())
         for basis in (layer.U, layer.V):
             assert decomposition.orthonormality_defect(basis.detach()) <= 4 * 12 * rank_rules.resolution(
                 m, n, basis.dtype
@@ -228,16 +255,14 @@ def test_an_adaptation_keeps_to_tau_budget_and_floors(made, tau, budget, min_ran
             assert layer.rank == rank_before
 
 
-@given(points(), TAUS)
-def test_an_adaptation_with_nothing_pending_changes_no_bit(point, tau):
-    U, S, V, _, _ = point
+@given(points(), TAUS, PROBES)
+def test_an_adaptation_with_nothing_pending_changes_no_bit(point, tau, probes):
+    U, S, V, K, L = point
+    assume(U.any() or not probes)  # at rank 0 what the probes have gathered is pending
     (m, R), n = U.shape, len(V)
     model = nn.Sequential(nn.Linear(n, m, dtype=U.dtype))
-    (layer,) = inject_adapters(model, AdapterConfig(init_rank=1, max_rank=R)).values()
-    with torch.no_grad():
-        for factor, value in ((layer.U, U), (layer.S, S), (layer.V, V)):
-            factor.copy_(value)
-    layer.read_rank()
+    (layer,) = inject_adapters(model, AdapterConfig(init_rank=1, max_rank=R, probes=probes)).values()
+    put(layer, U, S, V, 0 * K, 0 * L)
     optimizer = torch.optim.AdamW([layer.K, layer.L])
     for factor in (layer.K, layer.L):
         optimizer.state[factor] = {"exp_avg": torch.randn_like(factor), "exp_avg_sq": torch.rand_like(factor)}

@@ -53,21 +53,30 @@ def tangent_projection(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
     return U @ U.T @ G + G @ V @ V.T - U @ U.T @ G @ V @ V.T
 
 
-def one_layer(m: int, n: int, init_rank: int, max_rank: int, dtype: torch.dtype = torch.float64, **settings: object):
+def one_layer(
+    m: int,
+    n: int,
+    init_rank: int,
+    max_rank: int,
+    dtype: torch.dtype = torch.float64,
+    probes: int = 2,
+    **settings: object,
+):
     """A model of one bias-free layer of zero weight, so that its effective weight is the update alone."""
     layer = nn.Linear(n, m, bias=False, dtype=dtype)
     nn.init.zeros_(layer.weight)
     model = nn.Sequential(layer)
-    adapter = inject_adapters(model, AdapterConfig(init_rank=init_rank, max_rank=max_rank))["0"]
+    adapter = inject_adapters(model, AdapterConfig(init_rank=init_rank, max_rank=max_rank, probes=probes))["0"]
     return model, adapter, RankAdaptiveIntegrator(model, **settings)
 
 
 def set_point(adapter, U: Tensor, sigma: Tensor, V: Tensor) -> None:
-    """Put an adapter at U diag(sigma) V^T."""
-    R = adapter.max_rank
+    """Put an adapter at U diag(sigma) V^T, with random probes."""
+    p = adapter.probes
     with torch.no_grad():
-        adapter.U.copy_(padded(U, R))
-        adapter.V.copy_(padded(V, R))
+        for basis, live in ((adapter.U, U), (adapter.V, V)):
+            probes = torch.linalg.qr(torch.cat([live, torch.randn(len(live), p, dtype=live.dtype)], 1)).Q
+            basis.copy_(torch.cat([padded(probes[:, live.shape[1] :], p), padded(live, adapter.max_rank)], 1))
         adapter.S.zero_()
         adapter.S[: len(sigma), : len(sigma)] = torch.diag(sigma)
     adapter.rank = len(sigma)

@@ -23,12 +23,18 @@ from geolora_pl.training.plan import Plan
 from geolora_pl.training.stacks import owners
 
 
-def two_shapes(**settings):
+def two_shapes(probes=2, **settings):
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12), nn.Linear(12, 3))
     adapters = inject_adapters(
-        model, AdapterConfig(init_rank=2, max_rank=6, target_modules=["0", "2", "4"], modules_to_save=["5"])
+        model,
+        AdapterConfig(init_rank=2, max_rank=6, target_modules=["0", "2", "4"], modules_to_save=["5"], probes=probes),
     )
     return model, adapters, RankAdaptiveIntegrator(model, **settings)
+
+
+def pending(adapters):
+    """Whether any adapter holds a step: what probes remember, in their columns of K, is none."""
+    return any(layer.K[:, layer.probes :].any() or layer.L.any() for layer in adapters.values())
 
 
 def backward(model, seed=0):
@@ -60,51 +66,54 @@ def optimizer_of(model, **settings):
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), **{"lr": 1e-2, **settings})
 
 
-def test_adapts_every_n_optimizer_steps():
-    model, adapters, integrator = two_shapes(adapt_every=3)
+@pytest.mark.parametrize("probes", [0, 2])
+def test_adapts_every_n_optimizer_steps(probes):
+    model, adapters, integrator = two_shapes(adapt_every=3, probes=probes)
     optimizer = optimizer_of(model)
     adapted = []
-    for t in range(7):
+    for t in range(1, 12):
         backward(model, t)
         optimizer.step()
-        adapted.append(integrator.step(optimizer))
-        pending = torch.count_nonzero(adapters["0"].K) > 0
-        assert pending == (not adapted[-1])
-    assert adapted == [False, False, True, False, False, True, False]
-    assert (integrator.adaptations, integrator.steps, integrator.total_steps) == (2, 1, 7)
+        adapted += [t] * integrator.step(optimizer)
+        assert pending(adapters) == (t not in adapted)
+    assert adapted == [1, 2, 4, 7, 10]
+    assert (integrator.adaptations, integrator.steps, integrator.total_steps) == (5, 1, 11)
 
 
-def test_ranks_that_grow_double_at_intervals_that_double_and_drop_nothing():
-    model, adapters, integrator = two_shapes(adapt_every=10, grow=True, tau=0.9)
+def test_the_first_retractions_come_after_1_2_4_steps_until_the_cadence_is_reached():
+    model, adapters, integrator = two_shapes(adapt_every=10)
     optimizer = optimizer_of(model)
-    adapted, start = {}, integrator.ranks()
-    for t in range(1, 27):
+    adapted = []
+    for t in range(1, 37):
         backward(model, t)
         optimizer.step()
         if integrator.step(optimizer):
-            adapted[t] = integrator.ranks()
-            assert torch.count_nonzero(adapters["0"].K) == 0
-    assert list(adapted) == [1, 2, 4, 8, 16, 26]
-    for name, layer in adapters.items():
-        room = min(layer.max_rank, layer.in_features, layer.out_features)
-        assert [adapted[t][name] for t in (1, 2, 4, 8)] == [min(start[name] * 2**k, room) for k in (1, 2, 3, 4)]
-        assert adapted[16][name] < adapted[8][name]  # by tau
+            adapted.append(t)
+            assert not pending(adapters)
+    assert adapted == [1, 2, 4, 8, 16, 26, 36]
 
 
-def test_ranks_that_have_grown_do_not_grow_again_at_another_cadence():
-    model, _, integrator = two_shapes(adapt_every=3, grow=True)
+def test_a_longer_cadence_of_a_run_that_goes_on_is_reached_from_where_the_run_is():
+    model, _, integrator = two_shapes(adapt_every=3)
     optimizer = optimizer_of(model)
     train(model, integrator, optimizer, 7)
-    resumed = RankAdaptiveIntegrator(model, adapt_every=100, grow=True)
+    assert (integrator.adaptations, integrator.steps) == (4, 0)
+    resumed = RankAdaptiveIntegrator(model, adapt_every=100)
     resumed.load_state_dict(integrator.state_dict())
     integrator.close()
-    train(model, resumed, optimizer, 20, start=7)
-    assert resumed.adaptations == integrator.adaptations
+    adapted = []
+    for t in range(8, 30):
+        backward(model, t)
+        optimizer.step()
+        if resumed.step(optimizer):
+            adapted.append(t)
+    assert adapted == [14, 28]
 
 
 def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_decay_of_the_others(monkeypatch):
-    model, adapters, integrator = two_shapes(adapt_every=10, tau=0.0)  # the ranks double
-    train(model, integrator, optimizer_of(model, weight_decay=0.1), 1)
+    model, adapters, integrator = two_shapes(tau=0.0)  # the ranks double
+    backward(model)
+    optimizer_of(model, weight_decay=0.1).step()
     move = RankAdaptiveIntegrator._move
 
     def interrupted(self, group, optimizer):
@@ -128,35 +137,26 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_de
     assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 4, "4": 4}
 
 
-def test_growing_changes_nothing_where_every_step_is_retracted():
-    ranks = []
-    for grow in (False, True):
-        torch.manual_seed(0)
-        model, _, integrator = two_shapes(adapt_every=1, grow=grow)
-        train(model, integrator, optimizer_of(model), 5)
-        ranks.append((integrator.ranks(), integrator.adaptations))
-    assert ranks[0] == ranks[1]
-
-
-def test_ranks_that_grow_stay_within_the_budget():
-    model, _, integrator = two_shapes(adapt_every=10, grow=True, budget=80)
+@pytest.mark.parametrize("probes", [0, 2])
+def test_the_first_retractions_stay_within_the_budget(probes):
+    model, _, integrator = two_shapes(adapt_every=10, budget=80, probes=probes)
     optimizer = optimizer_of(model)
     for t in range(8):
         train(model, integrator, optimizer, 1, start=t)
         assert integrator.adapter_parameters() <= 80
 
 
-def test_where_ranks_end_hardly_depends_on_where_they_start_once_they_grow():
+def test_where_ranks_end_hardly_depends_on_where_they_start():
     n = 32
     torch.manual_seed(0)
     P, Q = (torch.linalg.qr(torch.randn(n, n))[0] for _ in range(2))
     target, x = P @ torch.diag(0.9 ** torch.arange(float(n))) @ Q, torch.randn(256, n)
 
-    def end(start, grow):
+    def end(start, probes):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(n, n, bias=False))
-        adapters = inject_adapters(model, AdapterConfig(init_rank=start, max_rank=16))
-        integrator = RankAdaptiveIntegrator(model, tau=0.2, adapt_every=10, grow=grow)
+        adapters = inject_adapters(model, AdapterConfig(init_rank=start, max_rank=16, probes=probes))
+        integrator = RankAdaptiveIntegrator(model, tau=0.2, adapt_every=10)
         optimizer = optimizer_of(model)
         wanted = x @ (model[0].weight + target).detach().T
         for _ in range(60):
@@ -166,12 +166,13 @@ def test_where_ranks_end_hardly_depends_on_where_they_start_once_they_grow():
             integrator.step(optimizer)
         return adapters["0"].rank
 
-    assert abs(end(2, grow=True) - end(16, grow=True)) <= 1
-    assert end(2, grow=False) < end(16, grow=False) / 2 + 1
+    assert abs(end(2, probes=2) - end(16, probes=2)) <= 1
+    assert end(2, probes=0) <= end(16, probes=0) / 2
 
 
-def test_step_without_an_optimizer_step_does_nothing():
-    model, _, integrator = two_shapes()
+@pytest.mark.parametrize("probes", [0, 2])
+def test_step_without_an_optimizer_step_does_nothing(probes):
+    model, _, integrator = two_shapes(probes=probes)
     optimizer = optimizer_of(model)
     train(model, integrator, optimizer, 1)
     before = snapshot(model, optimizer)
@@ -179,24 +180,26 @@ def test_step_without_an_optimizer_step_does_nothing():
     assert_same(snapshot(model, optimizer), before)
 
 
-def test_increments_written_by_hand_are_retracted():
-    model, adapters, integrator = two_shapes()
+@pytest.mark.parametrize("probes", [0, 2])
+def test_increments_written_by_hand_are_retracted(probes):
+    model, adapters, integrator = two_shapes(probes=probes)
     optimizer = optimizer_of(model)
     with torch.no_grad():
-        adapters["2"].K[:, :2].normal_()
+        adapters["2"].K[:, : probes + 2].normal_()
     expected = adapters["2"].delta_weight().detach()
     assert integrator.step(optimizer)
-    assert torch.count_nonzero(adapters["2"].K) == 0
+    assert not pending(adapters)
     close(adapters["2"].delta_weight().detach(), expected)
     assert not integrator.step(optimizer)
 
 
-def test_batched_retraction_is_the_same_as_one_by_one():
-    model, adapters, integrator = two_shapes(tau=0.2)
+@pytest.mark.parametrize("probes", [0, 2])
+def test_batched_retraction_is_the_same_as_one_by_one(probes):
+    model, adapters, integrator = two_shapes(tau=0.2, probes=probes)
     model.double()
     for layer in adapters.values():
-        nn.init.normal_(layer.K[:, : layer.rank].data)
-        nn.init.normal_(layer.L[:, : layer.rank].data)
+        nn.init.normal_(layer.K[:, : probes + layer.rank].data)
+        nn.init.normal_(layer.L[:, : probes + layer.rank].data)
     dense = {name: layer.delta_weight().detach() for name, layer in adapters.items()}
     integrator.retract()
     for name, layer in adapters.items():
@@ -206,12 +209,36 @@ def test_batched_retraction_is_the_same_as_one_by_one():
         close(layer.delta_weight().detach(), best_of_rank(dense[name], rank), within=EXACT)
 
 
-def test_nothing_pending_is_a_no_op_to_the_bit():
-    model, adapters, integrator = two_shapes(tau=0.3)
+@pytest.mark.parametrize("probes", [0, 2])
+def test_nothing_pending_is_a_no_op_to_the_bit(probes):
+    model, adapters, integrator = two_shapes(tau=0.3, probes=probes)
     optimizer = optimizer_of(model)
     train(model, integrator, optimizer, 3)
-    with torch.no_grad():  # spectrum on which a second truncation would drop more
-        adapters["0"].S[:3, :3] = torch.diag(torch.tensor([1.0, 0.299, 0.05]))
+    with torch.no_grad():  # spectra of which a second truncation would drop more
+        for layer in adapters.values():
+            layer.S[: layer.rank, : layer.rank] = torch.diag(0.29 ** torch.arange(float(layer.rank)))
+    before = snapshot(model, optimizer)
+    integrator.retract(optimizer)
+    assert_same(snapshot(model, optimizer), before)
+    assert not integrator.unfinished
+
+
+def test_the_last_retraction_drops_what_never_took_a_step_and_zeroes_the_probes_of_what_moves():
+    model, adapters, integrator = two_shapes(tau=0.2)
+    optimizer = optimizer_of(model)
+    train(model, integrator, optimizer, 1)
+    dead = {name: int((layer.S.diagonal()[: layer.rank] == 0).sum()) for name, layer in adapters.items()}
+    ranks, outputs = integrator.ranks(), {name: layer.delta_weight() for name, layer in adapters.items()}
+    assert max(dead.values()) > 0
+    assert integrator.unfinished
+    integrator.retract(optimizer)
+    assert not integrator.unfinished
+    assert integrator.ranks() == {name: ranks[name] - dead[name] for name in adapters}
+    for name, layer in adapters.items():
+        close(layer.delta_weight(), outputs[name])
+        if dead[name]:
+            assert not layer.U[:, : layer.probes].any()
+            assert not layer.K.any()
     before = snapshot(model, optimizer)
     integrator.retract(optimizer)
     assert_same(snapshot(model, optimizer), before)
@@ -281,13 +308,15 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count():
     assert (integrator.total_steps, integrator.skipped_steps) == (2, 0)
 
 
+@pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("adapt_every", [1, 3])
-def test_weight_decay_decays_the_update_with_the_lr_of_each_step(adapt_every):
+def test_weight_decay_decays_the_update_with_the_lr_of_each_step(adapt_every, probes):
     """With a gradient of zero, what is left of an AdamW step is its decay."""
-    _, adapter, integrator = one_layer(8, 6, 2, 4, tau=0.0, adapt_every=adapt_every)
+    _, adapter, integrator = one_layer(8, 6, 2, 4, tau=0.0, adapt_every=adapt_every, probes=probes)
+    integrator.total_steps = 100  # in the middle of a run: the first retractions come sooner
     with torch.no_grad():
         adapter.S[:2, :2] = torch.diag(torch.tensor([2.0, 1.0]).double())
-        adapter.K[:, :2] = 1e-3
+        adapter.K[:, : probes + 2] = 1e-3
     expected = adapter.delta_weight().detach()
     optimizer = torch.optim.AdamW([adapter.K, adapter.L], lr=0.1, weight_decay=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (t + 1))
@@ -298,7 +327,7 @@ def test_weight_decay_decays_the_update_with_the_lr_of_each_step(adapt_every):
         integrator.step(optimizer)
         if adapt_every == 1 and t < 2:
             with torch.no_grad():
-                adapter.K[:, :1] += 1e-9  # something must be pending for a retraction to happen
+                adapter.K[:, probes : probes + 1] += 1e-9  # something must be pending for a retraction to happen
         expected *= 1 - 0.1 / (t + 1) * 0.5
     close(adapter.delta_weight(), expected, within=1e-8)  # what was added is in the way
 
@@ -314,9 +343,10 @@ def test_ranks_stay_when_rank_changes_is_off():
     assert integrator.adaptations == 8
 
 
+@pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("tau", [0.0, 0.1])
-def test_the_budget_holds_exactly_and_min_rank_counts_inside_it(tau):
-    model, _, integrator = two_shapes(tau=tau, budget=100, min_rank=1)
+def test_the_budget_holds_exactly_and_min_rank_counts_inside_it(tau, probes):
+    model, _, integrator = two_shapes(tau=tau, budget=100, min_rank=1, probes=probes)
     optimizer = optimizer_of(model)
     for t in range(6):
         train(model, integrator, optimizer, 1, start=t)
@@ -326,8 +356,9 @@ def test_the_budget_holds_exactly_and_min_rank_counts_inside_it(tau):
         assert integrator.adapter_parameters() == 100
 
 
-def test_min_rank_zero_lets_the_budget_prune_and_rank_zero_keeps_working():
-    model, adapters, integrator = two_shapes(tau=0.0, budget=40, min_rank=0)
+@pytest.mark.parametrize("probes", [0, 2])
+def test_min_rank_zero_lets_the_budget_prune_and_rank_zero_keeps_working(probes):
+    model, adapters, integrator = two_shapes(tau=0.0, budget=40, min_rank=0, probes=probes)
     optimizer = optimizer_of(model)
     train(model, integrator, optimizer, 5)
     assert integrator.adapter_parameters() == 40
@@ -494,7 +525,6 @@ def test_works_with_parameter_groups_of_the_package():
         ({"min_rank": 7}, "min_rank=7 is above the largest max_rank, 6"),
         ({"adapt_every": 0}, "adapt_every=0"),
         ({"adapt_every": 1.5}, "adapt_every=1.5"),
-        ({"grow": "no"}, "grow='no' must be True or False"),
     ],
 )
 def test_bad_settings_are_refused_by_name_and_value(settings, message):
@@ -521,6 +551,7 @@ def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, 
     )  # once, before the first step
     with FakeTensorMode():
         model, _, integrator = two_shapes(adapt_every=3, on_nonfinite=on_nonfinite)
+        integrator.total_steps = 100  # in the middle of a run: the first retractions come sooner
         optimizer = RiemannianAdam(model, weight_decay=0.1)
 
         def step():
@@ -548,6 +579,7 @@ def test_a_step_that_does_not_adapt_waits_for_no_device(monkeypatch, precision, 
 def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, geometry, place, value, first, dtype):
     monkeypatch.setattr("geolora_pl.training.steps._waits", lambda device: True)
     model, adapters, integrator = two_shapes(adapt_every=2)
+    integrator.total_steps = 100  # in the middle of a run: the first retractions come sooner
     model.to(dtype)
     optimizer = RiemannianAdam(model, lr=0.1, weight_decay=0.1, geometry=geometry)
     if not first:
@@ -570,7 +602,7 @@ def test_a_step_skipped_on_the_device_leaves_everything_as_it_is(monkeypatch, ge
     assert_same(after[: len(before)], before)
     train(model, integrator, optimizer, 2)
     assert integrator.skipped_steps == 1
-    assert integrator.total_steps == (2 if first else 3)
+    assert integrator.total_steps == (102 if first else 103)
 
 
 @pytest.mark.parametrize(("dtype", "skipped"), [(torch.float32, 1), (torch.float64, 0)])
@@ -590,6 +622,7 @@ def test_the_limit_of_a_gradient_is_that_of_its_own_precision(dtype, skipped, ot
 def test_steps_skipped_on_the_device_before_a_state_is_loaded_are_not_taken_from_it(monkeypatch):
     monkeypatch.setattr("geolora_pl.training.steps._waits", lambda device: True)
     model, adapters, integrator = two_shapes(adapt_every=5)
+    integrator.total_steps = 100  # in the middle of a run: the first retractions come sooner
     optimizer = RiemannianAdam(model)
     state = integrator.state_dict()
     backward(model)
@@ -628,21 +661,24 @@ def test_a_step_and_a_retraction_inside_autocast_are_those_outside():
     assert_same(*runs)
 
 
-def test_the_room_for_columns_changes_nothing_but_the_room():
+@pytest.mark.parametrize(("probes", "tau"), [(0, 0.035), (2, 0.1)])
+def test_the_room_for_columns_changes_nothing_but_the_room(probes, tau):
     """With more columns than the ranks ever need, a run is the same; and so it is when ranks cross a multiple of 8."""
     runs = []
     for max_rank in (16, 24, 40):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 40)).double()
-        adapters = inject_adapters(model, AdapterConfig(init_rank=3, max_rank=max_rank, target_modules=["0", "2"]))
+        config = AdapterConfig(init_rank=3, max_rank=max_rank, target_modules=["0", "2"], probes=probes)
+        adapters, filled = inject_adapters(model, config), probes + 3
         for adapter in adapters.values():
             generator = torch.Generator().manual_seed(adapter.in_features)
             with torch.no_grad():
                 for basis in (adapter.U, adapter.V):
-                    basis[:, :3] = torch.linalg.qr(torch.randn(len(basis), 3, generator=generator).double()).Q
-        integrator = RankAdaptiveIntegrator(model, tau=0.035, adapt_every=2)
+                    gaussian = torch.randn(len(basis), filled, generator=generator).double()
+                    basis[:, :filled] = torch.linalg.qr(gaussian).Q
+        integrator = RankAdaptiveIntegrator(model, tau=tau, adapt_every=2)
         optimizer = RiemannianAdam(model, lr=1.0)
-        ranks = []
+        ranks = [list(integrator.ranks().values())]
         for t in range(14):
             generator = torch.Generator().manual_seed(t)
             x = torch.randn(64, 40, generator=generator).double()
@@ -660,10 +696,11 @@ def test_the_room_for_columns_changes_nothing_but_the_room():
             close(a, b, within=RUN)
 
 
-def test_min_rank_may_ask_for_more_columns_than_are_live():
-    _, adapter, integrator = one_layer(40, 30, 2, 24, min_rank=20)
+@pytest.mark.parametrize("probes", [0, 2])
+def test_min_rank_may_ask_for_more_columns_than_are_live(probes):
+    _, adapter, integrator = one_layer(40, 30, 2, 24, min_rank=20, probes=probes)
     with torch.no_grad():
-        adapter.K[:, :2].normal_()
+        adapter.K[:, : probes + 2].normal_()
     integrator.retract()
     assert adapter.rank == 20
     for basis in (adapter.U, adapter.V):

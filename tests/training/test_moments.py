@@ -17,6 +17,7 @@ def step(adapter, optimizer, integrator, seed):
     return integrator.step(optimizer)
 
 
+@pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize(
     ("make", "first", "second"),
     [
@@ -26,8 +27,8 @@ def step(adapter, optimizer, integrator, seed):
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum_buffer", []),
     ],
 )
-def test_the_state_of_torchs_optimizers_is_transported(make, first, second):
-    _, adapter, integrator = one_layer(10, 7, 2, 5, tau=0.1)
+def test_the_state_of_torchs_optimizers_is_transported(make, first, second, probes):
+    _, adapter, integrator = one_layer(10, 7, 2, 5, tau=0.1, probes=probes)
     optimizer = make([adapter.K, adapter.L])
     integrator.adapt_every = 2
     step(adapter, optimizer, integrator, 0)
@@ -38,13 +39,13 @@ def test_the_state_of_torchs_optimizers_is_transported(make, first, second):
     assert integrator.step(optimizer)
     assert adapter.rank > 2
     bases = U, V, adapter.U, adapter.V
-    expected_K, expected_L = transport_first_moment(before[adapter.K][first], before[adapter.L][first], *bases)
+    expected_K, expected_L = transport_first_moment(before[adapter.K][first], before[adapter.L][first], *bases, probes)
     close(optimizer.state[adapter.K][first], expected_K)
     close(optimizer.state[adapter.L][first], expected_L)
     for key in second:
         expected = transport_second_moment(before[adapter.K][key], V, adapter.V)
         close(optimizer.state[adapter.K][key], expected)
-        assert (optimizer.state[adapter.K][key][:, : adapter.rank] > 0).all()
+        assert (optimizer.state[adapter.K][key][:, probes : probes + adapter.rank] > 0).all()
     if second:
         assert torch.equal(optimizer.state[adapter.K]["step"], before[adapter.K]["step"])
 

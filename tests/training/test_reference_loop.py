@@ -19,7 +19,7 @@ def test_the_loop_of_the_page_takes_the_steps_of_the_package(tau):
     out_features, in_features = W0.shape
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=False, dtype=W0.dtype))
     model[0].weight.data.copy_(W0)
-    layer = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=min(W0.shape)))["0"]
+    layer = inject_adapters(model, AdapterConfig(init_rank=2, max_rank=min(W0.shape), probes=0))["0"]
     optimizer = torch.optim.SGD([layer.K, layer.L], lr=LR)
     integrator = RankAdaptiveIntegrator(model, tau=tau, adapt_every=1)
 
