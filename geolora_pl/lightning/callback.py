@@ -120,7 +120,7 @@ class GeoLoRACallback(L.Callback):
         if stage == "fit":
             check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
-            trainer.strategy.checkpoint_io = WholeFiles(pl_module)
+            trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
         if has_adapters(pl_module):
             self._check_origin(pl_module)
             return

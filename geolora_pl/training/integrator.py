@@ -198,7 +198,7 @@ class RankAdaptiveIntegrator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # without probes nothing was on trial
         self._watch.load_state_dict(state)
 
     def retract(self, optimizer: Optimizer | None = None) -> None:
