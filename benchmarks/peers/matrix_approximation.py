@@ -60,7 +60,7 @@ Curve = tuple[list[float], list[float]]  # loss above the least one, and norm of
 
 
 def geolora(T: Tensor, start: Start, lr: float, adaptive: bool = False) -> Iterator[Iterate]:
-    """Algorithm 1 of GeoLoRA, which has no probes, with SGD at the rank of the start, or from rank 4 with at most 16."""
+    """Algorithm 1 of GeoLoRA, without probes, with SGD at the rank of the start, or from rank 4 with at most 16."""
     U, V = (basis[:, :4] if adaptive else basis for basis in start)
     rank = U.shape[1]
     model = nn.Sequential(nn.Linear(T.shape[1], T.shape[0], bias=False, dtype=T.dtype))

@@ -80,7 +80,9 @@ def draw(records: Sequence[Record]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = sweep.make_parser(__doc__, ("digits", "held_out", "stsb", "mrpc", "sst2"), RESULTS / "rank_adaptation.jsonl")
+    parser = sweep.make_parser(
+        __doc__, ("digits", "held_out", "stsb", "mrpc", "sst2"), RESULTS / "rank_adaptation.jsonl"
+    )
     args = parser.parse_args(arguments)
     runs, steps = sweep.start(Path(__file__), args)
     records = runs.make(
