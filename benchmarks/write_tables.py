@@ -21,8 +21,9 @@ from functools import partial
 from benchmarks.peers import comparison, matrix_approximation
 from benchmarks.ranks import ablations, rank_adaptation
 from benchmarks.shared import results
+from benchmarks.shared.methods import METHODS
 from benchmarks.shared.paths import RESULTS, ROOT
-from benchmarks.shared.summary import latest
+from benchmarks.shared.summary import current, latest
 from benchmarks.shared.sweep import read
 from benchmarks.speed import products, throughput
 from benchmarks.speed.random_models import BERTS, GPT2S, VITS
@@ -54,19 +55,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def compare() -> str:
     """The methods side by side on all tasks."""
-    records = latest(read(RESULTS / "compare.jsonl"))
+    records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
     return markdown(comparison.header(records), comparison.rows(records))
 
 
 def overview() -> str:
     """Scores and parameters of the methods on the tasks that can be learnt in so few steps."""
-    records = latest(read(RESULTS / "compare.jsonl"))
+    records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
     return markdown(["method", *LEARNT, "mean", "parameters relative to LoRA's"], comparison.overview(records, LEARNT))
 
 
-def rank_adaptation_table(grow: bool) -> str:
-    """Parameters and scores by start rank, with or without ranks that grow first."""
-    records = rank_adaptation.series(read(RESULTS / "rank_adaptation.jsonl"), grow)
+def rank_adaptation_table() -> str:
+    """Parameters and scores by start rank."""
+    records = current(read(RESULTS / "rank_adaptation.jsonl"), rank_adaptation.METHODS)
     return markdown(rank_adaptation.header(records), rank_adaptation.rows(records))
 
 
@@ -108,8 +109,7 @@ def products_table(name: str, columns: Sequence[str]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
-    "rank_adaptation": partial(rank_adaptation_table, False),
-    "rank_adaptation_grown": partial(rank_adaptation_table, True),
+    "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
     "speed": speed,
     "event": event_table,
@@ -135,7 +135,7 @@ def main() -> None:
     }  # an error in one must leave all of them as they are
     for document, text in texts.items():
         document.write_text(text)
-    ablations.DOCUMENT.write_text(ablations.document(read(RESULTS / "ablations.jsonl")))
+    ablations.DOCUMENT.write_text(ablations.document(ablations.of_today(read(RESULTS / "ablations.jsonl"))))
 
 
 if __name__ == "__main__":

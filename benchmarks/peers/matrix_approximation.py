@@ -60,12 +60,12 @@ Curve = tuple[list[float], list[float]]  # loss above the least one, and norm of
 
 
 def geolora(T: Tensor, start: Start, lr: float, adaptive: bool = False) -> Iterator[Iterate]:
-    """This package with SGD, at the rank of the start, or from rank 4 with at most 16."""
+    """Algorithm 1 of GeoLoRA, without probes, with SGD at the rank of the start, or from rank 4 with at most 16."""
     U, V = (basis[:, :4] if adaptive else basis for basis in start)
     rank = U.shape[1]
     model = nn.Sequential(nn.Linear(T.shape[1], T.shape[0], bias=False, dtype=T.dtype))
     nn.init.zeros_(model[0].weight)
-    layer = inject_adapters(model, AdapterConfig(init_rank=rank, max_rank=16 if adaptive else rank))["0"]
+    layer = inject_adapters(model, AdapterConfig(init_rank=rank, max_rank=16 if adaptive else rank, probes=0))["0"]
     with torch.no_grad():
         layer.U[:, :rank], layer.V[:, :rank] = U, V
     integrator = RankAdaptiveIntegrator(model, tau=1e-3 if adaptive else 1e-12)

@@ -21,7 +21,7 @@ from benchmarks.shared import sweep
 from benchmarks.shared.methods import GeoLoRA, default_lr
 from benchmarks.shared.paths import RESULTS, ROOT
 from benchmarks.shared.results import Record
-from benchmarks.shared.summary import best_lr, spread
+from benchmarks.shared.summary import best_lr, current, spread
 from benchmarks.shared.sweep import Planned
 from geolora_pl.training.optim import Geometry
 
@@ -33,9 +33,8 @@ TRIED: Mapping[str, Mapping[str, GeoLoRA]] = {
     "How often should it retract?": {
         f"every {steps} steps": GeoLoRA(callback={"adapt_every": steps}) for steps in (1, 5, 50)
     },
-    "Should the ranks grow before anything is dropped?": {
-        "they grow": GeoLoRA(callback={"grow": True}),
-        "they grow, tau 0.3": GeoLoRA(callback={"grow": True, "tau": 0.3}),
+    "How many probes should look for new directions?": {
+        f"probes {number}": GeoLoRA(adapter={"probes": number}) for number in (0, 1, 2, 4)
     },
     "How much may a truncation drop?": {f"tau {tau}": GeoLoRA(callback={"tau": tau}) for tau in (0.03, 0.1, 0.2, 0.3)},
     "Do the moments have to move with the bases?": {"moments left as they are": GeoLoRA(carry_moments=False)},
@@ -60,16 +59,16 @@ VARIANTS = {
     question: {name: method for name, method in tried.items() if method.settings() != GeoLoRA().settings()}
     for question, tried in TRIED.items()
 }
+METHODS = {**DEFAULT, **{name: method for group in VARIANTS.values() for name, method in group.items()}}
 BUDGET = "budget of as many parameters as tau finds"
 
 
 def plan(names: Sequence[str], steps: Mapping[str, int], lrs: Sequence[float]) -> list[Planned]:
     """The runs of the sweep, except those whose budget is known only after the defaults have run."""
-    variants = {**DEFAULT, **{name: method for group in VARIANTS.values() for name, method in group.items()}}
     return [
         Planned(task, steps[task], name, method, lr, 0)
         for task in names
-        for name, method in variants.items()
+        for name, method in METHODS.items()
         for lr in lrs
     ]
 
@@ -90,8 +89,17 @@ def plan_budgets(records: Sequence[Record]) -> list[Planned]:
     ]
 
 
+def of_today(records: Sequence[Record]) -> list[Record]:
+    """The runs that were made with the settings that the variants, or the budgets that follow from them, have today."""
+    found = current(records, METHODS)
+    budgets = {sweep.key(run.description()) for run in plan_budgets(found)}
+    return [*found, *(record for record in records if sweep.key(record) in budgets)]
+
+
 def document(records: Sequence[Record]) -> str:
     """The page of the documentation: one table per question and one row per variant, with scores and parameters."""
+    if not records:
+        return "# Why the defaults are what they are\n\nNo run has been made with the defaults of today.\n"
     names = list(dict.fromkeys(record["task"] for record in records))
     commands = dict.fromkeys(record["command"] for record in records)
     seeds, lrs = (sorted({record[key] for record in records}) for key in ("seed", "lr"))

@@ -2,7 +2,7 @@
 
     python benchmarks/ranks/retraction.py
 
-The quickstart's ViT learns the digits with this package's defaults. Just before two retractions, the first and a later
+The quickstart's ViT learns the digits with this package's defaults. Just before two retractions, an early and a later
 one, the singular values of every update are taken: those of U S V^T alone, and those with the pending steps in K and L.
 It takes half a minute on one core and writes ``docs/figures/retraction.svg``.
 """
@@ -28,7 +28,7 @@ from benchmarks.shared.task import Task
 from geolora_pl import GeoLoRACallback, GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
 
-EARLY, LATER = 10, 60  # the steps after which the two retractions come
+EARLY, LATER = 16, 66  # the steps after which the two retractions come
 SHOWN = "model.blocks.1.attn.qkv"
 SEEN = 1e-6  # smaller singular values, relative to the largest, are rounding errors
 
@@ -41,7 +41,8 @@ class Retraction:
         before: Singular values of ``U S V^T``, as the last retraction left it; none before the first one.
         pending: Singular values of ``U S V^T + K V^T + U L^T``.
         old_rank: Rank before the retraction.
-        rank: Rank after the retraction.
+        kept: How many of ``pending`` the retraction has kept: those that tau keeps, and those that still grow.
+        rank: Rank after the retraction, with the directions that probes have found.
         size: Parameters per rank.
         max_rank: Largest possible rank.
     """
@@ -49,6 +50,7 @@ class Retraction:
     before: Tensor
     pending: Tensor
     old_rank: int
+    kept: int
     rank: int
     size: int
     max_rank: int
@@ -78,11 +80,11 @@ def observe(task: Task, steps: Sequence[int], seed: int = 0) -> dict[int, dict[s
 
 
 def _look(layer: GeoLoRALayer) -> tuple[Tensor, Tensor, int]:
-    return _singular_values(layer.U @ layer.S @ layer.V.mT), _singular_values(layer.delta_weight()), layer.rank
+    return _singular_values(layer.S), _singular_values(layer.delta_weight()), layer.rank
 
 
-def _sizes(layer: GeoLoRALayer) -> tuple[int, int, int]:
-    return layer.rank, layer.in_features + layer.out_features, layer.max_rank
+def _sizes(layer: GeoLoRALayer) -> tuple[int, int, int, int]:
+    return int(layer.S.any(0).sum()), layer.rank, layer.in_features + layer.out_features, layer.max_rank
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ def draw(found: dict[int, dict[str, Retraction]]) -> None:
         ax.plot(range(1, len(one.pending) + 1), one.pending, "o", color="C0", label="with the steps since")
         if len(one.before):
             ax.plot(range(1, len(one.before) + 1), one.before, "_", color="C1", markersize=12, label="a retraction ago")
-        ax.axvspan(one.rank + 0.5, len(one.pending) + 0.5, color="0.92", linewidth=0)
+        ax.axvspan(one.kept + 0.5, len(one.pending) + 0.5, color="0.92", linewidth=0)
         ax.annotate("dropped", (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", color="0.4")
         title = f"{SHOWN.removeprefix('model.')}, step {step}: rank {one.old_rank} to {one.rank}"
         ax.set(yscale="log", ylim=(1e-4, 3), xlabel="singular value", title=title)

@@ -110,10 +110,11 @@ class GeoLoRA:
 
         def after_step(step: int) -> None:
             integrator.rank_changes = step + 1 < adapting or schedule["adapt_until"] == 1
-            if self.carry_moments:
-                integrator.step(optimizer)
-            elif (step + 1) % integrator.adapt_every == 0:
-                integrator.retract()
+            states = () if self.carry_moments else tuple(optimizer.state.values())
+            moments = [(value, value.clone()) for state in states for value in state.values()]
+            integrator.step(optimizer)
+            for value, before in moments:
+                value.copy_(before)
             if step + 1 == task.steps:
                 integrator.retract(optimizer)  # as the callback does with what is still pending
 

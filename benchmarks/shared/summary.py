@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.shared.methods import Method
 from benchmarks.shared.results import Record
 
 ALIVE = 0.03  # a learning rate whose score is less than this below the best one still works
@@ -92,6 +94,17 @@ def reach(curve: list[list[float]], score: float) -> tuple[float, float] | None:
             return before[0] + part * (point[0] - before[0]), before[1] + part * (point[1] - before[1])
         before = point
     return None
+
+
+def current(records: Records, methods: Mapping[str, Method]) -> list[Record]:
+    """The runs of some methods that were made with the settings that these have today.
+
+    Args:
+        records: Runs as they are read from a file.
+        methods: The methods by their names in the records.
+    """
+    today = {name: json.loads(json.dumps(method.settings())) for name, method in methods.items()}
+    return [r for r in records if r["method"] in today and r["settings"] == today[r["method"]]]
 
 
 def latest(records: Records) -> Records:

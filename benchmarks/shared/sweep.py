@@ -61,7 +61,7 @@ class Planned:
 def read(path: Path) -> list[Record]:
     """The runs in a file, each of them once; none if the file does not exist."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return list({_key(record): record for record in map(json.loads, lines)}.values())
+    return list({key(record): record for record in map(json.loads, lines)}.values())
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class Sweep:
         """
         console = Console()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        keys = [_key(run.description()) for run in planned]
-        there = {_key(record) for record in read(self.path)}
-        for record in self._new([run for run, key in zip(planned, keys, strict=True) if key not in there]):
+        keys = [key(run.description()) for run in planned]
+        there = {key(record) for record in read(self.path)}
+        for record in self._new([run for run, of_run in zip(planned, keys, strict=True) if of_run not in there]):
             with self.path.open("a") as file:
                 file.write(json.dumps(record | {"command": self.command}) + "\n")
             what = f"{record['task']} {record['method']} lr {record['lr']:g} seed {record['seed']}"
             console.print(f"{what}: {record['score']:.4f} ({record['seconds']:.0f} s, {record['parameters']:,})")
-        by_key = {_key(record): record for record in read(self.path)}
-        return [by_key[key] for key in keys]
+        by_key = {key(record): record for record in read(self.path)}
+        return [by_key[of_run] for of_run in keys]
 
     def search(self, planned: Sequence[Planned], seeds: int) -> list[Record]:
         """Make the runs, and then more seeds at the best learning rate of each method on each task.
@@ -152,7 +152,8 @@ def train(planned: Planned, glue: Path) -> Record:
     return {**planned.description(), **result, "machine": machine()}
 
 
-def _key(record: Record) -> str:
+def key(record: Record) -> str:
+    """What tells a run from all others; a run that is there with the same key is not made again."""
     return json.dumps([record[name] for name in KEY], sort_keys=True)
 
 

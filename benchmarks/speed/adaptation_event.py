@@ -40,7 +40,7 @@ class Adapters:
         for _ in range(3):  # the ranks settle as in a run
             self._take_a_step()
             for integrator in self.integrators:
-                integrator.retract(self.optimizer)
+                integrator.step(self.optimizer)
         self._take_a_step()
         self._saved = [tensor.clone() for tensor in self._tensors()]
 
@@ -61,10 +61,12 @@ class Adapters:
         torch._foreach_copy_(self._tensors(), self._saved)
         for layer in self.layers:
             layer.read_rank()
+        for integrator in self.integrators:
+            integrator.steps = 1  # of which the saved state is the result
         watch = timing.Stopwatch(device)
         watch.mark()
         for integrator in self.integrators:
-            integrator.retract(self.optimizer)
+            integrator.step(self.optimizer)
         watch.mark()
         return watch.seconds()[0]
 

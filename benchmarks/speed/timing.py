@@ -43,7 +43,7 @@ class Bound(Full):
 
 
 def compared_at(rank: int) -> dict[str, Method]:
-    """The methods with ``rank`` columns per adapter, all of them live.
+    """The methods with ``rank`` columns per adapter, all of them live; ours have their probes beside them.
 
     ``defaults`` is this package with its default ``max_rank``. ``room`` has 64 columns of which 6 stay live, to show
     what unused columns cost. AdaLoRA ends at the given rank and starts at one and a half times as much, as its

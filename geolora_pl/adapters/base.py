@@ -214,8 +214,7 @@ class GeoLoRALayer(nn.Module):
         return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if all(prefix + name in state_dict for name in FACTORS):
-            self._fit_probes(state_dict, prefix)
+        self.fit_probes(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in FACTORS:  # load_state_dict(assign=True) may have put factors of low precision here
             factor = getattr(self, name)
@@ -224,10 +223,13 @@ class GeoLoRALayer(nn.Module):
                 setattr(self, name, nn.Parameter(wide, requires_grad=factor.requires_grad))
         self.read_rank()
 
-    def _fit_probes(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def fit_probes(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Give factors of another number of probes ours, which are zero until the next retraction, in place."""
+        factors = [state_dict.get(prefix + name) for name in FACTORS]
+        if any(factor is None or factor.dim() != 2 for factor in factors):
+            return  # loading them says what is wrong
         probes = state_dict[f"{prefix}U"].shape[1] - state_dict[f"{prefix}S"].shape[1]
-        if probes == self.probes:
+        if probes == self.probes or probes < 0:
             return
         for name in ("U", "V", "K", "L"):
             live = state_dict[prefix + name][:, probes:]

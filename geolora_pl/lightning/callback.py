@@ -42,10 +42,11 @@ class GeoLoRACallback(L.Callback):
     ``modules_to_save``. From then on the callback follows the optimizer's steps themselves, not batches, so that
     accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
 
-    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params``, ``skipped_steps``, ``orthonormality_defect``, and of
-    the last retraction ``truncation_error`` (relative Frobenius norm of what was dropped), ``energy_kept`` (one less
-    its square) and ``adaptation_time`` in seconds; TensorBoard and Weights & Biases also get pictures: ``rank_map``,
-    ``ranks_over_time``, ``spectra``. It prints a table before and after a fit, but for ``enable_model_summary=False``.
+    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params`` (of the live ranks, without probes), ``skipped_steps``,
+    ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm of what was
+    dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and Weights & Biases
+    also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. It prints a table before and after a fit, but for
+    ``enable_model_summary=False``.
 
     Args:
         tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
@@ -120,7 +121,7 @@ class GeoLoRACallback(L.Callback):
         if stage == "fit":
             check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
-            trainer.strategy.checkpoint_io = WholeFiles(pl_module)
+            trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
         if has_adapters(pl_module):
             self._check_origin(pl_module)
             return

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import nn
 
 from geolora_pl.lightning.internals import PathLike
-from geolora_pl.storage.checkpoint import complete, read_checkpoint
+from geolora_pl.storage.checkpoint import check_probes, complete, read_checkpoint
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -22,10 +22,12 @@ class WholeFiles(TorchCheckpointIO):
 
     Args:
         module: The module from which a small checkpoint that is loaded gets its base.
+        resumes: Whether a fit goes on from a checkpoint that is loaded, which takes more than its weights.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, resumes: bool = False) -> None:
         self._module = module
+        self._resumes = resumes
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
@@ -61,12 +63,14 @@ class WholeFiles(TorchCheckpointIO):
         """Read a checkpoint, and complete a small one.
 
         Raises:
-            ValueError: The file is not a whole checkpoint, or it belongs to another base.
+            ValueError: The file is not a whole checkpoint, it belongs to another base, or a fit cannot go on from it.
         """
         if "://" in str(path) or weights_only is False:
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
         else:
             checkpoint = read_checkpoint(path)
+        if self._resumes:
+            check_probes(checkpoint, self._module)
         _forget_other_files(checkpoint)
         complete(checkpoint, self._module)
         return checkpoint

@@ -13,6 +13,7 @@ from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
+from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
 from geolora_pl.lightning.callback import GeoLoRACallback
@@ -25,7 +26,7 @@ from geolora_pl.training.schedule import warmup_cosine
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_MAY_DIFFER = ("init_rank", "dropout")  # of adapters that are loaded
+_MAY_DIFFER = ("init_rank", "dropout", "probes")  # of adapters that are loaded
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -263,7 +264,10 @@ class GeoLoRAModule(L.LightningModule):
         Raises:
             ValueError: A name is missing or unknown (if ``strict``), or a shape differs.
         """
-        own = self.state_dict()
+        own, state_dict = self.state_dict(), dict(state_dict)
+        for name, layer in self.named_modules(remove_duplicate=False):
+            if isinstance(layer, GeoLoRALayer):
+                layer.fit_probes(state_dict, f"{name}.")
         wrong = [
             f"{name} is {tuple(state_dict[name].shape)} there and {tuple(value.shape)} here"
             for name, value in own.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,14 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
     factors, own = _factors(adapters), _own(model, adapters)
     trained = [p for p in model.parameters() if p.requires_grad]
     in_full = _count(p for p in own if p.requires_grad)
-    largest = sum(layer.max_rank * (layer.in_features + layer.out_features) for layer in adapters.values())
+    largest, probing = (
+        sum(columns(layer) * (layer.in_features + layer.out_features) for layer in adapters.values())
+        for columns in (attrgetter("max_rank"), attrgetter("probes"))
+    )
+    probes = f"; probes train {probing:,} more, which no exported file holds" if probing else ""
     lines = [
         f"trainable: {active + in_full:,} parameters, {active:,} in adapters (at most {largest:,}) and {in_full:,} of "
-        f"the {_count(own):,} of the model itself",
+        f"the {_count(own):,} of the model itself{probes}",
         f"memory: {_size(own)} of weights, {_size(factors)} of adapters, {_size(trained)} of gradients, besides the "
         "optimizer's state",
     ]

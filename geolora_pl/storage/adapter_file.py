@@ -24,9 +24,10 @@ _KINDS = ("adapters", "trained", "buffers")  # a tensor's name in the file start
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapters and whatever else was trained to one safetensors file.
 
-    An adapter of rank r is stored as ``U (m, r), S (r, r), V (n, r)``, whatever ``max_rank`` is. Pending increments
-    are folded into the copy that is written; the model does not change. The file also holds the configuration, the
-    name of the base, a hash of its frozen weights and a checksum. An existing file is replaced in one step.
+    An adapter of rank r is stored as ``U (m, r), S (r, r), V (n, r)``, whatever ``max_rank`` is, and without its
+    probes. Pending increments are folded into the copy that is written; the model does not change. The file also holds
+    the configuration, the name of the base, a hash of its frozen weights and a checksum. An existing file is replaced
+    in one step.
 
     Args:
         model: A model with adapters.
@@ -50,8 +51,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load a file of :func:`save_adapter` into its base, plain or with fresh adapters; training can go on from it.
 
     The whole file is checked before the model is touched. A plain model gets the adapters of the file, and what was
-    trained with them becomes trainable again; existing adapters keep their own dropout and ``max_rank``. Load the file
-    before the optimizer is made, because the optimizer's state does not follow the new values.
+    trained with them becomes trainable again; existing adapters keep their own dropout, ``max_rank`` and number of
+    probes. Load the file before the optimizer is made, because the optimizer's state does not follow the new values.
 
     Args:
         model: The base that the adapter was trained on, in any precision.

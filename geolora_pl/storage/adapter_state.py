@@ -58,7 +58,9 @@ def exactly(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float = 0.0) -> AdapterConfig:
+def config_of(
+    max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float = 0.0, probes: int = AdapterConfig.probes
+) -> AdapterConfig:
     """The configuration that adapts exactly these layers.
 
     Example:
@@ -72,12 +74,13 @@ def config_of(max_ranks: Mapping[str, int], alpha: float = 1.0, dropout: float =
         alpha=alpha,
         dropout=dropout,
         rank_pattern={exactly(name): rank for name, rank in max_ranks.items()},
+        probes=probes,
     )
 
 
 @torch.no_grad()
 def retracted(layer: GeoLoRALayer) -> Factors:
-    """An adapter with its pending increments folded in; the layer stays as it is.
+    """An adapter with its pending increments folded in and without its probes; the layer stays as it is.
 
     Without pending increments the factors are copied bit for bit. With increments the sum is decomposed again, and at
     most ``max_rank`` leading directions are kept, as in a retraction of the integrator.
@@ -102,20 +105,20 @@ def capture(model: nn.Module) -> AdapterState:
     """Copy what training has changed in a model.
 
     Raises:
-        ValueError: The model has no adapters, or they differ in ``alpha`` or ``dropout``.
+        ValueError: The model has no adapters, or they differ in ``alpha``, ``dropout`` or ``probes``.
     """
     adapters = find_adapters(model)
     if not adapters:
         raise ValueError("the model holds no adapters: there is nothing to save; inject_adapters(model) first")
-    kinds = {(layer.scaling, getattr(layer.dropout, "p", 0.0)) for layer in adapters.values()}
+    kinds = {(layer.scaling, getattr(layer.dropout, "p", 0.0), layer.probes) for layer in adapters.values()}
     if len(kinds) > 1:
-        raise ValueError(f"the adapters differ in (alpha, dropout), {sorted(kinds)}: give all of them the same")
-    ((alpha, dropout),) = kinds
+        raise ValueError(f"the adapters differ in (alpha, dropout, probes), {sorted(kinds)}: give all of them the same")
+    ((alpha, dropout, probes),) = kinds
     names = trained_names(model)
     parameters = base_parameters(model)
     # A layer that has several names, or shares its weight with others, must be adapted under each of its names.
     everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
-    config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout)
+    config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout, probes)
     return AdapterState(
         config=replace(config, target_modules=f"({'|'.join(map(re.escape, everywhere))})"),
         factors={name: retracted(layer) for name, layer in adapters.items()},

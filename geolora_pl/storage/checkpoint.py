@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
@@ -67,6 +68,32 @@ def _load(path: Path, mmap: bool) -> object:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def check_probes(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Refuse a checkpoint that training cannot go on from, because its adapters have another number of probes.
+
+    Its weights can be loaded. But what the probes have gathered is missing then, and the optimizer's state has columns
+    for other directions than the model.
+
+    Args:
+        checkpoint: The checkpoint of Lightning.
+        module: A module with adapters in it.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    factors = checkpoint.get("state_dict", {})
+    for name, layer in find_adapters(module).items():
+        U, S = factors.get(f"{name}.U"), factors.get(f"{name}.S")
+        if U is None or S is None or U.dim() != 2 or S.dim() != 2:
+            continue  # loading the weights says what is wrong with them
+        if (theirs := U.shape[1] - S.shape[1]) != layer.probes:
+            raise ValueError(
+                f"the run of the checkpoint has {theirs} probes per adapter and this model has {layer.probes}, so its "
+                f"training cannot go on: set probes={theirs} of the adapters, as the run has it, or export the "
+                "checkpoint as an adapter and start a new run from its weights"
+            )
 
 
 def describe_base(module: nn.Module) -> dict[str, Any]:

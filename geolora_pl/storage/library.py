@@ -125,7 +125,7 @@ class AdapterLibrary:
         The sum is computed by QR of the joint bases and the SVD of the small core. It is exact while the sum of the
         ranks is at most ``max_rank`` (the largest among the adapters for that layer), and otherwise the best
         approximation of that rank. Whatever else was trained is summed as its difference from the base, with the same
-        weights. The dropout is that of the first adapter.
+        weights. Dropout and probes are those of the first adapter.
 
         Args:
             name: The name of the sum.
@@ -162,7 +162,7 @@ class AdapterLibrary:
         self._states[name] = replace(
             first,
             config=replace(
-                config_of(max_ranks, alpha, first.config.dropout),
+                config_of(max_ranks, alpha, first.config.dropout, first.config.probes),
                 target_modules="|".join(str(state.config.target_modules) for state, _ in states),
             ),
             factors=factors,
@@ -209,9 +209,9 @@ class AdapterLibrary:
         return summed
 
 
-def _made_with(state: AdapterState) -> tuple[Mapping[str, int], float, float]:
+def _made_with(state: AdapterState) -> tuple[Mapping[str, int], float, float, int]:
     """The settings of adapters: if they are equal, new values overwrite the old; if not, adapters are made again."""
-    return state.max_ranks, state.config.alpha, state.config.dropout
+    return state.max_ranks, state.config.alpha, state.config.dropout, state.config.probes
 
 
 def _sum(parts: list[tuple[Factors, float]], max_rank: int) -> tuple[Factors, Tensor]:

@@ -198,7 +198,7 @@ class RankAdaptiveIntegrator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # without probes nothing was on trial
         self._watch.load_state_dict(state)
 
     def retract(self, optimizer: Optimizer | None = None) -> None:
@@ -219,6 +219,10 @@ class RankAdaptiveIntegrator:
         what = Retraction(self.rule, self.rank_changes, admits, seed=self.adaptations)
         with exact_products(next(iter(self.adapters.values())).U.device):
             self._carry_out(plan_retraction(self.adapters, self._watch.decay, what), optimizer)
+        if self._on_trial and not admits:
+            for layer in self.adapters.values():  # also those that did not move
+                for factor in (layer.U, layer.V, layer.K, layer.L):
+                    factor[:, : layer.probes] = 0
         self.steps = 0
         self.adaptations += 1
         self._on_trial = admits

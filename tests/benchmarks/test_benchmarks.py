@@ -71,6 +71,9 @@ def test_a_method_trains_what_it_should_and_nothing_else(name):
     for key, value in model.named_parameters():
         trained = key.startswith("model.4.") or any(part in key for part in TRAINED[name])
         assert value.requires_grad == trained, key
+        if key.endswith((".K", ".L")):  # what the last probes gather does not count
+            probes = model.get_submodule(key.rpartition(".")[0]).probes
+            value, before[key] = value[:, probes:], before[key][:, probes:]
         moved = any(key.endswith(part) for part in MOVED[name]) if name in MOVED and "model.4" not in key else trained
         assert torch.equal(value, before[key]) != moved, key
 
@@ -219,15 +222,17 @@ def test_a_retraction_without_the_optimizer_leaves_the_moments():
 
 
 def test_of_a_retraction_is_drawn_what_it_kept(monkeypatch):
-    found = retraction.observe(tiny_task(20), (2, 6))  # of the run's retractions, at every second step
+    found = retraction.observe(tiny_task(20), (1, 6))  # of the run's retractions, after 1, 2, 4, 6, ... steps
     for step, of_step in found.items():
         assert set(of_step) == set(SIZES)
         for name, one in of_step.items():
             assert one.size == SIZES[name]
-            assert one.rank == retraction.kept_rank(one.pending, 0.2, one.max_rank)
-            assert len(one.before) == (0 if step == 2 else one.old_rank)
+            by_tau = retraction.kept_rank(one.pending, 0.3, one.max_rank)
+            assert by_tau <= one.kept <= max(by_tau, one.old_rank)
+            assert one.kept <= one.rank
+            assert len(one.before) <= (0 if step == 1 else one.old_rank)
             assert len(one.pending) > one.old_rank
-        assert retraction.parameters(list(of_step.values()), 0.2) == sum(r.rank * r.size for r in of_step.values())
+        assert retraction.parameters(list(of_step.values()), 0.3) <= sum(r.kept * r.size for r in of_step.values())
     assert retraction.kept_rank(torch.tensor([1.0, 0.5, 0.05]), 0.1, 3) == 2
     drawn = []
     monkeypatch.setattr(retraction.figures, "save", lambda figure, name: drawn.append(name))

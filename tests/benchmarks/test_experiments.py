@@ -1,5 +1,8 @@
 """What the experiments say of their runs: tables, pages, figures, and the descent on one matrix."""
 
+import copy
+import json
+
 import pytest
 
 pytest.importorskip("peft")
@@ -8,7 +11,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import write_tables
 from benchmarks.peers import comparison, matrix_approximation
 from benchmarks.ranks import ablations, rank_adaptation
-from benchmarks.shared import figures, summary, sweep
+from benchmarks.shared import figures, harness, summary, sweep
 from benchmarks.shared.methods import GeoLoRA
 from benchmarks.shared.paths import RESULTS
 
@@ -58,16 +61,37 @@ def test_a_rate_is_alive_only_without_a_gap():
 
 def test_start_ranks_are_compared_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", tmp_path)
-    settings = {grow: rank_adaptation.method(2, grow).settings() for grow in (True, False)}
     records = [
-        record("2", parameters=100, score=0.9, settings=settings[True]),
-        record("4", parameters=120, score=0.88, settings=settings[True]),
-        record("2", parameters=100, score=0.9, settings=settings[False]),
+        record("2", parameters=100, score=0.9),
+        record("4", parameters=120, score=0.88),
     ]
-    assert rank_adaptation.rows(rank_adaptation.series(records, True))[-1] == ["apart", "20%", "0.020"]
-    assert rank_adaptation.rows(rank_adaptation.series(records, False))[-1] == ["apart", "0%", "0.000"]
+    assert rank_adaptation.rows(records)[-1] == ["apart", "20%", "0.020"]
+    assert rank_adaptation.rows(records[:1])[-1] == ["apart", "0%", "0.000"]
     rank_adaptation.draw(records)
     assert (tmp_path / "rank_adaptation.svg").stat().st_size > 1000
+
+
+def test_runs_of_settings_that_no_longer_exist_are_in_no_table():
+    """A default that has changed since, and a setting that is gone."""
+    today = json.loads(json.dumps(GeoLoRA().settings()))
+    another, gone = copy.deepcopy(today), copy.deepcopy(today)
+    another["callback"]["tau"] = 0.017
+    gone["callback"]["grow"] = False
+    runs = [record("the defaults", settings=settings, steps=9, warmup=0.1) for settings in (another, today, gone)]
+    assert summary.current(runs, ablations.DEFAULT) == [runs[1]]
+    assert summary.current(runs, {"another method": GeoLoRA()}) == []
+    runs = [{**run, "warmup": harness.warmup()} for run in runs]
+    budgets = [
+        record(
+            ablations.BUDGET,
+            settings=GeoLoRA(callback={"tau": 0.01, "budget": budget}).settings(),
+            steps=9,
+            warmup=harness.warmup(),
+        )
+        for budget in (100, 99)  # parameters of the defaults today, and of others
+    ]
+    assert ablations.of_today([*runs, *budgets]) == [runs[1], budgets[0]]
+    assert "No run has been made" in ablations.document(ablations.of_today([runs[0], *budgets]))
 
 
 def test_the_page_of_the_ablations():
@@ -87,7 +111,7 @@ def test_every_ablation_differs_from_the_default():
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("ablations.jsonl")))
 def test_the_page_in_the_documentation_is_that_of_the_committed_results(path):
-    assert ablations.DOCUMENT.read_text() == ablations.document(sweep.read(path))
+    assert ablations.DOCUMENT.read_text() == ablations.document(ablations.of_today(sweep.read(path)))
 
 
 @pytest.fixture

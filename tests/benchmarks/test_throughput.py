@@ -14,6 +14,7 @@ from benchmarks.shared.methods import LoRA
 from benchmarks.shared.task import to_device
 from benchmarks.speed import adaptation_event, growth, memory, random_models, throughput, timing
 from benchmarks.speed.random_models import BERTS, Setup
+from geolora_pl import AdapterConfig
 
 TINY = Setup("bert", rank=2, batch_size=8, length=8, sizes=(32, 2, 2))
 
@@ -64,7 +65,8 @@ def test_the_classes_can_be_told_apart():
 
 
 def test_equal_rank_is_equal_columns():
-    for name, columns in (("geolora", 2), ("defaults", 16), ("lora", 2), ("adalora", 3)):
+    probes = AdapterConfig().probes
+    for name, columns in (("geolora", 2 + probes), ("defaults", 16 + probes), ("lora", 2), ("adalora", 3)):
         training, _ = tiny_training(name)
         sizes = {p.shape for key, p in training.model.named_parameters() if ".K" in key or "lora_A" in key}
         assert {min(size) for size in sizes} == {columns}, name

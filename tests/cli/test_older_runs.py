@@ -1,4 +1,4 @@
-"""A run that was made before the package lay in folders, by the commands and files of that time, is still one."""
+"""A run that was made before the package lay in folders and adapters had probes, by the files of that time, is one."""
 
 import csv
 import json
@@ -11,12 +11,15 @@ import torch
 from geolora_pl.cli.dispatch import main
 from geolora_pl.tasks import ImageClassification
 
+QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 RUN = Path(__file__).parent / "run_before_folders"
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     shutil.copytree(RUN, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("  grow: false\n", ""))  # a setting that is gone
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
@@ -26,8 +29,16 @@ def losses(metrics):
     return {int(row["step"]): float(row["train_loss"]) for row in rows if row["train_loss"]}
 
 
+FIT = ["fit", "--config=run/config.yaml", "--ckpt_path=run/checkpoints/middle.ckpt", "--trainer.logger.name=again"]
+
+
+def test_it_does_not_go_on_with_probes(run):
+    with pytest.raises(ValueError, match=r"the checkpoint has 0 probes per adapter and this model has 2, .*probes=0 "):
+        main(FIT)
+
+
 def test_it_resumes_where_it_was(run):
-    main(["fit", "--config=run/config.yaml", "--ckpt_path=run/checkpoints/middle.ckpt", "--trainer.logger.name=again"])
+    main([*FIT, "--model.init_args.adapter.probes=0"])
     first, again = losses(run / "metrics.csv"), losses(Path("again/metrics.csv"))
     assert sorted(again) == [7, 8, 9]
     # On another processor than that of the first run the losses agree to rounding, which grows from step to step.
@@ -49,5 +60,7 @@ def test_its_module_ranks_and_report_are_there(run, capsys, monkeypatch):
     assert module(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     main(["ranks", "--ckpt_path=run/checkpoints/middle.ckpt"])
     assert "model.blocks.0.attn.qkv" in capsys.readouterr().out
+    main(["validate", "--config=run/config.yaml", "--ckpt_path=run/checkpoints/middle.ckpt", *QUIET])
+    assert "val_accuracy" in capsys.readouterr().out
     main(["report", "--run=run"])
     assert "val_accuracy" in (run / "report.html").read_text()

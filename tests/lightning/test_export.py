@@ -188,7 +188,11 @@ def test_ranks_shows_every_adapter(image, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     module, ckpt = image
     layers = find_adapters(module)
-    layers["model.blocks.0.attn.qkv"].S.data[:4, :4] = torch.diag(torch.tensor([8.0, 3.4, 0.1, 0.0]))
+    rank_4 = layers["model.blocks.0.attn.qkv"]
+    rank_4.U.data[:, rank_4.probes : rank_4.probes + 4] = torch.eye(len(rank_4.U), 4)
+    rank_4.V.data[:, rank_4.probes : rank_4.probes + 4] = torch.eye(len(rank_4.V), 4)
+    rank_4.read_rank()
+    rank_4.S.data[:4, :4] = torch.diag(torch.tensor([8.0, 3.4, 0.1, 0.0]))
     main(["ranks", "--ckpt_path", save(module, ckpt)])
     out = capsys.readouterr().out
     assert all(name in out for name in layers)

@@ -46,9 +46,10 @@ def test_the_start_says_what_is_adapted_what_is_trained_and_what_it_takes():
     assert ["m.*.fc1", "3", "16 x 8", "2", "4", "144"] in [
         [cell.strip() for cell in row.strip("│").split("│")] for row in out.splitlines()
     ]
-    # 6 layers of 24 at rank 2; head 18; base 3 * (144 + 136) + 18
-    assert "trainable: 306 parameters, 288 in adapters (at most 576) and 18 of the 858 of the model itself" in out
-    assert "memory: 3.43 kB of weights, 4.99 kB of adapters, 2.38 kB of gradients, besides" in out
+    # 6 layers of 24 at rank 2 with 2 probes; head 18; base 3 * (144 + 136) + 18
+    assert "trainable: 306 parameters, 288 in adapters (at most 576) and 18 of the 858 of the model itself; " in out
+    assert "; probes train 288 more, which no exported file holds" in out
+    assert "memory: 3.43 kB of weights, 7.3 kB of adapters, 3.53 kB of gradients, besides" in out
 
 
 def test_layers_of_several_shapes_and_ranks_are_told_together():
@@ -81,7 +82,7 @@ def test_a_fit_ends_with_ranks_scores_time_and_the_files(tmp_path, capfd):
     assert f"│ body.0 │ {module.body[0].rank}     │ 2.0 -> {module.body[0].rank}.0 │" in end
     total = sum(p.numel() for p in Foreign().parameters())
     assert f"of the {total} of the model itself" in end
-    for line in ("val_loss: 0.", "train_loss: 0.", "time: ", "for 12 adaptations of the ranks"):
+    for line in ("val_loss: 0.", "train_loss: 0.", "time: ", "for 13 adaptations of the ranks"):
         assert line in end, line
     assert f"logs: {tmp_path}" in end
     assert f"best checkpoint: {checkpoint.best_model_path} (val_loss 0." in end
@@ -97,17 +98,17 @@ def test_a_resumed_run_counts_the_adaptations_that_its_time_is_of(tmp_path, capf
         trainer(callback, checkpoint, **settings).fit(Foreign(), loader(batches=8), ckpt_path=ckpt_path)
         return callback.integrator.adaptations, capfd.readouterr().out
 
-    assert fit(3)[0] == 6
+    assert fit(3)[0] == 9  # after 1, 2, 4, 8, 12, ... 24 steps, and at the end
     adaptations, out = fit(4, tmp_path / "last.ckpt")
-    assert adaptations == 8
-    assert "for 2 adaptations of the ranks" in out
+    assert adaptations == 12
+    assert "for 3 adaptations of the ranks" in out
 
 
 def test_the_last_retraction_is_timed_as_well(capfd):
     callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=4)
     trainer(callback, enable_model_summary=True).fit(Foreign(), loader())
-    assert callback.integrator.adaptations == 2  # of four steps and of the two that were left
-    assert "for 2 adaptations of the ranks" in capfd.readouterr().out
+    assert callback.integrator.adaptations == 4  # after 1, 2 and 4 steps, and of the two that were left
+    assert "for 4 adaptations of the ranks" in capfd.readouterr().out
 
 
 def test_it_is_quiet_when_told(tmp_path, capfd):

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 from small import Small
 from torch.utils.data import DataLoader, TensorDataset
 
-from geolora_pl import AdapterConfig, GeoLoRACallback
+from geolora_pl import AdapterConfig, GeoLoRACallback, inject_adapters
+from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lightning.checkpoint_io import WholeFiles
+from geolora_pl.math.decomposition import without_probes
 from geolora_pl.storage.checkpoint import complete
 from geolora_pl.tasks import ImageClassification
 
@@ -60,6 +63,53 @@ def test_another_base_is_refused_and_nothing_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="this base is not the one that they were trained on"):
         evaluate(other, path)
     assert torch.equal(other.head.weight, before)
+
+
+class Own(Foreign):
+    """Has adapters of its own, so that whatever is loaded into them can be seen."""
+
+    def __init__(self, probes):
+        super().__init__()
+        inject_adapters(self, replace(ADAPTER, probes=probes))
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 2), (3, 2), (2, 0)])
+def test_a_run_with_another_number_of_probes_does_not_go_on_but_its_weights_are_loaded(tmp_path, before, now):
+    module = Own(before)
+    path = train(tmp_path, module, small=False, adapter=None)
+    other = Own(now)
+    untouched = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    message = f"has {before} probes per adapter and this model has {now}, .* set probes={before} .* or export"
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(GeoLoRACallback(), max_epochs=4).fit(other, loader(), ckpt_path=path, weights_only=True)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in other.state_dict().items())
+
+    assert evaluate(other, path, adapter=None) == evaluate(Own(before), path, adapter=None)
+    for name, layer in find_adapters(other).items():
+        theirs = find_adapters(module)[name]
+        for ours, expected in zip(factors_without_probes(layer), factors_without_probes(theirs), strict=True):
+            assert torch.equal(ours, expected)
+        assert not layer.U[:, : layer.probes].any()
+
+    same = Own(before)
+    trainer(GeoLoRACallback(), max_epochs=4).fit(same, loader(), ckpt_path=path, weights_only=True)
+    assert same.trainer.global_step == 24
+
+
+def factors_without_probes(layer):
+    return without_probes(*(getattr(layer, factor) for factor in "USVKL"))
+
+
+def test_a_task_with_another_number_of_probes_is_refused_by_the_same_words(tmp_path):
+    adapter = AdapterConfig(max_rank=4, probes=1)
+    path = train(tmp_path, Small(adapter=adapter), small=False, adapter=None)
+    other = Small(adapter=replace(adapter, probes=2))
+    with pytest.raises(ValueError, match="has 1 probes per adapter and this model has 2"):
+        trainer(GeoLoRACallback(), max_epochs=4).fit(other, loader(), ckpt_path=path, weights_only=True)
+    expected = Small.load_from_checkpoint(path).model(torch.ones(1, 10))
+    assert torch.equal(Small.load_from_checkpoint(path, adapter=other.adapter).model(torch.ones(1, 10)), expected)
+    evaluate(Small(adapter=other.adapter), path, adapter=None)
 
 
 class Moved(Small):

@@ -128,7 +128,7 @@ def test_beyond_max_rank_the_sum_is_the_best_approximation_and_the_loss_is_said(
     tails = [torch.linalg.svdvals(delta)[5:].square().sum() for delta in wanted.values()]
     total = sum(delta.square().sum() for delta in wanted.values())
     assert cut == pytest.approx(float((sum(tails) / total).sqrt()), abs=rounding(torch.float32))
-    assert cut > 0.01
+    assert cut > 0.001
     for (name, delta), tail in zip(wanted.items(), tails, strict=True):
         assert library.model.get_submodule(name).rank == 5
         error = (deltas(library.model)[name] - delta).norm()

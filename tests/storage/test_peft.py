@@ -70,12 +70,13 @@ def adapt(model, heads, **settings):
     with torch.no_grad():
         for index, layer in enumerate(adapters.values()):
             rank = (5, 0, 1, 3)[index % 4]
-            layer.U[:, rank:], layer.V[:, rank:] = 0, 0
+            used = layer.probes + rank
+            layer.U[:, used:], layer.V[:, used:] = 0, 0
             layer.read_rank()
             layer.S[:rank, :rank].normal_()
             if rank == 1:
-                layer.K[:, :rank].normal_()
-                layer.L[:, :rank].normal_()
+                layer.K[:, :used].normal_()
+                layer.L[:, :used].normal_()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name.rpartition(".")[2] not in {"K", "L"}:
                 parameter.add_(0.3 * torch.randn_like(parameter))

@@ -14,8 +14,8 @@ def move(module):
     """What training does, in short."""
     with torch.no_grad():
         for index, layer in enumerate(find_adapters(module).values()):
-            layer.S[:3, :3].normal_()
-            layer.K[:, : index % 2].normal_()
+            layer.S[: layer.rank, : layer.rank].normal_()
+            layer.K[:, : layer.probes + index % 2].normal_()
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and name[-2:] not in {".K", ".L"}:
                 parameter.normal_()
