@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geolora_pl.adapters.base import GeoLoRALayer
-from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.fused import fused_linear
 from geolora_pl.adapters.internals import convolve, has_hooks
 from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast

@@ -12,38 +12,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.math.decomposition import Decomposition, first, project_out, svd_of_product
+from geolora_pl.math.decomposition import Decomposition, first, project_out, svd
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.math.transport import outside_tangent_space
 
 _MEMORY = 0.8  # part of what the probe of a direction has gathered that counts at the next retraction as well
 _GROWTH = 1.25  # factor by which a direction's share of the update must grow from one retraction to the next to stay
-_KEPT = 0.5  # norm that is left of a unit vector, below which it counts as lying in the span of what it leaves
 
 
-def candidates(
-    U: Tensor, V: Tensor, K: Tensor, L: Tensor, probes: int, U_kept: Tensor, V_kept: Tensor
+def directions(
+    old: tuple[Tensor, Tensor],
+    gathered: tuple[Tensor, Tensor],
+    kept: tuple[Tensor, Tensor],
+    noise: tuple[Tensor, Tensor],
+    room: Tensor,
+    least: Tensor,
 ) -> Decomposition:
-    r"""Singular triplets of what the probes have gathered outside of the old bases and of those that are kept.
+    r"""Directions outside of the bases, first those in which the probes have gathered most, then random ones.
 
-    .. math:: P_U^\perp \left( K_p V_p^T + U_p L_p^T \right) P_V^\perp
+    What has been gathered is :math:`P_U^\perp (K_p V_p^T + U_p L_p^T) P_V^\perp`, of rank 2 p at most, where the
+    projections leave out the old live columns and those that the point keeps. Random directions make it 3 p, and
+    they also stand in for whatever is degenerate.
 
     Args:
-        U: (..., m, p + R), the old basis with its probes.
-        V: (..., n, p + R), likewise.
-        K: (..., m, p + R), the increments since the last retraction.
-        L: (..., n, p + R), likewise.
-        probes: The number p of probes, at least 0.
-        U_kept: (..., m, c), the leading columns of the new basis, then zeros.
-        V_kept: (..., n, c), likewise.
+        old: The old bases with their probes, U (B, m, p + R) and V (B, n, p + R).
+        gathered: What the probes hold, their columns of K (B, m, p) and of L (B, n, p).
+        kept: The columns that the point keeps, (B, m, c) and (B, n, c), then zeros.
+        noise: Random numbers with a variance of 1 / m and 1 / n, of shape (..., m, 3 p) and (..., n, 3 p).
+        room: (B,), int64, how many columns have a place beside those that are kept; the directions beyond are of no
+            use.
+        least: (B,), above 0, a size that does not count; ``sigma`` of a random direction.
 
     Returns:
-        At most 2 p triplets.
+        U (B, m, 3 p), sigma (B, 3 p) and V (B, n, 3 p), orthonormal and orthogonal to what is kept.
     """
-    K, L = outside_tangent_space(K, L, U, V, probes)
-    left = torch.cat([K[..., :probes], U[..., :probes]], dim=-1)
-    right = torch.cat([V[..., :probes], L[..., :probes]], dim=-1)
-    return svd_of_product(_outside(left, U_kept), _outside(right, V_kept), 2 * probes)
+    (U, V), (K, L) = old, gathered
+    probes, columns = K.shape[-1], noise[0].shape[-1]
+    K, L = outside_tangent_space(K, L, U, V)
+    valid = first(room, columns)
+    Q_U, R_U = _complement(torch.cat([K, U[..., :probes]], dim=-1), kept[0], noise[0], least, valid)
+    Q_V, R_V = _complement(torch.cat([V[..., :probes], L], dim=-1), kept[1], noise[1], least, valid)
+    of_random = valid & ~first(torch.full_like(room, 2 * probes), columns)
+    P, sigma, Qh = svd(R_U @ R_V.mT + torch.diag_embed(of_random * least[:, None]))
+    return Decomposition(Q_U @ P, sigma, Q_V @ Qh.mT)
+
+
+def _complement(side: Tensor, kept: Tensor, noise: Tensor, least: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The QR factorisation of one side of a product outside of what is kept, completed by random directions.
+
+    Noise of the size of rounding gives a column that is degenerate a random direction: QR would invent one for it that
+    need not be orthogonal to what is kept.
+
+    Returns:
+        Q (B, m, 3 p) and of R the columns of the side, (B, 3 p, 2 p).
+    """
+    c = side.shape[-1]
+    rounding = 4 * torch.finfo(side.dtype).eps * torch.linalg.vector_norm(side, dim=-2, keepdim=True)
+    noise = noise.expand(len(side), -1, -1)
+    columns = torch.cat([side + noise[..., :c] * (rounding + least[:, None, None]), noise[..., c:]], dim=-1)
+    for _ in range(2):  # so that what is small is orthogonal to the last digit as well
+        columns = project_out(columns, kept)
+    Q, R = torch.linalg.qr(columns)
+    missing = columns.shape[-1] - Q.shape[-1]  # where the matrix has fewer rows than that
+    return F.pad(Q, (0, missing)), F.pad(R[..., :c], (0, 0, 0, missing)) * valid[..., None]
 
 
 def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> Tensor:
@@ -95,57 +126,66 @@ def still_growing(sigma: Tensor, before: Tensor, ranks: Tensor, present: Tensor)
     return torch.maximum(ranks, (grows | first(ranks, c)).to(torch.int64).cumprod(-1).sum(-1))
 
 
-def remembered(new: Decomposition, U: Tensor, V: Tensor) -> Tensor:
-    """What the new probes know of a direction already, as the coefficients of ``U_p E V_p^T``.
+def places(
+    kept: Tensor, admitted: Tensor, in_line: Tensor, room: Tensor, probes: int, columns: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Where each column of the new bases comes from: the probes in front, then what is kept and what is admitted.
 
-    Args:
-        new: The candidates, from :func:`candidates`.
-        U: (B, m, p), the new probes.
-        V: (B, n, p), the new probes.
-
-    Returns:
-        E (B, p, p).
-    """
-    return _MEMORY * (U.mT @ new.U * new.sigma[..., None, :]) @ (new.V.mT @ V)
-
-
-def new_basis(
-    kept: Tensor, ranks: Tensor, new: Tensor, admitted: Tensor, gaussian: Tensor, columns: int, room: int
-) -> Tensor:
-    """A basis of the columns that are kept, then those that are admitted, with new probes in front.
-
-    Half of the probes, rounded up, are the candidates next in line, which a few more steps may prove; the others are
+    Half of the probes, rounded up, are the directions next in line, which a few more steps may prove; the others are
     random, so that no direction stays unseen.
 
     Args:
-        kept: (B, m, c), its leading ``ranks`` columns are orthonormal and the others zero.
-        ranks: (B,), int64.
-        new: (B, m, 2 p), singular vectors of the candidates, the largest first.
-        admitted: (B,), int64, how many of them become columns of the basis, at most 2 p.
-        gaussian: (B, m, 3 p), random numbers.
-        columns: R, at least ``ranks + admitted``.
-        room: The most columns that are not zero, the smaller side of the matrix; the last probes are left out.
+        kept: (B,), int64, how many columns the point keeps.
+        admitted: (B,), int64, how many of :func:`directions` become columns of the bases.
+        in_line: (B,), int64, how many of them the probes have gathered; those after them are random.
+        room: (B,), int64, how many columns have a place beside those that are kept.
+        probes: p.
+        columns: c, how many columns there are to keep some of; the directions come after them.
+        rank: R.
+
+    Returns:
+        Indices (B, p + R) of columns, int64, and whether each is used (B, p + R), bool.
+    """
+    known = (probes + 1) // 2
+    i = torch.arange(probes, device=kept.device)
+    random = torch.maximum(in_line, admitted + known)[:, None] + i - known
+    of_probe = torch.where(i < known, admitted[:, None] + i, random)
+    j = torch.arange(rank, device=kept.device)
+    beyond = j - kept[:, None]
+    of_column = torch.where(beyond < 0, j, columns + beyond)
+    used = torch.cat([of_probe < room.clamp_max(3 * probes)[:, None], beyond < admitted[:, None]], dim=-1)
+    source = torch.cat([columns + of_probe, of_column], dim=-1)
+    return torch.where(used, source, 0), used
+
+
+def new_basis(kept: Tensor, directions: Tensor, source: Tensor, used: Tensor) -> Tensor:
+    """Put a basis together.
+
+    Args:
+        kept: (B, m, c).
+        directions: (B, m, 3 p).
+        source: From :func:`places`.
+        used: From :func:`places`.
 
     Returns:
         (B, m, p + R).
     """
-    probes = gaussian.shape[-1] // 3
-    c = min(kept.shape[-1], columns)
-    basis = F.pad(kept[..., :c], (probes, columns - c))
-    if not probes:
-        return basis
-    j = torch.arange(3 * probes, device=kept.device)
-    end = admitted[:, None] + (probes + 1) // 2
-    in_line, random = _outside(F.pad(new, (0, 3 * probes - new.shape[-1])), kept), _outside(gaussian, kept)
-    fresh = (j < end)[:, None, :] & (torch.linalg.vector_norm(in_line, dim=-2, keepdim=True) > _KEPT)
-    Q = torch.linalg.qr(torch.where(fresh, in_line, random)).Q
-    Q = F.pad(Q, (0, 3 * probes - Q.shape[-1]))
-    used = j < torch.minimum(admitted + probes, room - ranks)[:, None]
-    place = torch.where(j < admitted[:, None], probes + ranks[:, None] + j, j - admitted[:, None])
-    places = F.one_hot(place.clamp(0, probes + columns - 1), probes + columns) * used[..., None]
-    return basis + Q @ places.to(Q.dtype)
+    index = source[:, None, :].expand(-1, kept.shape[-2], -1)
+    return torch.cat([kept, directions], dim=-1).gather(-1, index) * used[:, None, :]
 
 
-def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """The part outside of the span of a basis; twice, so that what is small is orthogonal to the last digit as well."""
-    return project_out(project_out(matrix, basis), basis)
+def remembered(sigma: Tensor, source: Tensor, used: Tensor, columns: int, least: Tensor) -> Tensor:
+    """What the new probes know already: their columns of K are those of U times these coefficients.
+
+    Args:
+        sigma: (B, 3 p), from :func:`directions`.
+        source: From :func:`places`, of the probes alone (B, p).
+        used: From :func:`places`, likewise.
+        columns: As for :func:`places`.
+        least: As for :func:`directions`.
+
+    Returns:
+        (B, p).
+    """
+    known = sigma.gather(-1, (source - columns).clamp_min(0)) * used
+    return _MEMORY * known * (known > 2 * least[:, None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from geolora_pl.math.decomposition import project_out
@@ -34,14 +33,22 @@ def transport_first_moment(
     Returns:
         m_K' (..., m, p + R) and m_L' (..., n, p + R).
     """
-    m_K, m_L = outside_tangent_space(m_K, m_L, U, V, probes)
-    new_K = m_K @ (V.mT @ V_new) + U @ (m_L.mT @ V_new)
-    new_L = m_L @ (U.mT @ U_new) + V @ (m_K.mT @ U_new)
+    of_U, of_V = U.mT @ U_new, V.mT @ V_new
+    of_K, of_L = m_K.mT @ U_new, m_L.mT @ V_new
+    if probes:  # what outside_tangent_space removes, but in coordinates, which are much smaller
+        K_inside = U[..., probes:].mT @ m_K[..., :probes]
+        L_inside = V.mT @ m_L[..., :probes]
+        of_K[..., :probes, :] -= K_inside.mT @ of_U[..., probes:, :]
+        of_L[..., :probes, :] -= L_inside.mT @ of_V
+        of_L[..., probes:, :] -= K_inside @ of_V[..., :probes, :]
+        of_K -= L_inside @ of_U[..., :probes, :]
+    new_K = m_K @ of_V + U @ of_L
+    new_L = m_L @ of_U + V @ of_K
     return new_K, project_out(new_L, V_new[..., probes:])
 
 
-def outside_tangent_space(K: Tensor, L: Tensor, U: Tensor, V: Tensor, probes: int) -> tuple[Tensor, Tensor]:
-    r"""Remove from the probes' columns of K and L what the live columns hold as well.
+def outside_tangent_space(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Remove from what probes have gathered all that the live columns hold as well.
 
     Of the gradient G the probes ``U_p``, ``V_p`` see ``G V_p`` and ``G^T U_p``. The live columns of the bases U and V
     hold ``U U^T G`` and ``G V V^T``, and the probes of K have ``U_p U_p^T G V_p V_p^T``; so there remain
@@ -49,20 +56,15 @@ def outside_tangent_space(K: Tensor, L: Tensor, U: Tensor, V: Tensor, probes: in
     .. math:: (I - U U^T) \, G V_p, \qquad (I - V V^T - V_p V_p^T) \, G^T U_p
 
     Args:
-        K: (..., m, p + R).
-        L: (..., n, p + R).
-        U: (..., m, p + R).
+        K: (..., m, p), the probes' columns.
+        L: (..., n, p), the probes' columns.
+        U: (..., m, p + R), with the p probes in front.
         V: (..., n, p + R).
-        probes: The number p of probes, which come first.
 
     Returns:
-        K and L.
+        The columns of K and L.
     """
-    if not probes:
-        return K, L
-    of_K = project_out(K[..., :probes], U[..., probes:])
-    of_L = project_out(L[..., :probes], V)
-    return torch.cat([of_K, K[..., probes:]], dim=-1), torch.cat([of_L, L[..., probes:]], dim=-1)
+    return project_out(K, U[..., K.shape[-1] :]), project_out(L, V)
 
 
 def transport_second_moment(v: Tensor, basis: Tensor, basis_new: Tensor) -> Tensor:

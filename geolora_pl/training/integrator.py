@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,7 +17,7 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.binding import Binding
-from geolora_pl.training.internals import foreach_copy_
+from geolora_pl.training.internals import foreach_copy_, foreach_zero_
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.plan import GroupPlan, Plan, Retraction, plan_retraction, stack
 from geolora_pl.training.steps import OnNonfinite, StepWatch
@@ -265,11 +264,10 @@ class RankAdaptiveIntegrator:
         foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
         foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
         foreach_copy_([layer.V[:, :width] for layer in layers], list(V_new.unbind()))
-        K, L = (stack(self.adapters, group.names, factor, columns) for factor in "KL")
-        probes = layers[0].probes
-        known = F.pad(group.U[..., :probes] @ group.gathered, (0, columns))
-        foreach_copy_([layer.K[:, :width] for layer in layers], list(torch.where(moves, known, K).unbind()))
-        foreach_copy_([layer.L[:, :width] for layer in layers], list(torch.where(moves, 0, L).unbind()))
+        foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
+        if probes := layers[0].probes:
+            known = group.U[..., :probes] * (group.gathered * group.moves[:, None])[:, None]
+            foreach_copy_([layer.K[:, :probes] for layer in layers], list(known.unbind()))
 
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:

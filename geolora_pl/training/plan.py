@@ -13,7 +13,7 @@ from torch import Tensor
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
-from geolora_pl.math.probes import candidates, new_basis, remembered, still_growing, worth_a_rank
+from geolora_pl.math.probes import directions, new_basis, places, remembered, still_growing, worth_a_rank
 from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
@@ -29,7 +29,7 @@ class GroupPlan:
         U: (B, m, p + c), the new bases, probes included, with as many columns as any may need.
         sigma: (B, c), the new coefficients.
         V: (B, n, p + c).
-        gathered: (B, p, p), what the new probes start with: ``U_p gathered`` are their columns of K.
+        gathered: (B, p), what the new probes start with: their columns of K are those of U times these numbers.
         ranks: (B,), int64, the new ranks.
         moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
     """
@@ -124,9 +124,10 @@ class _Offer:
     Attributes:
         names: The names of the adapters.
         step: The decomposition of each point plus its pending step.
-        new: The decomposition of what the probes have gathered.
+        new: Directions outside of what each point keeps, from :func:`~geolora_pl.math.probes.directions`.
+        least: (B,), a size that does not count.
         sigma: (B, k), the singular values on offer, descending.
-        is_new: (B, k), bool, which of them are those of candidates.
+        is_new: (B, k), bool, which of them are those of new directions.
         ranks: (B,), int64, how many of them become columns.
         moves: (B,), bool.
     """
@@ -134,6 +135,7 @@ class _Offer:
     names: Sequence[str]
     step: decomposition.Decomposition
     new: decomposition.Decomposition
+    least: Tensor
     sigma: Tensor
     is_new: Tensor
     ranks: Tensor
@@ -141,7 +143,7 @@ class _Offer:
 
     @property
     def admitted(self) -> Tensor:
-        """How many of the columns are candidates: (B,), int64."""
+        """How many of the columns are new directions: (B,), int64."""
         return (self.is_new & decomposition.first(self.ranks, self.sigma.shape[-1])).sum(-1)
 
     @property
@@ -173,13 +175,46 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     ranks = _ranks(layer, S, step.sigma, present, pending, what)
 
     keep = decomposition.first(ranks, step.sigma.shape[-1])
-    probes = layer.probes if what.admits else 0
-    some = keep[:, None, : step.U.shape[-1]]
-    new = candidates(U, V, K, L, probes, step.U * some, step.V * some)
+    least = _resolution(layer) * step.sigma[:, 0].clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
+    new = _new_directions(adapters, names, (U, V, K, L), step, ranks, least, what)
     worth = worth_a_rank(step.sigma, new.sigma, rule.tau, _resolution(layer)) & pending[:, None]
     sigma, order = torch.cat([step.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
-    return _Offer(names, step, new, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
+    return _Offer(names, step, new, least, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
+
+
+def _new_directions(
+    adapters: Adapters,
+    names: Sequence[str],
+    factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    step: decomposition.Decomposition,
+    ranks: Tensor,
+    least: Tensor,
+    what: Retraction,
+) -> decomposition.Decomposition:
+    """Where each adapter of a group could go, seen from its probes; nowhere if none are to be admitted."""
+    U, V, K, L = factors
+    layer = adapters[names[0]]
+    probes = layer.probes if what.admits else 0
+    if not probes:
+        return decomposition.Decomposition(U[..., :0], step.sigma[:, :0], V[..., :0])
+    sides = [layer.out_features, layer.in_features]
+    generator = torch.Generator(U.device).manual_seed(what.seed)
+    noise_U, noise_V = (torch.randn(d, 3 * probes, generator=generator, device=U.device).to(U) / d**0.5 for d in sides)
+    if any(adapters[name].unused_row is not None for name in names):
+        noise_V = noise_V.repeat(len(names), 1, 1)
+        for of_one, name in zip(noise_V, names, strict=True):
+            if (row := adapters[name].unused_row) is not None:
+                of_one[row] = 0
+    keep = decomposition.first(ranks, step.U.shape[-1])[:, None]
+    return directions(
+        (U, V),
+        (K[..., :probes], L[..., :probes]),
+        (step.U * keep, step.V * keep),
+        (noise_U, noise_V),
+        room=min(sides) - ranks,
+        least=least,
+    )
 
 
 def _ranks(layer: GeoLoRALayer, S: Tensor, sigma: Tensor, present: Tensor, pending: Tensor, what: Retraction) -> Tensor:
@@ -202,25 +237,23 @@ def _resolution(layer: GeoLoRALayer) -> float:
 
 def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
     """The new factors of a group, once the ranks are final."""
-    layer = adapters[offer.names[0]]
-    _, columns = _columns(adapters, offer.names, what.rule.min_rank)
-    U, S, V = decomposition.truncate(offer.step, offer.kept)
-    probes = layer.probes if what.admits else 0
-    sides = [layer.out_features, layer.in_features]
-    generator = torch.Generator(U.device).manual_seed(what.seed)
-    numbers = torch.randn(len(U), sum(sides), 3 * probes, dtype=U.dtype, device=U.device, generator=generator)
-    for of_one, name in zip(numbers, offer.names, strict=True):
-        if (row := adapters[name].unused_row) is not None:
-            of_one[layer.out_features + row] = 0
-    U, V = (
-        F.pad(
-            new_basis(basis, offer.kept, new, offer.admitted, gaussian, columns, min(sides)),
-            (layer.probes - probes, 0),
-        )
-        for basis, new, gaussian in zip((U, V), (offer.new.U, offer.new.V), numbers.split(sides, dim=1), strict=True)
+    layer, (step, new, kept) = adapters[offer.names[0]], (offer.step, offer.new, offer.kept)
+    _, rank = _columns(adapters, offer.names, what.rule.min_rank)
+    probes, columns = layer.probes if what.admits else 0, step.U.shape[-1]
+    source, used = places(
+        kept,
+        offer.admitted,
+        in_line=(new.sigma > 2 * offer.least[:, None]).sum(-1),
+        room=min(layer.out_features, layer.in_features) - kept,
+        probes=probes,
+        columns=columns,
+        rank=rank,
     )
-    sigma = F.pad(S.diagonal(dim1=-2, dim2=-1), (0, columns - S.shape[-1]))
-    gathered = remembered(offer.new, U[..., : layer.probes], V[..., : layer.probes])
+    idle = layer.probes - probes
+    U, V = (F.pad(new_basis(*sides, source, used), (idle, 0)) for sides in ((step.U, new.U), (step.V, new.V)))
+    sigma = F.pad(step.sigma, (0, max(0, rank - step.sigma.shape[-1])))[:, :rank]
+    sigma = sigma * decomposition.first(kept, rank)
+    gathered = F.pad(remembered(new.sigma, source[:, :probes], used[:, :probes], columns, offer.least), (idle, 0))
     return GroupPlan(offer.names, U, sigma, V, gathered, offer.ranks, offer.moves)
 
 
@@ -260,7 +293,7 @@ def _blank(adapters: Adapters, min_rank: int) -> Plan:
         _, columns = _columns(adapters, names, min_rank)
         U, V = (basis.new_empty(B, len(basis), layer.probes + columns) for basis in (layer.U, layer.V))
         ranks, moves = (U.new_empty(B, dtype=dtype) for dtype in (torch.int64, torch.bool))
-        gathered = U.new_empty(B, layer.probes, layer.probes)
+        gathered = U.new_empty(B, layer.probes)
         groups.append(GroupPlan(names, U, U.new_empty(B, columns), V, gathered, ranks, moves))
     device = groups[0].ranks.device
     return Plan(groups, torch.empty((), dtype=summing_dtype(device), device=device))
