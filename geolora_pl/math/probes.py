@@ -8,11 +8,13 @@ columns of the bases that see it; what they gather from one retraction to the ne
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.math.decomposition import Decomposition, first, project_out, svd
+from geolora_pl.math.decomposition import factored, first, project_out, svd, without_probes
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.math.transport import outside_tangent_space
 
@@ -20,61 +22,118 @@ _MEMORY = 0.8  # part of what the probe of a direction has gathered that counts 
 _GROWTH = 1.25  # factor by which a direction's share of the update must grow from one retraction to the next to stay
 
 
-def directions(
-    old: tuple[Tensor, Tensor],
-    gathered: tuple[Tensor, Tensor],
-    kept: tuple[Tensor, Tensor],
-    noise: tuple[Tensor, Tensor],
-    room: Tensor,
-    least: Tensor,
-) -> Decomposition:
-    r"""Directions outside of the bases, first those in which the probes have gathered most, then random ones.
+class Augmentation(NamedTuple):
+    """A point, its pending step and what its probes hold, in orthonormal coordinates that are common to all of them.
 
-    What has been gathered is :math:`P_U^\perp (K_p V_p^T + U_p L_p^T) P_V^\perp`, of rank 2 p at most, where the
-    projections leave out the old live columns and those that the point keeps. Random directions make it 3 p, and
-    they also stand in for whatever is degenerate.
+    Attributes:
+        Q_U: (B, m, c), orthonormal, c = 2 R + 3 p or m if that is less.
+        Q_V: (B, n, d), orthonormal.
+        sigma: (B, k), all singular values of the point plus its pending step, descending, k at most 2 R.
+        P_U: (B, c, k), the coordinates of its left singular vectors.
+        P_V: (B, d, k), those of its right ones.
+        R_U: (B, c, 2 R + 3 p), the coordinates of ``[U S + K | U | K_p | U_p | random]``.
+        R_V: (B, d, 2 R + 3 p), those of ``[V | L | V_p | L_p | random]``.
+    """
+
+    Q_U: Tensor
+    Q_V: Tensor
+    sigma: Tensor
+    P_U: Tensor
+    P_V: Tensor
+    R_U: Tensor
+    R_V: Tensor
+
+
+def augment(
+    U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor, random: tuple[Tensor, Tensor] | None
+) -> Augmentation:
+    """Augment the bases by the pending step, by what the probes hold and by random directions, and decompose the point.
+
+    This is Algorithm 1 of GeoLoRA, steps 3 to 5 before the truncation, and more columns in the same factorisations.
 
     Args:
-        old: The old bases with their probes, U (B, m, p + R) and V (B, n, p + R).
-        gathered: What the probes hold, their columns of K (B, m, p) and of L (B, n, p).
-        kept: The columns that the point keeps, (B, m, c) and (B, n, c), then zeros.
-        noise: Random numbers with a variance of 1 / m and 1 / n, of shape (..., m, 3 p) and (..., n, 3 p).
-        room: (B,), int64, how many columns have a place beside those that are kept; the directions beyond are of no
-            use.
-        least: (B,), above 0, a size that does not count; ``sigma`` of a random direction.
-
-    Returns:
-        U (B, m, 3 p), sigma (B, 3 p) and V (B, n, 3 p), orthonormal and orthogonal to what is kept.
+        U: (B, m, p + R), with p probes in front.
+        S: (B, R, R).
+        V: (B, n, p + R).
+        K: (B, m, p + R).
+        L: (B, n, p + R).
+        random: Numbers of shape (..., m, p) and (..., n, p); ``None`` to leave out the probes as well.
     """
-    (U, V), (K, L) = old, gathered
-    probes, columns = K.shape[-1], noise[0].shape[-1]
-    K, L = outside_tangent_space(K, L, U, V)
+    A, B = factored(*without_probes(U, S, V, K, L))
+    rank = A.shape[-1]
+    if random is not None:
+        probes = U.shape[-1] - S.shape[-1]
+        more_U, more_V = (numbers.expand(len(U), -1, -1) for numbers in random)
+        A = torch.cat([A, K[..., :probes], U[..., :probes], more_U], dim=-1)
+        B = torch.cat([B, V[..., :probes], L[..., :probes], more_V], dim=-1)
+    (Q_U, R_U), (Q_V, R_V) = torch.linalg.qr(A), torch.linalg.qr(B)
+    P, sigma, Qh = svd(R_U[..., :rank, :rank] @ R_V[..., :rank, :rank].mT)
+    P_U, P_V = (F.pad(x, (0, 0, 0, R.shape[-2] - x.shape[-2])) for x, R in ((P, R_U), (Qh.mT, R_V)))
+    return Augmentation(Q_U, Q_V, sigma, P_U, P_V, R_U, R_V)
+
+
+class Directions(NamedTuple):
+    """New directions in the coordinates of an :class:`Augmentation`, orthonormal and orthogonal to what is kept.
+
+    Attributes:
+        U: (B, c, 3 p).
+        sigma: (B, 3 p), descending, how much the probes have gathered in each; of random ones, a size without meaning.
+        V: (B, d, 3 p).
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+
+def directions(at: Augmentation, probes: int, kept: Tensor, room: Tensor, least: Tensor) -> Directions:
+    r"""Directions outside of what is kept, first those in which the probes have gathered most, then random ones.
+
+    What has been gathered is :math:`P_U^\perp (K_p V_p^T + U_p L_p^T) P_V^\perp`, of rank 2 p at most, where the
+    projections leave out the old live columns and those that are kept. Random directions make it 3 p, and they also
+    stand in for whatever is degenerate.
+
+    Args:
+        at: The augmentation.
+        probes: The number p of probes.
+        kept: (B,), int64, how many singular vectors of the point are kept.
+        room: (B,), int64, how many columns have a place beside them; the directions beyond are of no use.
+        least: (B,), above 0, a size that does not count.
+    """
+    if not probes:
+        return Directions(at.P_U[..., :0], at.sigma[..., :0], at.P_V[..., :0])
+    columns, R = 3 * probes, (at.R_U.shape[-1] - 3 * probes) // 2
+    K, U_p, random_U = at.R_U[..., 2 * R :].split(probes, dim=-1)
+    V_p, L, random_V = at.R_V[..., 2 * R :].split(probes, dim=-1)
+    U, V = at.R_U[..., R : 2 * R], at.R_V[..., :R]
+    K, L = outside_tangent_space(K, L, torch.cat([U_p, U], dim=-1), torch.cat([V_p, V], dim=-1))
+    keep = first(kept, at.sigma.shape[-1])[:, None]
     valid = first(room, columns)
-    Q_U, R_U = _complement(torch.cat([K, U[..., :probes]], dim=-1), kept[0], noise[0], least, valid)
-    Q_V, R_V = _complement(torch.cat([V[..., :probes], L], dim=-1), kept[1], noise[1], least, valid)
+    Q_U, R_U = _complement(torch.cat([K, U_p], dim=-1), random_U, at.P_U * keep, least, valid)
+    Q_V, R_V = _complement(torch.cat([V_p, L], dim=-1), random_V, at.P_V * keep, least, valid)
     of_random = valid & ~first(torch.full_like(room, 2 * probes), columns)
     P, sigma, Qh = svd(R_U @ R_V.mT + torch.diag_embed(of_random * least[:, None]))
-    return Decomposition(Q_U @ P, sigma, Q_V @ Qh.mT)
+    return Directions(Q_U @ P, sigma, Q_V @ Qh.mT)
 
 
-def _complement(side: Tensor, kept: Tensor, noise: Tensor, least: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _complement(side: Tensor, random: Tensor, kept: Tensor, least: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """The QR factorisation of one side of a product outside of what is kept, completed by random directions.
 
-    Noise of the size of rounding gives a column that is degenerate a random direction: QR would invent one for it that
-    need not be orthogonal to what is kept.
+    Noise of the size of rounding gives a column that is degenerate a direction of its own: QR would invent one for it
+    that need not be orthogonal to what is kept.
 
     Returns:
-        Q (B, m, 3 p) and of R the columns of the side, (B, 3 p, 2 p).
+        Q (B, c, 3 p) and of R the columns of the side, (B, 3 p, 2 p).
     """
-    c = side.shape[-1]
+    c, columns = side.shape[-2], valid.shape[-1]
     rounding = 4 * torch.finfo(side.dtype).eps * torch.linalg.vector_norm(side, dim=-2, keepdim=True)
-    noise = noise.expand(len(side), -1, -1)
-    columns = torch.cat([side + noise[..., :c] * (rounding + least[:, None, None]), noise[..., c:]], dim=-1)
+    noise = torch.eye(c, side.shape[-1], dtype=side.dtype, device=side.device).flip(0)  # the coordinates of the probes
+    columns_of = torch.cat([side + noise * (rounding + least[:, None, None]), random], dim=-1)
     for _ in range(2):  # so that what is small is orthogonal to the last digit as well
-        columns = project_out(columns, kept)
-    Q, R = torch.linalg.qr(columns)
-    missing = columns.shape[-1] - Q.shape[-1]  # where the matrix has fewer rows than that
-    return F.pad(Q, (0, missing)), F.pad(R[..., :c], (0, 0, 0, missing)) * valid[..., None]
+        columns_of = project_out(columns_of, kept)
+    Q, R = torch.linalg.qr(columns_of)
+    missing = columns - Q.shape[-1]  # where the matrix has fewer rows than that
+    return F.pad(Q, (0, missing)), F.pad(R[..., : side.shape[-1]], (0, 0, 0, missing)) * valid[..., None]
 
 
 def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> Tensor:
@@ -158,12 +217,13 @@ def places(
     return torch.where(used, source, 0), used
 
 
-def new_basis(kept: Tensor, directions: Tensor, source: Tensor, used: Tensor) -> Tensor:
+def new_basis(Q: Tensor, kept: Tensor, new: Tensor, source: Tensor, used: Tensor) -> Tensor:
     """Put a basis together.
 
     Args:
-        kept: (B, m, c).
-        directions: (B, m, 3 p).
+        Q: (B, m, c), the coordinate system.
+        kept: (B, c, k), coordinates of the singular vectors of the point.
+        new: (B, c, 3 p), coordinates of the new directions.
         source: From :func:`places`.
         used: From :func:`places`.
 
@@ -171,7 +231,7 @@ def new_basis(kept: Tensor, directions: Tensor, source: Tensor, used: Tensor) ->
         (B, m, p + R).
     """
     index = source[:, None, :].expand(-1, kept.shape[-2], -1)
-    return torch.cat([kept, directions], dim=-1).gather(-1, index) * used[:, None, :]
+    return Q @ (torch.cat([kept, new], dim=-1).gather(-1, index) * used[:, None, :])
 
 
 def remembered(sigma: Tensor, source: Tensor, used: Tensor, columns: int, least: Tensor) -> Tensor:

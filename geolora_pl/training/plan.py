@@ -13,7 +13,17 @@ from torch import Tensor
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.math import decomposition
 from geolora_pl.math.precision import summing_dtype
-from geolora_pl.math.probes import directions, new_basis, places, remembered, still_growing, worth_a_rank
+from geolora_pl.math.probes import (
+    Augmentation,
+    Directions,
+    augment,
+    directions,
+    new_basis,
+    places,
+    remembered,
+    still_growing,
+    worth_a_rank,
+)
 from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
@@ -123,8 +133,8 @@ class _Offer:
 
     Attributes:
         names: The names of the adapters.
-        step: The decomposition of each point plus its pending step.
-        new: Directions outside of what each point keeps, from :func:`~geolora_pl.math.probes.directions`.
+        at: Each point with its pending step and its probes, in one coordinate system per side.
+        new: Directions outside of what each point keeps.
         least: (B,), a size that does not count.
         sigma: (B, k), the singular values on offer, descending.
         is_new: (B, k), bool, which of them are those of new directions.
@@ -133,8 +143,8 @@ class _Offer:
     """
 
     names: Sequence[str]
-    step: decomposition.Decomposition
-    new: decomposition.Decomposition
+    at: Augmentation
+    new: Directions
     least: Tensor
     sigma: Tensor
     is_new: Tensor
@@ -162,59 +172,43 @@ def _decide(adapters: Adapters, decay: Mapping[str, float], what: Retraction) ->
 
 
 def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float], what: Retraction) -> _Offer:
-    layer, rule = adapters[names[0]], what.rule
-    columns, columns_after = _columns(adapters, names, rule.min_rank)
+    layer, columns = adapters[names[0]], _columns(adapters, names, what.rule.min_rank)[0]
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factors = [decay[name] for name in names]
     if any(factor != 1 for factor in factors):  # the condition saves a copy from the host, which may wait for a GPU
         S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
-    step = decomposition.decompose(*decomposition.without_probes(U, S, V, K, L), columns=columns_after)
+    probes = layer.probes if what.admits else 0
+    at = augment(U, S, V, K, L, _random(adapters, names, probes, what.seed) if probes else None)
     stepped = K[..., layer.probes :].flatten(1).any(1) | L[..., layer.probes :].flatten(1).any(1)
     present = (U[..., layer.probes :] != 0).any(-2).sum(-1)  # counted on the device to save such a copy
     pending = stepped | ((present == 0) & K.flatten(1).any(1))
-    ranks = _ranks(layer, S, step.sigma, present, pending, what)
+    ranks = _ranks(layer, S, at.sigma, present, pending, what)
 
-    keep = decomposition.first(ranks, step.sigma.shape[-1])
-    least = _resolution(layer) * step.sigma[:, 0].clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
-    new = _new_directions(adapters, names, (U, V, K, L), step, ranks, least, what)
-    worth = worth_a_rank(step.sigma, new.sigma, rule.tau, _resolution(layer)) & pending[:, None]
-    sigma, order = torch.cat([step.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
+    least = _resolution(layer) * at.sigma[:, 0].clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
+    new = directions(at, probes, ranks, min(layer.out_features, layer.in_features) - ranks, least)
+    worth = worth_a_rank(at.sigma, new.sigma, what.rule.tau, _resolution(layer)) & pending[:, None]
+    keep = decomposition.first(ranks, at.sigma.shape[-1])
+    sigma, order = torch.cat([at.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
-    return _Offer(names, step, new, least, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
+    return _Offer(names, at, new, least, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
 
 
-def _new_directions(
-    adapters: Adapters,
-    names: Sequence[str],
-    factors: tuple[Tensor, Tensor, Tensor, Tensor],
-    step: decomposition.Decomposition,
-    ranks: Tensor,
-    least: Tensor,
-    what: Retraction,
-) -> decomposition.Decomposition:
-    """Where each adapter of a group could go, seen from its probes; nowhere if none are to be admitted."""
-    U, V, K, L = factors
-    layer = adapters[names[0]]
-    probes = layer.probes if what.admits else 0
-    if not probes:
-        return decomposition.Decomposition(U[..., :0], step.sigma[:, :0], V[..., :0])
-    sides = [layer.out_features, layer.in_features]
-    generator = torch.Generator(U.device).manual_seed(what.seed)
-    noise_U, noise_V = (torch.randn(d, 3 * probes, generator=generator, device=U.device).to(U) / d**0.5 for d in sides)
+def _random(adapters: Adapters, names: Sequence[str], probes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random columns for both sides of adapters of one shape."""
+    like = adapters[names[0]].U
+    generator = torch.Generator(like.device).manual_seed(seed)  # leaves the user's random numbers alone
+    of_U, of_V = (
+        torch.randn(len(getattr(adapters[names[0]], side)), probes, generator=generator, device=like.device).to(
+            like.dtype
+        )
+        for side in "UV"
+    )
     if any(adapters[name].unused_row is not None for name in names):
-        noise_V = noise_V.repeat(len(names), 1, 1)
-        for of_one, name in zip(noise_V, names, strict=True):
+        of_V = of_V.repeat(len(names), 1, 1)
+        for of_one, name in zip(of_V, names, strict=True):
             if (row := adapters[name].unused_row) is not None:
                 of_one[row] = 0
-    keep = decomposition.first(ranks, step.U.shape[-1])[:, None]
-    return directions(
-        (U, V),
-        (K[..., :probes], L[..., :probes]),
-        (step.U * keep, step.V * keep),
-        (noise_U, noise_V),
-        room=min(sides) - ranks,
-        least=least,
-    )
+    return of_U, of_V
 
 
 def _ranks(layer: GeoLoRALayer, S: Tensor, sigma: Tensor, present: Tensor, pending: Tensor, what: Retraction) -> Tensor:
@@ -237,9 +231,9 @@ def _resolution(layer: GeoLoRALayer) -> float:
 
 def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
     """The new factors of a group, once the ranks are final."""
-    layer, (step, new, kept) = adapters[offer.names[0]], (offer.step, offer.new, offer.kept)
+    layer, (at, new, kept) = adapters[offer.names[0]], (offer.at, offer.new, offer.kept)
     _, rank = _columns(adapters, offer.names, what.rule.min_rank)
-    probes, columns = layer.probes if what.admits else 0, step.U.shape[-1]
+    probes, columns = layer.probes if what.admits else 0, at.sigma.shape[-1]
     source, used = places(
         kept,
         offer.admitted,
@@ -249,11 +243,11 @@ def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
         columns=columns,
         rank=rank,
     )
-    idle = layer.probes - probes
-    U, V = (F.pad(new_basis(*sides, source, used), (idle, 0)) for sides in ((step.U, new.U), (step.V, new.V)))
-    sigma = F.pad(step.sigma, (0, max(0, rank - step.sigma.shape[-1])))[:, :rank]
-    sigma = sigma * decomposition.first(kept, rank)
-    gathered = F.pad(remembered(new.sigma, source[:, :probes], used[:, :probes], columns, offer.least), (idle, 0))
+    idle = layer.probes - probes, 0
+    U = F.pad(new_basis(at.Q_U, at.P_U, new.U, source, used), idle)
+    V = F.pad(new_basis(at.Q_V, at.P_V, new.V, source, used), idle)
+    sigma = F.pad(at.sigma, (0, max(0, rank - columns)))[:, :rank] * decomposition.first(kept, rank)
+    gathered = F.pad(remembered(new.sigma, source[:, :probes], used[:, :probes], columns, offer.least), idle)
     return GroupPlan(offer.names, U, sigma, V, gathered, offer.ranks, offer.moves)
 
 
@@ -277,7 +271,7 @@ def _truncation_error(offers: Sequence[_Offer]) -> Tensor:
     device = offers[0].ranks.device
     sums = []
     for offer in offers:
-        sigma, moves = offer.step.sigma, offer.moves[:, None]
+        sigma, moves = offer.at.sigma, offer.moves[:, None]
         beyond = ~decomposition.first(offer.kept, sigma.shape[-1])
         energy = sigma.to(summing_dtype(sigma.device)).square() * moves
         sums.append(torch.stack([(energy * beyond).sum(), energy.sum()]).to(device))
