@@ -115,7 +115,10 @@ def test_the_last_checkpoint_is_of_the_ranks_that_the_run_ends_with(folder):
     state = torch.load("lightning_logs/quickstart/checkpoints/last.ckpt", weights_only=True)
     assert all(not value.any() for name, value in state["state_dict"].items() if name.endswith((".K", ".L")))
     saved = next(value for name, value in state["callbacks"].items() if "GeoLoRA" in name)
-    assert (saved["integrator"]["adaptations"], saved["integrator"]["total_steps"]) == (4, 4)  # the last takes nothing in
+    assert (saved["integrator"]["adaptations"], saved["integrator"]["total_steps"]) == (
+        4,
+        4,
+    )  # the last takes nothing in
 
 
 def parsed(capfd, *more):
