@@ -53,8 +53,8 @@ class WholeFiles(TorchCheckpointIO):
             of_disk = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
             if of_disk or "PytorchStreamWriter" in str(error):
                 raise OSError(
-                    f"{target} cannot be written ({of_disk or error}): free space or choose another folder; what was there before "
-                    "is as it was"
+                    f"{target} cannot be written ({of_disk or error}): free space or choose another folder; what was "
+                    "there before is as it was"
                 ) from error
             raise
 
