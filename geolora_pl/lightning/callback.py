@@ -42,7 +42,7 @@ class GeoLoRACallback(L.Callback):
     ``modules_to_save``. From then on the callback follows the optimizer's steps themselves, not batches, so that
     accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
 
-    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params`` (of the live ranks, without probes), ``skipped_steps``,
+    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params`` (of live ranks, without probes), ``skipped_steps``,
     ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm of what was
     dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and Weights & Biases
     also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. It prints a table before and after a fit, but for

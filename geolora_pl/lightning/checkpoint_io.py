@@ -49,11 +49,12 @@ class WholeFiles(TorchCheckpointIO):
             temporary.replace(target)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            # Torch's own writer tells of a full disk by a RuntimeError.
-            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+            # Torch's own writer tells of a full disk by a RuntimeError, alone or on the way out of an OSError.
+            of_disk = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+            if of_disk or "PytorchStreamWriter" in str(error):
                 raise OSError(
-                    f"{target} cannot be written ({error}): free space or choose another folder; what was there before "
-                    "is as it was"
+                    f"{target} cannot be written ({of_disk or error}): free space or choose another folder; what was "
+                    "there before is as it was"
                 ) from error
             raise
 

@@ -146,8 +146,18 @@ class Full:
         raise self.error
 
 
+on_the_way_out = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 923008 vs 922896")
+on_the_way_out.__context__ = OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), KeyboardInterrupt()]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        on_the_way_out,
+        RuntimeError("PytorchStreamWriter failed"),
+        KeyboardInterrupt(),
+    ],
 )
 def test_what_cannot_be_written_leaves_the_earlier_file(tmp_path, monkeypatch, error):
     files, path = WholeFiles(torch.nn.Linear(1, 1)), tmp_path / "last.ckpt"
