@@ -18,7 +18,7 @@ from geolora_pl.math.transport import outside_tangent_space
 
 _MEMORY = 0.8  # part of what the probe of a direction has gathered that counts at the next retraction as well
 _GROWTH = 1.25  # factor by which a direction's share of the update must grow from one retraction to the next to stay
-_KEPT = 0.5  # norm that is left of a unit vector, below which it counts as lying in the span of what it leaves
+_OUTSIDE = 0.99  # norm that is left of a candidate outside of the basis; below it the singular vector is one of zero
 
 
 def candidates(
@@ -115,7 +115,8 @@ def new_basis(
     """A basis of the columns that are kept, then those that are admitted, with new probes in front.
 
     Half of the probes, rounded up, are the candidates next in line, which a few more steps may prove; the others are
-    random, so that no direction stays unseen.
+    random, so that no direction stays unseen. A singular vector of zero may be anything, so one that is not outside of
+    the basis is replaced by a random one; those that are outside are then independent.
 
     Args:
         kept: (B, m, c), its leading ``ranks`` columns are orthonormal and the others zero.
@@ -137,7 +138,7 @@ def new_basis(
     j = torch.arange(3 * probes, device=kept.device)
     end = admitted[:, None] + (probes + 1) // 2
     in_line, random = _outside(F.pad(new, (0, 3 * probes - new.shape[-1])), kept), _outside(gaussian, kept)
-    fresh = (j < end)[:, None, :] & (torch.linalg.vector_norm(in_line, dim=-2, keepdim=True) > _KEPT)
+    fresh = (j < end)[:, None, :] & (torch.linalg.vector_norm(in_line, dim=-2, keepdim=True) > _OUTSIDE)
     Q = torch.linalg.qr(torch.where(fresh, in_line, random)).Q
     Q = F.pad(Q, (0, 3 * probes - Q.shape[-1]))
     used = j < torch.minimum(admitted + probes, room - ranks)[:, None]
