@@ -29,6 +29,7 @@ class GeoLoRALinear(GeoLoRALayer):
         config: Ranks, ``alpha``, ``dropout`` and ``train_bias``.
 
     Example:
+        >>> from geolora_pl import AdapterConfig
         >>> layer = GeoLoRALinear(nn.Linear(8, 6), AdapterConfig(init_rank=2, max_rank=4))
         >>> layer.rank, layer.probes, tuple(layer.U.shape), tuple(layer.delta_weight().shape)
         (2, 2, (6, 6), (6, 8))
@@ -142,9 +143,10 @@ class GeoLoRAConv1D(GeoLoRALinear):
 class GeoLoRAConv2d(GeoLoRALayer):
     """The adapter of a convolution by its matrix unfolding, out x (in / groups * kernel height * kernel width).
 
-    The update is a convolution with the same geometry to 2 R channels per group, and one of size 1 from them.
+    The update is a convolution with the same geometry to 2 (p + R) channels per group, and one of size 1 from them.
 
     Example:
+        >>> from geolora_pl import AdapterConfig
         >>> layer = GeoLoRAConv2d(nn.Conv2d(3, 8, kernel_size=3), AdapterConfig())
         >>> tuple(layer.delta_weight().shape), tuple(layer.weight.shape)
         ((8, 27), (8, 3, 3, 3))
@@ -181,6 +183,7 @@ class GeoLoRAEmbedding(GeoLoRALayer):
     unit vector has one entry that can be dropped.
 
     Example:
+        >>> from geolora_pl import AdapterConfig
         >>> layer = GeoLoRAEmbedding(nn.Embedding(10, 4), AdapterConfig())
         >>> tuple(layer.delta_weight().shape), layer(torch.tensor([1, 2])).shape
         ((4, 10), torch.Size([2, 4]))

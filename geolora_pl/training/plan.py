@@ -217,6 +217,8 @@ def _ranks(layer: GeoLoRALayer, S: Tensor, sigma: Tensor, present: Tensor, pendi
         return present
     limits = _resolution(layer), min(what.rule.min_rank, layer.max_rank), layer.max_rank
     by_tau = ranks_by_tau(sigma, what.rule.tau, *limits)
+    if not layer.probes:  # Algorithm 1 of GeoLoRA, in which every direction has taken a step
+        return torch.where(pending, by_tau, present)
     if what.admits:
         return torch.where(pending, still_growing(sigma, S.diagonal(dim1=-2, dim2=-1), by_tau, present), present)
     # Nothing can be gathered any more in a direction that was admitted last and never took a step.

@@ -137,6 +137,48 @@ def test_gradients_are_the_projected_gradient_of_the_dense_weight(make, inputs, 
 
 
 @every_kind
+def test_neither_output_nor_gradients_depend_on_what_probes_hold(make, inputs, kind):
+    base, x = make(torch.float64), inputs(torch.float64)
+    model, layer = adapted(base, AdapterConfig(3, 5, target_modules=["0"], dropout=0.5))
+    p = layer.probes
+    found = []
+    for mode in (model.train, model.eval):
+        mode()
+        for size in (0.0, 1e6):
+            torch.manual_seed(0)
+            trained(layer)
+            with torch.no_grad():
+                layer.K[:, :p] *= size
+                layer.L[:, :p] *= size
+            model.zero_grad()
+            torch.manual_seed(1)  # for the dropout
+            y = model(x)
+            y.square().sum().backward()
+            assert layer.K.grad[:, :p].any()
+            assert layer.L.grad[:, :p].any()
+            found.append((y.detach(), layer.K.grad.clone(), layer.L.grad.clone(), layer.delta_weight().detach()))
+    for without, holding in ((found[0], found[1]), (found[2], found[3])):
+        assert all(torch.equal(a, b) for a, b in zip(without, holding, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("p", [1, 3])
+def test_probes_see_the_gradient_outside_of_both_bases(dropout, p):
+    """``K.grad`` is ``G V_p`` and ``L.grad`` is ``(I - V V^T) G^T U_p``, in the fused and in the generic path."""
+    layer = trained(adapted(nn.Linear(20, 30).double(), AdapterConfig(3, 5, dropout=dropout, probes=p))[1])
+    x, dy = torch.randn(50, 20).double(), torch.randn(50, 30).double()
+    torch.manual_seed(1)
+    seen = layer.dropout(x)
+    torch.manual_seed(1)
+    y = layer(x)
+    assert layer._is_fusible() == (not dropout)
+    y.backward(dy)
+    G, U, V = dy.T @ seen, layer.U.detach(), layer.V.detach()
+    close(layer.K.grad[:, :p], G @ V[:, :p])
+    close(layer.L.grad[:, :p], (torch.eye(20) - V[:, p:] @ V[:, p:].T) @ G.T @ U[:, :p])
+
+
+@every_kind
 def test_merged_equals_unmerged_in_a_plain_layer(make, inputs, kind):
     base, x = make(torch.float32), inputs(torch.float32)
     model, layer = adapted(base)

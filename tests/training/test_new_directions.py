@@ -1,0 +1,108 @@
+"""Retractions find the directions that the gradient asks for outside of the bases, and let go of what is not needed."""
+
+import pytest
+import timm
+import torch
+from reference import one_layer, orthonormal, set_point
+from tolerance import EXACT, close, is_orthonormal
+from torch import nn
+
+from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
+
+
+def cosine(basis, vector):
+    """How much of a unit vector lies in the span of a basis."""
+    return float((basis.T @ vector).norm())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("probes", [0, 2])
+def test_a_direction_outside_of_both_bases_is_found_within_two_retractions(seed, probes):
+    torch.manual_seed(seed)
+    U, V = orthonormal(60, 3), orthonormal(40, 3)
+    sigma = torch.tensor([2.0, 1.0, 1.0]).double()
+    _, adapter, integrator = one_layer(60, 40, 2, 8, tau=0.1, probes=probes)
+    set_point(adapter, U[:, :2], sigma[:2], V[:, :2])
+    optimizer = torch.optim.SGD([adapter.K, adapter.L], lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (0.5 * (adapter.delta_weight() - (U * sigma) @ V.T).square().sum()).backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    found = [cosine(basis.detach()[:, probes:], planted[:, 2]) for basis, planted in ((adapter.U, U), (adapter.V, V))]
+    if probes:
+        assert adapter.rank == 3
+        assert min(found) > 0.95
+    else:
+        assert adapter.rank == 2
+        assert max(found) < EXACT
+
+
+def test_what_a_transformer_asks_for_most_outside_of_both_bases_is_found_within_two_retractions():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, in_chans=1, embed_dim=24, depth=1, num_heads=2, num_classes=3
+    ).double()
+    x, labels = torch.randn(64, 1, 16, 16).double(), torch.arange(64) % 3
+    config = AdapterConfig(target_modules=["blocks.0.mlp.fc1"])
+    weight = model.blocks[0].mlp.fc1.weight
+    (G,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), labels), weight)
+    (adapter,) = inject_adapters(model, config).values()
+    p = adapter.probes
+    U, V = (basis.detach()[:, p:].clone() for basis in (adapter.U, adapter.V))
+    P, _, Qh = torch.linalg.svd((G - U @ U.T @ G) - (G - U @ U.T @ G) @ V @ V.T)
+    integrator, optimizer = RankAdaptiveIntegrator(model), torch.optim.SGD([adapter.K, adapter.L], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    assert cosine(adapter.U.detach()[:, p:], P[:, 0]) > 0.9
+    assert cosine(adapter.V.detach()[:, p:], Qh[0]) > 0.9
+
+
+@pytest.mark.parametrize("start", [1, 32])
+def test_ranks_follow_a_target_whose_rank_changes_up_and_down(start):
+    """With minibatches, wherever the rank starts."""
+    n = 96
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(n, n, bias=False))
+    base = model[0].weight.detach().clone()
+    adapter = inject_adapters(model, AdapterConfig(init_rank=start, max_rank=32, target_modules=["0"]))["0"]
+    integrator = RankAdaptiveIntegrator(model, tau=0.3, adapt_every=10)
+    optimizer = RiemannianAdam(model, lr=0.3)
+    for rank, error in ((3, 0.01), (8, 0.3), (2, 0.02)):
+        target = 3 * orthonormal(n, rank, torch.float32) @ orthonormal(n, rank, torch.float32).T
+        for _ in range(150):
+            x = torch.randn(64, n)
+            optimizer.zero_grad()
+            (model(x) - x @ (base + target).T).square().mean().backward()
+            optimizer.step()
+            integrator.step(optimizer)
+        assert adapter.rank == rank
+        assert (adapter.delta_weight() - target).norm() < error * target.norm()
+
+
+@pytest.mark.parametrize("adapt_every", [1, 3])
+def test_a_retraction_that_takes_in_directions_does_not_change_the_function(adapt_every):
+    model = nn.Sequential(nn.Linear(50, 64), nn.Tanh(), nn.Linear(64, 40)).double()
+    adapters = inject_adapters(model, AdapterConfig(max_rank=40, target_modules=["0", "2"]))
+    integrator = RankAdaptiveIntegrator(model, tau=0.0, adapt_every=adapt_every)
+    optimizer = torch.optim.SGD([p for layer in adapters.values() for p in (layer.K, layer.L)], lr=1.0)
+    x, target = torch.randn(32, 50).double(), torch.randn(32, 40).double()
+    taken_in = 0
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        before = model(x)
+        if not integrator.step(optimizer):
+            continue
+        close(model(x), before, within=EXACT)
+        new = [(layer.S.diagonal()[: layer.rank] == 0).sum() for layer in adapters.values()]
+        if max(integrator.ranks().values()) == 40:
+            break
+        taken_in += sum(new)
+        assert all(is_orthonormal(basis) for layer in adapters.values() for basis in (layer.U, layer.V))
+    assert taken_in > 4
+    assert integrator.truncation_error < EXACT
