@@ -33,6 +33,26 @@ def one_thread(monkeypatch):
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(scope="module")
+def one_parser():
+    """For modules of many commands: a command's parser, which takes long to make, serves all of them."""
+    from geolora_pl.cli.train import GeoLoRACLI
+
+    make, made = GeoLoRACLI.setup_parser, {}
+
+    def setup_parser(cli, *arguments):
+        commands = tuple(cli.subcommands())
+        if commands not in made:
+            before = set(vars(cli))
+            make(cli, *arguments)
+            made[commands] = {name: value for name, value in vars(cli).items() if name not in before}
+        vars(cli).update(made[commands])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GeoLoRACLI, "setup_parser", setup_parser)
+        yield
+
+
 class Graphs(list):
     """A backend of the compiler: keeps the graphs that it is given, and runs them as they are."""
 

@@ -31,6 +31,7 @@ from geolora_pl import (
 from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
 LIMITS = {
     "max_epochs": 1,
