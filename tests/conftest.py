@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -14,9 +15,18 @@ torch.set_num_threads(THREADS)
 # Lightning warns of commands in Python while the process has arguments: those are pytest's.
 del sys.argv[1:]
 
+# The libraries stay until the end: to look for garbage among them while they are imported is in vain.
+gc.disable()
+
 # The same examples in every run, and no clock: a test that fails fails again.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=150, database=None)
 settings.load_profile("deterministic")
+
+
+def pytest_collection_finish():
+    """From now on there is garbage, and none of it is what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_one_sgd_step_is_the_truncated_projected_gradient_step(m, n, r, R, zero_
 SPECTRUM = torch.tensor([10, 5, 2, 1, 0.5, 0.1]).double()
 
 
-def recover(seed, init_rank, steps=40):
+def recover(seed, init_rank, steps=24):
     torch.manual_seed(seed)
     target = (orthonormal(128, 6) * SPECTRUM) @ orthonormal(128, 6).T
     _, adapter, integrator = one_layer(128, 128, init_rank, 16, tau=1e-3)
