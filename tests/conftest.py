@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -14,9 +15,18 @@ torch.set_num_threads(THREADS)
 # Lightning warns of commands in Python while the process has arguments: those are pytest's.
 del sys.argv[1:]
 
+# The libraries stay until the end: to look for garbage among them while they are imported is in vain.
+gc.disable()
+
 # The same examples in every run, and no clock: a test that fails fails again.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=150, database=None)
 settings.load_profile("deterministic")
+
+
+def pytest_collection_finish():
+    """From now on there is garbage, and none of it is what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +41,26 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def one_parser():
+    """For modules of many commands: a command's parser, which takes long to make, serves all of them."""
+    from geolora_pl.cli.train import GeoLoRACLI
+
+    make, made = GeoLoRACLI.setup_parser, {}
+
+    def setup_parser(cli, *arguments):
+        commands = tuple(cli.subcommands())
+        if commands not in made:
+            before = set(vars(cli))
+            make(cli, *arguments)
+            made[commands] = {name: value for name, value in vars(cli).items() if name not in before}
+        vars(cli).update(made[commands])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GeoLoRACLI, "setup_parser", setup_parser)
+        yield
 
 
 class Graphs(list):

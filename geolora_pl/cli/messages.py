@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -69,7 +70,7 @@ def _not_carried_over(before: Any, value: Any, dropped: dict[str, None]) -> list
         return []
     if old is new:
         return []
-    defaults: Any = _parser_of(old).get_defaults()
+    defaults = _defaults_of(old)
     settings = dict(before.init_args.items(branches=True, nested=False))
     by_hand = {name: given for name, given in settings.items() if given != defaults.get(name)}
     if not issubclass(new, (Optimizer, LRScheduler)):
@@ -77,6 +78,12 @@ def _not_carried_over(before: Any, value: Any, dropped: dict[str, None]) -> list
     for name, given in by_hand.items():
         dropped[f"{name}={given} was set for {old.__name__} and is dropped: {new.__name__} takes its own"] = None
     return list(settings)
+
+
+@cache
+def _defaults_of(module_class: type) -> Any:
+    """The defaults of a class, kept because every further setting of a replaced class asks for them again."""
+    return _parser_of(module_class).get_defaults()
 
 
 class OneSentenceParser(LightningArgumentParser):

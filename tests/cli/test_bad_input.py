@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from image_files import write_idx
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,17 +31,20 @@ from geolora_pl import (
 from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
-QUICK = [
-    "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=2",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.limit_val_batches=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--trainer.accelerator=cpu",
-    "--test_after_fit=false",
-]
+LIMITS = {
+    "max_epochs": 1,
+    "limit_train_batches": 2,
+    "log_every_n_steps": 1,
+    "limit_val_batches": 1,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+# Loggers and callbacks are classes of their own to parse: without them, a command takes two thirds of the time.
+TRAINER = {"trainer": {**LIMITS, "logger": False, "default_root_dir": "lightning_logs"}, "test_after_fit": False}
+SMALL = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()) | TRAINER
 MODEL, ADAPTER, DATA = "--model.init_args.", "--model.init_args.adapter.", "--data.init_args."
 OPTIMIZER = "--model.init_args.optimizer"
 RIEMANNIAN = f"{OPTIMIZER}=geolora_pl.RiemannianAdam"
@@ -48,10 +52,17 @@ RIEMANNIAN = f"{OPTIMIZER}=geolora_pl.RiemannianAdam"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder that sees the project's configs and keeps its runs to itself."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
+    """A working folder that sees the configurations and keeps its runs to itself."""
+    monkeypatch.chdir(prepared(tmp_path))
     return tmp_path
+
+
+def prepared(folder: Path) -> Path:
+    """Put the project's configurations, and those that are quick to parse, into a folder."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    (folder / "trainer.yaml").write_text(yaml.safe_dump(TRAINER))
+    return folder
 
 
 def refuse(capfd, message: str, arguments: list[str]) -> None:
@@ -72,7 +83,13 @@ def refuse(capfd, message: str, arguments: list[str]) -> None:
 
 
 def quickstart(*more: str) -> list[str]:
-    return ["fit", "--config", "configs/quickstart.yaml", *QUICK, *more]
+    limits = [f"--trainer.{name}={str(value).lower()}" for name, value in LIMITS.items()]
+    return ["fit", "--config", "configs/quickstart.yaml", *limits, "--test_after_fit=false", *more]
+
+
+def small(*more: str) -> list[str]:
+    """The quickstart without loggers and callbacks."""
+    return ["fit", "--config=small.yaml", *more]
 
 
 SETTINGS = [
@@ -212,7 +229,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("arguments", "message"), SETTINGS)
 def test_a_setting_that_is_wrong(folder, capfd, arguments, message):
-    refuse(capfd, message, quickstart(*arguments))
+    refuse(capfd, message, small(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -264,10 +281,9 @@ def run_folder(tmp_path_factory):
     """A run that went well."""
     made = tmp_path_factory.mktemp("run")
     before = Path.cwd()
-    (made / "configs").symlink_to(ROOT / "configs")
-    os.chdir(made)
+    os.chdir(prepared(made))
     try:
-        main(quickstart("--trainer.logger=false", "--trainer.default_root_dir=good"))
+        main(small("--trainer.default_root_dir=good"))
     finally:
         os.chdir(before)
     return made
@@ -329,9 +345,9 @@ class Unsafe:
     ],
 )
 def test_a_checkpoint_that_is_broken(folder, capfd, run_folder, make, message, command):
-    (good,) = (run_folder / "good").rglob("last.ckpt")
+    (good,) = (run_folder / "good").rglob("*.ckpt")
     make(good, folder / "bad.ckpt")
-    refuse(capfd, message, [command, *quickstart("--ckpt_path=bad.ckpt")[1:]])
+    refuse(capfd, message, [command, *small("--ckpt_path=bad.ckpt")[1:]])
 
 
 @pytest.mark.parametrize(
@@ -343,9 +359,9 @@ def test_a_checkpoint_that_is_broken(folder, capfd, run_folder, make, message, c
     ],
 )
 def test_a_checkpoint_of_another_model(folder, capfd, run_folder, make, message):
-    (good,) = (run_folder / "good").rglob("last.ckpt")
+    (good,) = (run_folder / "good").rglob("*.ckpt")
     make(good, folder / "other.ckpt")
-    refuse(capfd, message, quickstart("--trainer.max_epochs=2", "--ckpt_path=other.ckpt"))
+    refuse(capfd, message, small("--trainer.max_epochs=2", "--ckpt_path=other.ckpt"))
 
 
 class Regression(GeoLoRAModule):
@@ -367,14 +383,14 @@ def test_weights_that_do_not_fit_are_not_loaded_in_part():
 
 
 def test_a_good_checkpoint_is_read(run_folder):
-    (good,) = (run_folder / "good").rglob("last.ckpt")
+    (good,) = (run_folder / "good").rglob("*.ckpt")
     assert read_checkpoint(good)["global_step"] == 2
 
 
 def test_processes_of_torchrun_that_would_each_train_by_themselves(folder, capfd, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse(capfd, r"torchrun started 2 processes and the trainer has 1: .* set trainer\.strategy=ddp", quickstart())
+    refuse(capfd, r"torchrun started 2 processes and the trainer has 1: .* set trainer\.strategy=ddp", small())
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning")  # Lightning would go on
@@ -386,7 +402,7 @@ def test_last_where_there_is_no_checkpoint_is_not_untrained_adapters(folder, com
 
 
 def test_a_checkpoint_without_permission(folder, run_folder, monkeypatch):
-    (good,) = (run_folder / "good").rglob("last.ckpt")
+    (good,) = (run_folder / "good").rglob("*.ckpt")
 
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -432,7 +448,7 @@ def _without(path: Path) -> None:
 
 
 def images(*more: str) -> list[str]:
-    return quickstart(
+    return small(
         "--data=geolora_pl.data.ImageFolder", "--data.init_args.folder=tree", "--data.init_args.val_fraction=0.5", *more
     )
 
@@ -547,7 +563,7 @@ def test_idx_files_that_are_broken(folder, capfd, name, change, message):
             (folder / "idx" / name).write_bytes(b"no gzip")
     else:
         _spoil_idx(plain, change)
-    refuse(capfd, message, quickstart("--data=geolora_pl.data.FashionMNIST", "--data.init_args.folder=idx"))
+    refuse(capfd, message, small("--data=geolora_pl.data.FashionMNIST", "--data.init_args.folder=idx"))
 
 
 def test_an_empty_split(folder, capfd):
@@ -555,7 +571,7 @@ def test_an_empty_split(folder, capfd):
     for prefix, n in (("train", 40), ("t10k", 0)):
         write_idx(folder / "idx" / f"{prefix}-images-idx3-ubyte", np.zeros((n, 28, 28), dtype=np.uint8), False)
         write_idx(folder / "idx" / f"{prefix}-labels-idx1-ubyte", np.zeros(n, dtype=np.uint8), False)
-    arguments = quickstart("--data=geolora_pl.data.FashionMNIST", "--data.init_args.folder=idx")
+    arguments = small("--data=geolora_pl.data.FashionMNIST", "--data.init_args.folder=idx")
     refuse(capfd, r"FashionMNIST has no test images: the split is empty", arguments)
 
 
@@ -568,12 +584,12 @@ def test_an_empty_split(folder, capfd):
     ],
 )
 def test_a_data_set_that_is_not_there(folder, capfd, data, message):
-    refuse(capfd, message, quickstart(f"--data=geolora_pl.data.{data}", "--data.init_args.folder=gone"))
+    refuse(capfd, message, small(f"--data=geolora_pl.data.{data}", "--data.init_args.folder=gone"))
 
 
 def test_cifar_whose_files_are_broken(folder, capfd):
     (folder / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
-    arguments = quickstart("--data=geolora_pl.data.CIFAR10", "--data.init_args.folder=cifar")
+    arguments = small("--data=geolora_pl.data.CIFAR10", "--data.init_args.folder=cifar")
     refuse(capfd, r"cifar-10-batches-py is missing or broken; set download to true", arguments)
 
 
@@ -591,15 +607,13 @@ GOOD = "text,label\n" + "good film,yes\nbad plot,no\n" * 8
 def texts(tiny: str, *more: str) -> list[str]:
     return [
         "fit",
+        "--config=trainer.yaml",
         "--model=geolora_pl.tasks.TextClassification",
         f"--model.init_args.model_name={tiny}",
         "--data=geolora_pl.data.TextFiles",
         "--data.init_args.train_file=train.csv",
         "--data.init_args.cache_dir=cache",
         "--data.init_args.val_fraction=0.5",
-        *QUICK,
-        "--trainer.logger=false",
-        "--trainer.default_root_dir=lightning_logs",
         *more,
     ]
 

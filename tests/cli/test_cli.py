@@ -19,8 +19,15 @@ from geolora_pl.data import TextFiles
 from geolora_pl.loggers import CSVLogger
 
 ROOT = Path(__file__).parents[2]
-LIMITS = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 4}
-QUICK = [f"--trainer.{name}={value}" for name, value in LIMITS.items()]
+LIMITS = {
+    "max_epochs": 1,
+    "limit_train_batches": 4,
+    "limit_val_batches": 1,
+    "limit_test_batches": 1,
+    "log_every_n_steps": 4,
+}
+SMALL_BATCH = "--data.init_args.batch_size=16"
+QUICK = [SMALL_BATCH, *(f"--trainer.{name}={value}" for name, value in LIMITS.items())]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
@@ -98,7 +105,7 @@ def test_last_is_the_last_epoch_though_the_first_was_the_best_and_a_finished_run
     path = "lightning_logs/quickstart/checkpoints/last.ckpt"
     finished = torch.load(path, weights_only=True)
     assert (finished["epoch"], finished["global_step"]) == (1, 8)
-    run("test", f"--ckpt_path={path}", quick=["--trainer.limit_test_batches=1"])
+    run("test", f"--ckpt_path={path}", quick=[SMALL_BATCH, "--trainer.limit_test_batches=1"])
     tested = re.search(r"test_accuracy +│ +([0-9.]+)", capfd.readouterr().out)[1]
     assert f"{float(tested):.4f}" == printed
 
@@ -125,7 +132,7 @@ def parsed(capfd, *more):
     """The settings that a fit of the quickstart would have."""
     capfd.readouterr()
     with pytest.raises(SystemExit):
-        run("fit", "--print_config", *more)
+        run("fit", "--print_config", *more, quick=[])
     return yaml.safe_load(capfd.readouterr().out)
 
 

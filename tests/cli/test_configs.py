@@ -20,6 +20,7 @@ from tiny_text import save_tiny_decoder, save_tiny_model
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import CIFAR10, CIFAR100
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))

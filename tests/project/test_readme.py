@@ -8,6 +8,7 @@ from pages import ROOT, blocks, commands, quiet_trainers, understood
 
 from benchmarks import write_tables
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 PAGE = ROOT / "README.md"
 
 

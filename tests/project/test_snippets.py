@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from geolora_pl import GeoLoRACallback
 from geolora_pl.tasks import ImageClassification
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 PAGES = {page.name: page for page in (ROOT / "docs").glob("*.md")}
 
 

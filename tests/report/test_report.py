@@ -1,4 +1,6 @@
 import argparse
+import contextlib
+import io
 import re
 import sys
 from html.parser import HTMLParser
@@ -60,10 +62,34 @@ def runs(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def test_a_page_about_one_run(runs, tmp_path):
-    target = write_report(runs[:1], tmp_path / "page.html")
-    text = target.read_text()
-    page = Page(text)
+@pytest.fixture(scope="module")
+def about_one(runs, tmp_path_factory):
+    """The page about the first run, which is made once because its pictures take a second."""
+    return write_report(runs[:1], tmp_path_factory.mktemp("one") / "page.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def about_two(runs, tmp_path_factory):
+    """The page that compares the two runs, as the command makes it, and what the command prints."""
+    target = tmp_path_factory.mktemp("two") / "page.html"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["report", "--run", str(runs[0]), "--run", str(runs[1]), "--output", str(target)])
+    assert f"{target}: open it" in printed.getvalue()
+    return target.read_text()
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Two runs of one metric each, whose page has few pictures."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.csv").write_text("step,accuracy\n0,0.5\n1,0.6\n")
+    return folders
+
+
+def test_a_page_about_one_run(about_one):
+    text, page = about_one, Page(about_one)
     assert [len(page.all(tag)) for tag in ("html", "title", "h1", "main")] == [1, 1, 1, 1]
     assert "Run tau<0.05>" in page.words
     assert {"Learning curves", "Ranks", "Retractions", "Files", "last.ckpt", "geolora.tau", "0.05"} <= set(page.words)
@@ -84,9 +110,8 @@ def test_a_page_about_one_run(runs, tmp_path):
     assert "Comparison" not in page.words
 
 
-def test_it_needs_nothing_from_elsewhere(runs, tmp_path):
-    text = write_report(runs, tmp_path / "page.html").read_text()
-    page = Page(text)
+def test_it_needs_nothing_from_elsewhere(about_two):
+    text, page = about_two, Page(about_two)
     assert not re.search(r"://|@import|url\((?!#)", text)
     assert not [attrs for tag in ("script", "link", "iframe", "img") for attrs in page.all(tag)]
     inside = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
@@ -98,19 +123,16 @@ def test_it_needs_nothing_from_elsewhere(runs, tmp_path):
         assert name in inside
 
 
-def test_colours_are_variables_with_a_dark_half(runs, tmp_path):
-    text = write_report(runs[:1], tmp_path / "page.html").read_text()
+def test_colours_are_variables_with_a_dark_half(about_one):
+    text = about_one
     light, _, dark = text.partition("@media (prefers-color-scheme: dark)")
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
     assert used <= set(re.findall(r"(--[\w-]+):", light))
     assert used <= set(re.findall(r"(--[\w-]+):", dark.partition("* {")[0]))
 
 
-def test_several_runs_are_compared(runs, tmp_path, capfd):
-    main(["report", "--run", str(runs[0]), "--run", str(runs[1]), "--output", str(tmp_path / "page.html")])
-    assert f"{tmp_path / 'page.html'}: open it" in capfd.readouterr().out
-    text = (tmp_path / "page.html").read_text()
-    page = Page(text)
+def test_several_runs_are_compared(about_two):
+    text, page = about_two, Page(about_two)
     assert {"2 runs", "Comparison", "tau<0.05>", "tau<0.5>"} <= set(page.words)
     table = text.partition("<table>")[2].partition("</table>")[0]
     head = re.findall(r'<th scope="col">(.*?)</th>', table)
@@ -123,16 +145,15 @@ def test_several_runs_are_compared(runs, tmp_path, capfd):
     assert any(s.startswith("mean rank over steps: tau<0.05> from 2 ") and "; tau<0.5> from 2 " in s for s in said)
 
 
-def test_a_list_is_several_and_the_page_lies_in_the_first(runs):
-    main(["report", "--run", *map(str, runs)])
-    assert "2 runs" in (runs[0] / "report.html").read_text()
-    main(["report", "--run", str(runs[0])])  # a report may be made anew
-    assert "2 runs" not in (runs[0] / "report.html").read_text()
+def test_a_list_is_several_and_the_page_lies_in_the_first(plain):
+    main(["report", "--run", *map(str, plain)])
+    assert "2 runs" in (plain[0] / "report.html").read_text()
+    main(["report", "--run", str(plain[0])])  # a report may be made again
+    assert "2 runs" not in (plain[0] / "report.html").read_text()
 
 
-def test_a_run_of_metrics_alone_has_a_page(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,accuracy\n0,0.5\n1,0.6\n")
-    page = Page(write_report([tmp_path]).read_text())
+def test_a_run_of_metrics_alone_has_a_page(plain):
+    page = Page(write_report(plain[:1]).read_text())
     assert "Ranks" not in page.words
     assert len(page.all("svg")) == 1
 
@@ -209,7 +230,7 @@ def test_the_users_mistakes_are_one_sentence(runs, tmp_path, capfd):
     assert own.read_text() == "mine"
 
 
-def test_what_the_system_refuses_is_one_sentence(runs, tmp_path, capfd, monkeypatch):
+def test_what_the_system_refuses_is_one_sentence(plain, tmp_path, capfd, monkeypatch):
     closed = tmp_path / "closed"
     closed.mkdir()
 
@@ -218,7 +239,7 @@ def test_what_the_system_refuses_is_one_sentence(runs, tmp_path, capfd, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.mkdtemp", refuse)
-        said = refusal(["--run", str(runs[0]), "--output", str(closed / "page.html")], capfd)
+        said = refusal(["--run", str(plain[0]), "--output", str(closed / "page.html")], capfd)
     assert said == f"error: output='{closed / 'page.html'}' cannot be written (Permission denied): name another file\n"
     (tmp_path / "metrics.csv").mkdir()
     said = refusal(["--run", str(tmp_path)], capfd)
