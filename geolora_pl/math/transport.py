@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from geolora_pl.math.decomposition import project_out
@@ -35,20 +33,18 @@ def transport_first_moment(
     Returns:
         m_K' (..., m, p + R) and m_L' (..., n, p + R).
     """
-    c = U.shape[-1]
-    both_U, both_V = torch.cat([U, m_K], dim=-1), torch.cat([V, m_L], dim=-1)
-    of_U, of_K = (both_U.mT @ U_new).split(c, dim=-2)
-    of_V, of_L = (both_V.mT @ V_new).split(c, dim=-2)
+    of_U, of_V = U.mT @ U_new, V.mT @ V_new
+    of_K, of_L = m_K.mT @ U_new, m_L.mT @ V_new
     if probes:  # what outside_tangent_space removes, but in coordinates, which are much smaller
         K_inside = U[..., probes:].mT @ m_K[..., :probes]
         L_inside = V.mT @ m_L[..., :probes]
-        of_K = (
-            of_K - F.pad(K_inside.mT @ of_U[..., probes:, :], (0, 0, 0, c - probes)) - L_inside @ of_U[..., :probes, :]
-        )
-        of_L = of_L - torch.cat([L_inside.mT @ of_V, K_inside @ of_V[..., :probes, :]], dim=-2)
-    new_K = both_U @ torch.cat([of_L, of_V], dim=-2)
-    inside = (of_V.mT @ of_K + of_L.mT @ of_U)[..., probes:, :]  # V'^T m_L' before the projection
-    return new_K, both_V @ torch.cat([of_K, of_U], dim=-2) - V_new[..., probes:] @ inside
+        of_K[..., :probes, :] -= K_inside.mT @ of_U[..., probes:, :]
+        of_L[..., :probes, :] -= L_inside.mT @ of_V
+        of_L[..., probes:, :] -= K_inside @ of_V[..., :probes, :]
+        of_K -= L_inside @ of_U[..., :probes, :]
+    new_K = m_K @ of_V + U @ of_L
+    new_L = m_L @ of_U + V @ of_K
+    return new_K, project_out(new_L, V_new[..., probes:])
 
 
 def outside_tangent_space(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
