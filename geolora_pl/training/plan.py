@@ -179,9 +179,9 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
         S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
     probes = layer.probes if what.admits else 0
     at = augment(U, S, V, K, L, _random(adapters, names, probes, what.seed) if probes else None)
-    stepped = K[..., layer.probes :].flatten(1).any(1) | L[..., layer.probes :].flatten(1).any(1)
+    stepped = _any(K[..., layer.probes :]) | _any(L[..., layer.probes :])
     present = (U[..., layer.probes :] != 0).any(-2).sum(-1)  # counted on the device to save such a copy
-    pending = stepped | ((present == 0) & K.flatten(1).any(1))
+    pending = stepped | ((present == 0) & _any(K))
     ranks = _ranks(layer, S, at.sigma, present, pending, what)
 
     least = _resolution(layer) * at.sigma[:, 0].clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
@@ -191,6 +191,12 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     sigma, order = torch.cat([at.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
     return _Offer(names, at, new, least, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
+
+
+def _any(factors: Tensor) -> Tensor:
+    """Whether each matrix (B, rows, columns) has an entry that is not zero; a norm needs no copy of a part of it."""
+    largest: Tensor = torch.linalg.vector_norm(factors, float("inf"), dim=(-2, -1))
+    return largest > 0
 
 
 def _random(adapters: Adapters, names: Sequence[str], probes: int, seed: int) -> tuple[Tensor, Tensor]:
