@@ -14,10 +14,11 @@ from benchmarks.shared.methods import Method, defaults
 from benchmarks.shared.results import Record
 from benchmarks.shared.task import Task, to_device
 from geolora_pl import GeoLoRAModule
-from geolora_pl.training.schedule import warmup_cosine
+from geolora_pl.training.schedule import WARMUP_POWER, warmup_cosine
 
 EVALUATIONS = 5  # per run, evenly spaced
 POINTS = 50  # per loss curve
+_LENGTHS = ("warmup", "head_warmup")
 SIZES = 30  # counts of the adapter parameters per run, at steps in geometric distance
 
 
@@ -85,15 +86,15 @@ def run(task: Task, method: Method, lr: float, seed: int) -> Record:
 
 def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
     """The schedule, which is this package's for every method; where only a head is trained, it warms up as heads do."""
-    lengths = warmup()
+    lengths = {name: defaults(GeoLoRAModule)[name] for name in _LENGTHS}
     if not any(group.get("adapters") for group in optimizer.param_groups):
         lengths["warmup"] = lengths["head_warmup"]
     return warmup_cosine(optimizer, total_steps=steps, **lengths)
 
 
 def warmup() -> dict[str, float]:
-    """The lengths of the warm-up, which are this package's defaults for every method."""
-    return {name: defaults(GeoLoRAModule)[name] for name in ("warmup", "head_warmup")}
+    """What the warm-up is, this package's default for every method: its lengths, and the power of the step."""
+    return {**{name: defaults(GeoLoRAModule)[name] for name in _LENGTHS}, "power": WARMUP_POWER}
 
 
 def now() -> float:

@@ -19,7 +19,6 @@ from benchmarks.shared.methods import Method
 from benchmarks.shared.paths import GLUE_FOLDER, ROOT
 from benchmarks.shared.results import Record, machine
 from benchmarks.shared.summary import best_lr
-from geolora_pl.training.schedule import WARMUP_POWER
 
 _CHANGES_NO_RESULT = ("jobs", "glue", "output", "document")  # arguments that are left out of the recorded command
 KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
@@ -52,7 +51,7 @@ class Planned:
             "steps": self.steps,
             "method": self.name,
             "settings": self.method.settings(),
-            "warmup": {**harness.warmup(), "power": WARMUP_POWER},
+            "warmup": harness.warmup(),
             "lr": self.lr,
             "seed": self.seed,
         }

@@ -227,7 +227,7 @@ def test_adapt_until_holds_the_ranks_for_the_rest_of_the_run():
     callback = GeoLoRACallback(tau=0.1, adapter=ADAPTER, adapt_until=0.5)
     trainer(callback, Watch(), max_epochs=2).fit(Foreign(), loader())
     assert len(seen) == 12
-    assert seen[0] != seen[5]
+    assert any(ranks != seen[5] for ranks in seen[:5])
     assert all(ranks == seen[5] for ranks in seen[5:])
     assert callback.integrator.adaptations == 12
 
