@@ -47,7 +47,7 @@ def computed_columns(rank: int, max_rank: int, probes: int = 0) -> int:
         >>> computed_columns(0, 16), computed_columns(9, 64), computed_columns(9, 12), computed_columns(6, 16, probes=2)
         (8, 16, 12, 6)
     """
-    return min(max_rank, max(8, -(-(rank + probes) // 8) * 8) - probes)
+    return min(max_rank, -(-(max(1, rank) + probes) // 8) * 8 - probes)
 
 
 def without_probes(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Factors:

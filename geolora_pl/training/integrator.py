@@ -28,7 +28,8 @@ _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_err
 class RankAdaptiveIntegrator:
     r"""Move the factors of all adapters after the optimizer's step (GeoLoRA, Algorithm 1, steps 3 to 5).
 
-    Every ``adapt_every`` optimizer steps the pending tangent step of each adapter is folded into its factors: augment
+    Every ``adapt_every`` optimizer steps, and after 1, 2, 4, ... steps at the start, the pending tangent step of each
+    adapter is folded into its factors: augment
     the bases, take the SVD of the small core, choose the rank, rotate. K and L return to zero, and the optimizer's
     moments are carried to the new bases. Between two such steps the increments stay pending; they are part of the
     forward and of the state.
@@ -264,10 +265,11 @@ class RankAdaptiveIntegrator:
         foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
         foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
         foreach_copy_([layer.V[:, :width] for layer in layers], list(V_new.unbind()))
+        probes = layers[0].probes
+        remembered = torch.stack([layer.K[:, :probes] for layer in layers])
+        remembered = torch.where(moves, group.U[..., :probes] * group.gathered[:, None], remembered)
         foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
-        if probes := layers[0].probes:
-            known = group.U[..., :probes] * (group.gathered * group.moves[:, None])[:, None]
-            foreach_copy_([layer.K[:, :probes] for layer in layers], list(known.unbind()))
+        foreach_copy_([layer.K[:, :probes] for layer in layers], list(remembered.unbind()))
 
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:
