@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.math.decomposition import factored, first, project_out, svd, without_probes
+from geolora_pl.math.decomposition import factored, first, svd, without_probes
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.math.transport import outside_tangent_space
 
@@ -77,7 +77,7 @@ class Directions(NamedTuple):
 
     Attributes:
         U: (B, c, 3 p).
-        sigma: (B, 3 p), descending, how much the probes have gathered in each; of random ones, a size without meaning.
+        sigma: (B, 3 p), descending, how much the probes have gathered in each; 0 in random ones.
         V: (B, d, 3 p).
     """
 
@@ -86,54 +86,68 @@ class Directions(NamedTuple):
     V: Tensor
 
 
-def directions(at: Augmentation, probes: int, kept: Tensor, room: Tensor, least: Tensor) -> Directions:
+def directions(at: Augmentation, probes: int, kept: Tensor, resolution: float) -> Directions:
     r"""Directions outside of what is kept, first those in which the probes have gathered most, then random ones.
 
     What has been gathered is :math:`P_U^\perp (K_p V_p^T + U_p L_p^T) P_V^\perp`, of rank 2 p at most, where the
     projections leave out the old live columns and those that are kept. Random directions make it 3 p, and they also
-    stand in for whatever is degenerate.
+    stand in for whatever is degenerate. Where a side has no room for as many, the directions beyond are of no use.
 
     Args:
         at: The augmentation.
         probes: The number p of probes.
         kept: (B,), int64, how many singular vectors of the point are kept.
-        room: (B,), int64, how many columns have a place beside them; the directions beyond are of no use.
-        least: (B,), above 0, a size that does not count.
+        resolution: From :func:`~geolora_pl.math.ranks.resolution`.
     """
     if not probes:
         return Directions(at.P_U[..., :0], at.sigma[..., :0], at.P_V[..., :0])
-    columns, R = 3 * probes, (at.R_U.shape[-1] - 3 * probes) // 2
+    R = (at.R_U.shape[-1] - 3 * probes) // 2
     K, U_p, random_U = at.R_U[..., 2 * R :].split(probes, dim=-1)
     V_p, L, random_V = at.R_V[..., 2 * R :].split(probes, dim=-1)
     U, V = at.R_U[..., R : 2 * R], at.R_V[..., :R]
     K, L = outside_tangent_space(K, L, torch.cat([U_p, U], dim=-1), torch.cat([V_p, V], dim=-1))
-    keep = first(kept, at.sigma.shape[-1])[:, None]
-    valid = first(room, columns)
-    Q_U, R_U = _complement(torch.cat([K, U_p], dim=-1), random_U, at.P_U * keep, least, valid)
-    Q_V, R_V = _complement(torch.cat([V_p, L], dim=-1), random_V, at.P_V * keep, least, valid)
-    of_random = valid & ~first(torch.full_like(room, 2 * probes), columns)
-    P, sigma, Qh = svd(R_U @ R_V.mT + torch.diag_embed(of_random * least[:, None]))
-    return Directions(Q_U @ P, sigma, Q_V @ Qh.mT)
+    left, right = torch.cat([K, U_p], dim=-1), torch.cat([V_p, L], dim=-1)
+    room_U, room_V = (first(Q.shape[-2] - kept, 3 * probes) for Q in (at.Q_U, at.Q_V))
+    Q_U, random = _complement(at.P_U, kept, left, random_U, room_U)
+    Q_V, _ = _complement(at.P_V, kept, right, random_V, room_V)
+    gathered = (Q_U.mT @ left) @ (Q_V.mT @ right).mT
+    size = torch.maximum(at.sigma[:, 0], torch.linalg.matrix_norm(gathered))[:, None]
+    least = resolution * size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
+    # Sizes that do not count put what is random before what is degenerate, and both before what has no room.
+    P, sigma, Qh = svd(gathered + torch.diag_embed(least * (1.0 + random) / 2 * (room_U & room_V)))
+    return Directions(Q_U @ P, sigma * (sigma > 2 * least), Q_V @ Qh.mT)
 
 
-def _complement(side: Tensor, random: Tensor, kept: Tensor, least: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The QR factorisation of one side of a product outside of what is kept, completed by random directions.
+def _complement(P: Tensor, kept: Tensor, side: Tensor, random: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions outside of what is kept: first those of one side of a product, then random ones.
 
-    Noise of the size of rounding gives a column that is degenerate a direction of its own: QR would invent one for it
-    that need not be orthogonal to what is kept.
+    One factorisation takes what is kept as its first columns, for Householder's QR is orthonormal to rounding whatever
+    the columns are, and a projection of something degenerate is not. Columns of zeros come after the random ones.
+
+    Args:
+        P: (B, c, k), the singular vectors of the point.
+        kept: (B,), int64, how many of them are kept.
+        side: (B, c, 2 p).
+        random: (B, c, p).
+        room: (B, 3 p), bool, for which of the directions there is room; the others are zero.
 
     Returns:
-        Q (B, c, 3 p) and of R the columns of the side, (B, 3 p, 2 p).
+        The directions (B, c, 3 p), and which of them are random (B, 3 p), bool.
     """
-    c, columns = side.shape[-2], valid.shape[-1]
-    rounding = 4 * torch.finfo(side.dtype).eps * torch.linalg.vector_norm(side, dim=-2, keepdim=True)
-    noise = torch.eye(c, side.shape[-1], dtype=side.dtype, device=side.device).flip(0)  # the coordinates of the probes
-    columns_of = torch.cat([side + noise * (rounding + least[:, None, None]), random], dim=-1)
-    for _ in range(2):  # so that what is small is orthogonal to the last digit as well
-        columns_of = project_out(columns_of, kept)
-    Q, R = torch.linalg.qr(columns_of)
-    missing = columns - Q.shape[-1]  # where the matrix has fewer rows than that
-    return F.pad(Q, (0, missing)), F.pad(R[..., : side.shape[-1]], (0, 0, 0, missing)) * valid[..., None]
+    turn = torch.cat(
+        [
+            (~first(kept, P.shape[-1])).to(torch.int64) * 4,
+            1 + 2 * (side == 0).all(-2).to(torch.int64),
+            torch.full_like(random[..., 0, :], 2, dtype=torch.int64),
+        ],
+        dim=-1,
+    )
+    turn, order = turn.sort(dim=-1, stable=True)
+    columns = torch.cat([P, side, random], dim=-1).gather(-1, order[:, None, :].expand(-1, P.shape[-2], -1))
+    Q = torch.linalg.qr(columns).Q
+    beyond = (kept[:, None] + torch.arange(room.shape[-1], device=kept.device)).clamp_max(Q.shape[-1] - 1)
+    outside = Q.gather(-1, beyond[:, None, :].expand(-1, Q.shape[-2], -1)) * room[:, None, :]
+    return outside, turn.gather(-1, beyond) == 2
 
 
 def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> Tensor:
@@ -197,7 +211,7 @@ def places(
         kept: (B,), int64, how many columns the point keeps.
         admitted: (B,), int64, how many of :func:`directions` become columns of the bases.
         in_line: (B,), int64, how many of them the probes have gathered; those after them are random.
-        room: (B,), int64, how many columns have a place beside those that are kept.
+        room: (B,), int64, how many of the directions have a place beside what was kept when they were chosen.
         probes: p.
         columns: c, how many columns there are to keep some of; the directions come after them.
         rank: R.
@@ -207,12 +221,13 @@ def places(
     """
     known = (probes + 1) // 2
     i = torch.arange(probes, device=kept.device)
-    random = torch.maximum(in_line, admitted + known)[:, None] + i - known
+    most = room.clamp_max(3 * probes)
+    random = torch.maximum(torch.minimum(in_line, most - probes + known), admitted + known)[:, None] + i - known
     of_probe = torch.where(i < known, admitted[:, None] + i, random)
     j = torch.arange(rank, device=kept.device)
     beyond = j - kept[:, None]
     of_column = torch.where(beyond < 0, j, columns + beyond)
-    used = torch.cat([of_probe < room.clamp_max(3 * probes)[:, None], beyond < admitted[:, None]], dim=-1)
+    used = torch.cat([of_probe < most[:, None], beyond < admitted[:, None]], dim=-1)
     source = torch.cat([columns + of_probe, of_column], dim=-1)
     return torch.where(used, source, 0), used
 
@@ -234,18 +249,16 @@ def new_basis(Q: Tensor, kept: Tensor, new: Tensor, source: Tensor, used: Tensor
     return Q @ (torch.cat([kept, new], dim=-1).gather(-1, index) * used[:, None, :])
 
 
-def remembered(sigma: Tensor, source: Tensor, used: Tensor, columns: int, least: Tensor) -> Tensor:
+def remembered(sigma: Tensor, source: Tensor, used: Tensor, columns: int) -> Tensor:
     """What the new probes know already: their columns of K are those of U times these coefficients.
 
     Args:
         sigma: (B, 3 p), from :func:`directions`.
         source: From :func:`places`, of the probes alone (B, p).
-        used: From :func:`places`, likewise.
+        used: From :func:`places`, of the probes alone (B, p).
         columns: As for :func:`places`.
-        least: As for :func:`directions`.
 
     Returns:
         (B, p).
     """
-    known = sigma.gather(-1, (source - columns).clamp_min(0)) * used
-    return _MEMORY * known * (known > 2 * least[:, None])
+    return _MEMORY * sigma.gather(-1, (source - columns).clamp_min(0)) * used

@@ -64,7 +64,8 @@ class RankAdaptiveIntegrator:
             ``tau`` times the norm of its update, unless ``max_rank`` or the budget binds.
         budget: Adapter parameters allowed in all, ``sum(rank * (in + out))``, or ``None`` for no limit but
             ``max_rank``.
-        min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: it has no gradient and stays.
+        min_rank: Least rank of an adapter, at least 0. An adapter at rank 0 is pruned: only its probes have a gradient,
+            and they can bring it back. Without probes it stays pruned.
         adapt_every: Optimizer steps from one retraction to the next, at least 1; the first ones come sooner, after 1,
             2, 4, ... steps, so that the bases of the start, which are random, do not decide which ranks are found.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
@@ -205,8 +206,8 @@ class RankAdaptiveIntegrator:
         """Fold every pending increment into its factors now, whatever the cadence.
 
         No direction is taken in that was not trained yet, and probes are left out until the next retraction. An adapter
-        with nothing pending keeps its factors to the bit, for a relative ``tau`` would erode it; only directions that
-        never took a step are dropped, and the budget may take ranks from it.
+        with nothing pending keeps its live factors to the bit, for a relative ``tau`` would erode it; only directions
+        that never took a step are dropped, and the budget may take ranks from it.
 
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.

@@ -41,7 +41,8 @@ class GroupPlan:
         V: (B, n, p + c).
         gathered: (B, p), what the new probes start with: their columns of K are those of U times these numbers.
         ranks: (B,), int64, the new ranks.
-        moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks.
+        moves: (B,), bool; an adapter with nothing pending keeps its factors to the bit, unless it loses ranks, or has
+            no rank and no probes and so gets some.
     """
 
     names: Sequence[str]
@@ -135,7 +136,7 @@ class _Offer:
         names: The names of the adapters.
         at: Each point with its pending step and its probes, in one coordinate system per side.
         new: Directions outside of what each point keeps.
-        least: (B,), a size that does not count.
+        room: (B,), int64, how many of them have a place beside it.
         sigma: (B, k), the singular values on offer, descending.
         is_new: (B, k), bool, which of them are those of new directions.
         ranks: (B,), int64, how many of them become columns.
@@ -145,7 +146,7 @@ class _Offer:
     names: Sequence[str]
     at: Augmentation
     new: Directions
-    least: Tensor
+    room: Tensor
     sigma: Tensor
     is_new: Tensor
     ranks: Tensor
@@ -184,13 +185,16 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     pending = stepped | ((present == 0) & _any(K))
     ranks = _ranks(layer, S, at.sigma, present, pending, what)
 
-    least = _resolution(layer) * at.sigma[:, 0].clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
-    new = directions(at, probes, ranks, min(layer.out_features, layer.in_features) - ranks, least)
+    new = directions(at, probes, ranks, _resolution(layer))
     worth = worth_a_rank(at.sigma, new.sigma, what.rule.tau, _resolution(layer)) & pending[:, None]
     keep = decomposition.first(ranks, at.sigma.shape[-1])
     sigma, order = torch.cat([at.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
-    return _Offer(names, at, new, least, sigma, order >= keep.shape[-1], most, pending | (ranks != present))
+    moves = pending | (ranks != present)
+    if probes:  # an adapter that was loaded at rank 0 and without probes would otherwise never have a gradient
+        moves = moves | ((present == 0) & ~U[..., :probes].flatten(1).any(1))
+    room = min(layer.out_features, layer.in_features) - ranks
+    return _Offer(names, at, new, room, sigma, order >= keep.shape[-1], most, moves)
 
 
 def _any(factors: Tensor) -> Tensor:
@@ -245,8 +249,8 @@ def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
     source, used = places(
         kept,
         offer.admitted,
-        in_line=(new.sigma > 2 * offer.least[:, None]).sum(-1),
-        room=min(layer.out_features, layer.in_features) - kept,
+        in_line=(new.sigma > 0).sum(-1),
+        room=offer.room,  # the budget makes more room, but no more directions
         probes=probes,
         columns=columns,
         rank=rank,
@@ -255,7 +259,7 @@ def _take(adapters: Adapters, offer: _Offer, what: Retraction) -> GroupPlan:
     U = F.pad(new_basis(at.Q_U, at.P_U, new.U, source, used), idle)
     V = F.pad(new_basis(at.Q_V, at.P_V, new.V, source, used), idle)
     sigma = F.pad(at.sigma, (0, max(0, rank - columns)))[:, :rank] * decomposition.first(kept, rank)
-    gathered = F.pad(remembered(new.sigma, source[:, :probes], used[:, :probes], columns, offer.least), idle)
+    gathered = F.pad(remembered(new.sigma, source[:, :probes], used[:, :probes], columns), idle)
     return GroupPlan(offer.names, U, sigma, V, gathered, offer.ranks, offer.moves)
 
 
