@@ -188,7 +188,10 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     new = directions(at, probes, ranks, _resolution(layer))
     worth = worth_a_rank(at.sigma, new.sigma, what.rule.tau, _resolution(layer)) & pending[:, None]
     keep = decomposition.first(ranks, at.sigma.shape[-1])
-    sigma, order = torch.cat([at.sigma * keep, new.sigma * worth], dim=-1).sort(descending=True, stable=True)
+    # A new direction starts from zero, so it never takes the place of one that its own adapter keeps.
+    last = at.sigma.gather(-1, (ranks[:, None] - 1).clamp_min(0)).masked_fill(ranks[:, None] == 0, float("inf"))
+    offered = torch.minimum(new.sigma, last) * worth
+    sigma, order = torch.cat([at.sigma * keep, offered], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
     moves = pending | (ranks != present)
     if probes:  # an adapter that was loaded at rank 0 and without probes would otherwise never have a gradient
