@@ -106,3 +106,42 @@ def test_a_retraction_that_takes_in_directions_does_not_change_the_function(adap
         assert all(is_orthonormal(basis) for layer in adapters.values() for basis in (layer.U, layer.V))
     assert taken_in > 4
     assert integrator.truncation_error < EXACT
+
+
+@pytest.mark.parametrize(("max_rank", "budget"), [(6, None), (12, 6 * 48)])
+def test_at_the_limit_no_new_direction_takes_the_place_of_one_that_was_trained(max_rank, budget):
+    torch.manual_seed(0)
+    target = torch.randn(24, 24).double()  # of full rank
+    _, adapter, integrator = one_layer(24, 24, 1, max_rank, tau=0.1, adapt_every=10, budget=budget, probes=2)
+    optimizer = RiemannianAdam([{"params": [adapter.K, adapter.L], "adapters": True}], lr=0.3)
+    errors = []
+    for step in range(120):
+        optimizer.zero_grad()
+        (0.5 * (adapter.delta_weight() - target).square().sum()).backward()
+        optimizer.step()
+        if integrator.step(optimizer) and step > 60:
+            errors.append(integrator.truncation_error)
+    assert adapter.rank == 6
+    assert max(errors) < 0.1  # what tau allows; a direction in use would be more
+
+
+def test_an_adapter_without_a_step_keeps_what_its_probes_remember():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8)).double()
+    still, moving = inject_adapters(model, AdapterConfig(target_modules=["0", "1"])).values()
+    integrator = RankAdaptiveIntegrator(model, tau=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x = torch.randn(16, 12).double()
+    model(x).square().sum().backward()
+    optimizer.step()
+    integrator.step(optimizer)
+    before = [factor.clone() for factor in (still.U, still.V, still.K)]
+    assert still.K[:, : still.probes].any()
+    optimizer.zero_grad(set_to_none=True)
+    model[1](torch.randn(16, 10).double()).square().sum().backward()
+    with pytest.warns(UserWarning, match="no gradient reaches the adapters 0"):
+        optimizer.step()
+    integrator.step(optimizer)
+    assert moving.K[:, : moving.probes].any()
+    for factor, same in zip((still.U, still.V, still.K), before, strict=True):
+        assert torch.equal(factor, same)
