@@ -265,9 +265,11 @@ class RankAdaptiveIntegrator:
         foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
         foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
         foreach_copy_([layer.V[:, :width] for layer in layers], list(V_new.unbind()))
+        probes = layers[0].probes
+        remembered = torch.stack([layer.K[:, :probes] for layer in layers])
         foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
-        if probes := layers[0].probes:
-            known = group.U[..., :probes] * (group.gathered * group.moves[:, None])[:, None]
+        if probes:
+            known = torch.where(moves, group.U[..., :probes] * group.gathered[:, None], remembered)
             foreach_copy_([layer.K[:, :probes] for layer in layers], list(known.unbind()))
 
     def _report_reset(self, keys: set[str]) -> None:
