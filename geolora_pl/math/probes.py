@@ -108,13 +108,14 @@ def directions(at: Augmentation, probes: int, kept: Tensor, resolution: float) -
     K, L = outside_tangent_space(K, L, torch.cat([U_p, U], dim=-1), torch.cat([V_p, V], dim=-1))
     left, right = torch.cat([K, U_p], dim=-1), torch.cat([V_p, L], dim=-1)
     room_U, room_V = (first(Q.shape[-2] - kept, 3 * probes) for Q in (at.Q_U, at.Q_V))
-    Q_U, random = _complement(at.P_U, kept, left, random_U, room_U)
-    Q_V, _ = _complement(at.P_V, kept, right, random_V, room_V)
-    gathered = (Q_U.mT @ left) @ (Q_V.mT @ right).mT
+    Q_U, kind_U = _complement(at.P_U, kept, left, random_U, room_U)
+    Q_V, kind_V = _complement(at.P_V, kept, right, random_V, room_V)
+    left, right = (Q.mT @ x * (kind == 1)[..., None] for Q, x, kind in ((Q_U, left, kind_U), (Q_V, right, kind_V)))
+    gathered = left @ right.mT
     size = torch.maximum(at.sigma[:, 0], torch.linalg.matrix_norm(gathered))[:, None]
     least = resolution * size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
     # Sizes that do not count put what is random before what is degenerate, and both before what has no room.
-    P, sigma, Qh = svd(gathered + torch.diag_embed(least * (1.0 + random) / 2 * (room_U & room_V)))
+    P, sigma, Qh = svd(gathered + torch.diag_embed(least * (1.0 + (kind_U == 2)) / 2 * (room_U & room_V)))
     return Directions(Q_U @ P, sigma * (sigma > 2 * least), Q_V @ Qh.mT)
 
 
@@ -132,9 +133,9 @@ def _complement(P: Tensor, kept: Tensor, side: Tensor, random: Tensor, room: Ten
         room: (B, 3 p), bool, for which of the directions there is room; the others are zero.
 
     Returns:
-        The directions (B, c, 3 p), and which of them are random (B, 3 p), bool.
+        The directions (B, c, 3 p), and what each is (B, 3 p), int64: 1 in the span of the side, 2 random.
     """
-    turn = torch.cat(
+    kind = torch.cat(
         [
             (~first(kept, P.shape[-1])).to(torch.int64) * 4,
             1 + 2 * (side == 0).all(-2).to(torch.int64),
@@ -142,12 +143,12 @@ def _complement(P: Tensor, kept: Tensor, side: Tensor, random: Tensor, room: Ten
         ],
         dim=-1,
     )
-    turn, order = turn.sort(dim=-1, stable=True)
+    kind, order = kind.sort(dim=-1, stable=True)
     columns = torch.cat([P, side, random], dim=-1).gather(-1, order[:, None, :].expand(-1, P.shape[-2], -1))
     Q = torch.linalg.qr(columns).Q
     beyond = (kept[:, None] + torch.arange(room.shape[-1], device=kept.device)).clamp_max(Q.shape[-1] - 1)
     outside = Q.gather(-1, beyond[:, None, :].expand(-1, Q.shape[-2], -1)) * room[:, None, :]
-    return outside, turn.gather(-1, beyond) == 2
+    return outside, kind.gather(-1, beyond)
 
 
 def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> Tensor:

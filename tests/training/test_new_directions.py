@@ -145,3 +145,29 @@ def test_an_adapter_without_a_step_keeps_what_its_probes_remember():
     assert moving.K[:, : moving.probes].any()
     for factor, same in zip((still.U, still.V, still.K), before, strict=True):
         assert torch.equal(factor, same)
+
+
+def test_an_adapter_that_was_loaded_without_rank_and_probes_comes_back():
+    """Nothing of it would ever have a gradient, did the next retraction not give it probes."""
+    target = orthonormal(12, 2) @ orthonormal(9, 2).T
+    _, adapter, integrator = one_layer(12, 9, 1, 4, tau=0.1, min_rank=0, adapt_every=2)
+    adapter.load_state_dict(adapter.state_dict() | {name: torch.zeros_like(getattr(adapter, name)) for name in "USVKL"})
+    assert adapter.rank == 0
+    optimizer = torch.optim.SGD([adapter.K, adapter.L], lr=0.5)
+
+    def step():
+        optimizer.zero_grad()
+        loss = (adapter.delta_weight() - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        return integrator.step(optimizer), loss.item()
+
+    assert step()[0]
+    assert adapter.rank == 0
+    for basis in (adapter.U, adapter.V):
+        assert basis.any(0).tolist() == [True] * 2 + [False] * 4
+        assert is_orthonormal(basis)
+    for _ in range(40):
+        _, loss = step()
+    assert adapter.rank == 2
+    assert loss < 0.05
