@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.math.decomposition import factored, first, svd, without_probes
+from geolora_pl.math.decomposition import factored, first, project_out, svd, without_probes
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.math.transport import outside_tangent_space
 
 _MEMORY = 0.8  # part of what the probe of a direction has gathered that counts at the next retraction as well
+_NEGLIGIBLE = 1e-4  # relative size below which rounding has a say in a direction, so that it counts as unknown
 _GROWTH = 1.25  # factor by which a direction's share of the update must grow from one retraction to the next to stay
 
 
@@ -86,18 +87,17 @@ class Directions(NamedTuple):
     V: Tensor
 
 
-def directions(at: Augmentation, probes: int, kept: Tensor, resolution: float) -> Directions:
-    r"""Directions outside of what is kept, first those in which the probes have gathered most, then random ones.
+def directions(at: Augmentation, probes: int, kept: Tensor) -> Directions:
+    r"""Directions outside of what is kept: first those in which the probes have gathered something, then p random ones.
 
     What has been gathered is :math:`P_U^\perp (K_p V_p^T + U_p L_p^T) P_V^\perp`, of rank 2 p at most, where the
-    projections leave out the old live columns and those that are kept. Random directions make it 3 p, and they also
-    stand in for whatever is degenerate. Where a side has no room for as many, the directions beyond are of no use.
+    projections leave out the old live columns and those that are kept. Where a side has no room for all, the directions
+    beyond are of no use.
 
     Args:
         at: The augmentation.
         probes: The number p of probes.
         kept: (B,), int64, how many singular vectors of the point are kept.
-        resolution: From :func:`~geolora_pl.math.ranks.resolution`.
     """
     if not probes:
         return Directions(at.P_U[..., :0], at.sigma[..., :0], at.P_V[..., :0])
@@ -106,49 +106,51 @@ def directions(at: Augmentation, probes: int, kept: Tensor, resolution: float) -
     V_p, L, random_V = at.R_V[..., 2 * R :].split(probes, dim=-1)
     U, V = at.R_U[..., R : 2 * R], at.R_V[..., :R]
     K, L = outside_tangent_space(K, L, torch.cat([U_p, U], dim=-1), torch.cat([V_p, V], dim=-1))
-    left, right = torch.cat([K, U_p], dim=-1), torch.cat([V_p, L], dim=-1)
-    room_U, room_V = (first(Q.shape[-2] - kept, 3 * probes) for Q in (at.Q_U, at.Q_V))
-    Q_U, kind_U = _complement(at.P_U, kept, left, random_U, room_U)
-    Q_V, kind_V = _complement(at.P_V, kept, right, random_V, room_V)
-    left, right = (Q.mT @ x * (kind == 1)[..., None] for Q, x, kind in ((Q_U, left, kind_U), (Q_V, right, kind_V)))
-    gathered = left @ right.mT
-    size = torch.maximum(at.sigma[:, 0], torch.linalg.matrix_norm(gathered))[:, None]
-    least = resolution * size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
-    # Sizes that do not count put what is random before what is degenerate, and both before what has no room.
-    P, sigma, Qh = svd(gathered + torch.diag_embed(least * (1.0 + (kind_U == 2)) / 2 * (room_U & room_V)))
-    return Directions(Q_U @ P, sigma * (sigma > 2 * least), Q_V @ Qh.mT)
+    keep = first(kept, at.sigma.shape[-1])[:, None]
+    U_kept, V_kept = at.P_U * keep, at.P_V * keep
+    left, right = _outside(torch.cat([K, U_p], dim=-1), U_kept), _outside(torch.cat([V_p, L], dim=-1), V_kept)
+    P, sigma, Qh = (x[..., : 2 * probes] for x in _triplets(left @ right.mT))
+    least = _NEGLIGIBLE * torch.maximum(at.sigma[:, :1], sigma[:, :1])
+    sigma = sigma * (sigma > least)
+    found = (sigma > 0).sum(-1)
+    U_new, V_new = _completed(P, found, random_U, U_kept), _completed(Qh, found, random_V, V_kept)
+    return Directions(U_new, F.pad(sigma, (0, 3 * probes - sigma.shape[-1])), V_new)
 
 
-def _complement(P: Tensor, kept: Tensor, side: Tensor, random: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions outside of what is kept: first those of one side of a product, then random ones.
+def _triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors, singular values, and right singular vectors as columns."""
+    P, sigma, Qh = svd(matrix)
+    return P, sigma, Qh.mT
 
-    One factorisation takes what is kept as its first columns, for Householder's QR is orthonormal to rounding whatever
-    the columns are, and a projection of something degenerate is not. Columns of zeros come after the random ones.
+
+def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
+    """The part outside of the span of a basis; twice, so that what is small is orthogonal to the last digit as well."""
+    return project_out(project_out(matrix, basis), basis)
+
+
+def _completed(vectors: Tensor, found: Tensor, random: Tensor, kept: Tensor) -> Tensor:
+    """The leading ``found`` vectors and then the random ones, orthonormal and outside of what is kept.
+
+    Neither rounding nor what is degenerate has a say in the random ones, so two runs that differ by rounding have the
+    same probes.
 
     Args:
-        P: (B, c, k), the singular vectors of the point.
-        kept: (B,), int64, how many of them are kept.
-        side: (B, c, 2 p).
+        vectors: (B, c, k), singular vectors.
+        found: (B,), int64.
         random: (B, c, p).
-        room: (B, 3 p), bool, for which of the directions there is room; the others are zero.
+        kept: (B, c, K), orthonormal columns, then zeros.
 
     Returns:
-        The directions (B, c, 3 p), and what each is (B, 3 p), int64: 1 in the span of the side, 2 random.
+        (B, c, 3 p); what comes after the random ones is of no use.
     """
-    kind = torch.cat(
-        [
-            (~first(kept, P.shape[-1])).to(torch.int64) * 4,
-            1 + 2 * (side == 0).all(-2).to(torch.int64),
-            torch.full_like(random[..., 0, :], 2, dtype=torch.int64),
-        ],
-        dim=-1,
-    )
-    kind, order = kind.sort(dim=-1, stable=True)
-    columns = torch.cat([P, side, random], dim=-1).gather(-1, order[:, None, :].expand(-1, P.shape[-2], -1))
-    Q = torch.linalg.qr(columns).Q
-    beyond = (kept[:, None] + torch.arange(room.shape[-1], device=kept.device)).clamp_max(Q.shape[-1] - 1)
-    outside = Q.gather(-1, beyond[:, None, :].expand(-1, Q.shape[-2], -1)) * room[:, None, :]
-    return outside, kind.gather(-1, beyond)
+    k, p = vectors.shape[-1], random.shape[-1]
+    j = torch.arange(k + p, device=found.device)
+    order = torch.where(j < found[:, None], 0, torch.where(j < k, 2, 1)).argsort(dim=-1, stable=True)
+    columns = torch.cat([vectors * first(found, k)[:, None], random], dim=-1)
+    columns = _outside(columns.gather(-1, order[:, None, :].expand(-1, columns.shape[-2], -1)), kept)
+    Q, upper = torch.linalg.qr(columns)
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)  # which pair U with V
+    return F.pad(Q * signs[..., None, :], (0, 3 * p - Q.shape[-1]))
 
 
 def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> Tensor:

@@ -185,7 +185,7 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     pending = stepped | ((present == 0) & _any(K))
     ranks = _ranks(layer, S, at.sigma, present, pending, what)
 
-    new = directions(at, probes, ranks, _resolution(layer))
+    new = directions(at, probes, ranks)
     worth = worth_a_rank(at.sigma, new.sigma, what.rule.tau, _resolution(layer)) & pending[:, None]
     keep = decomposition.first(ranks, at.sigma.shape[-1])
     # A new direction starts from zero, so it never takes the place of one that its own adapter keeps.
@@ -208,13 +208,11 @@ def _any(factors: Tensor) -> Tensor:
 
 def _random(adapters: Adapters, names: Sequence[str], probes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random columns for both sides of adapters of one shape."""
-    like = adapters[names[0]].U
-    generator = torch.Generator(like.device).manual_seed(seed)  # leaves the user's random numbers alone
+    layer = adapters[names[0]]
+    generator = torch.Generator(layer.U.device).manual_seed(seed)  # leaves the user's random numbers alone
     of_U, of_V = (
-        torch.randn(len(getattr(adapters[names[0]], side)), probes, generator=generator, device=like.device).to(
-            like.dtype
-        )
-        for side in "UV"
+        torch.randn(len(side), probes, generator=generator, dtype=side.dtype, device=side.device)
+        for side in (layer.U, layer.V)
     )
     if any(adapters[name].unused_row is not None for name in names):
         of_V = of_V.repeat(len(names), 1, 1)

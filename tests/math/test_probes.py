@@ -41,8 +41,8 @@ def found(factors, kept, random=None):
     U, S, V, *_ = factors
     p, room = U.shape[1] - len(S), min(len(U), len(V)) - kept
     at = augment(*(factor[None] for factor in factors), random or random_columns(factors))
-    new = directions(at, p, torch.tensor([kept]), RESOLUTION)
-    columns = min(room, 3 * p)
+    new = directions(at, p, torch.tensor([kept]))
+    columns = min(room, int((new.sigma > 0).sum()) + p)  # those after the random ones are of no use
     (U_kept, V_kept), (U_new, V_new) = (
         ((at.Q_U @ left)[0, :, :c], (at.Q_V @ right)[0, :, :c])
         for left, right, c in ((at.P_U, at.P_V, kept), (new.U, new.V, columns))
@@ -112,7 +112,7 @@ def test_adapters_of_one_shape_find_their_directions_each_by_itself():
         factor[:, :2] = 0
     random, kept = random_columns(adapters[0]), [0, 3, 2, 5]
     at = augment(*(torch.stack(factor) for factor in zip(*adapters, strict=True)), random)
-    new = directions(at, 2, torch.tensor(kept), RESOLUTION)
+    new = directions(at, 2, torch.tensor(kept))
     for i, factors in enumerate(adapters):
         _, _, U_new, sigma, V_new = found(factors, kept[i], random)
         close(new.sigma[i], sigma, within=EXACT, beside=torch.ones(1))
@@ -166,7 +166,7 @@ def test_directions_are_orthonormal_and_outside_of_what_is_kept_also_where_there
                 assert orthonormality_defect(torch.cat([old, new], 1)) < 1e-12
             dense = gathered(factors, U_kept, V_kept)
             size = max(factor.norm() for factor in factors)
-            close((U_new * sigma) @ V_new.T, dense, within=EXACT, beside=size)
+            close((U_new * sigma) @ V_new.T, dense, within=1e-4, beside=size)  # less counts as unknown
             if kind in ("zero", "no probes", "nothing"):
                 assert not sigma.any()
 
@@ -246,7 +246,7 @@ def test_probes_remember_their_part_of_what_was_gathered(m, n, r, R, p):
     _, factors = after_one_step(m, n, r, R, p)
     at = augment(*(factor[None] for factor in factors), random_columns(factors))
     room = min(m, n) - 1
-    new = directions(at, p, torch.tensor([1]), RESOLUTION)
+    new = directions(at, p, torch.tensor([1]))
     k, in_line = at.sigma.shape[1], int((new.sigma > 0).sum())
     for admitted in range(min(2 * p, R - 1) + 1):
         of = [torch.tensor([x]) for x in (1, admitted, in_line, room)]
@@ -304,7 +304,7 @@ def test_a_new_basis_is_orthonormal_whatever_is_kept_and_admitted(p, kind):
         columns = at.sigma.shape[1]
         for before in range(min(R, columns) + 1):
             room = min(m, n) - before
-            new = directions(at, p, torch.tensor([before]), RESOLUTION)
+            new = directions(at, p, torch.tensor([before]))
             in_line = int((new.sigma > 0).sum())
             for kept in range(before + 1):
                 for admitted in {0, min(1, in_line, R - kept), min(in_line, R - kept)}:
@@ -322,7 +322,7 @@ def test_a_new_basis_is_orthonormal_whatever_is_kept_and_admitted(p, kind):
 def test_without_probes_the_basis_is_what_is_kept():
     _, factors = after_one_step(9, 12, 2, 6, 0)
     at = augment(*(factor[None] for factor in factors), None)
-    new = directions(at, 0, torch.tensor([3]), RESOLUTION)
+    new = directions(at, 0, torch.tensor([3]))
     of = (torch.tensor([x]) for x in (3, 0, 0, 6))
     source, used = places(*of, probes=0, columns=at.sigma.shape[1], rank=6)
     step = decompose(*factors)
