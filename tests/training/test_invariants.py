@@ -230,12 +230,12 @@ def test_a_thousand_steps_with_weight_decay(settings, optimizer_class, probes):
 
 @pytest.mark.parametrize("probes", [0, 2])
 def test_padding_does_not_change_the_run(probes):
-    """max_rank allocates; while it does not bind, it changes nothing."""
-    finals = []
-    U, V = orthonormal(12, 2), orthonormal(9, 2)
-    target = (orthonormal(12, 2) * torch.tensor([2.0, 1.0]).double()) @ orthonormal(9, 2).T
+    """max_rank allocates; while it does not bind, it changes nothing but which random directions are looked at."""
+    m, n, finals = 40, 30, []
+    U, V = orthonormal(m, 2), orthonormal(n, 2)
+    target = (orthonormal(m, 2) * torch.tensor([2.0, 1.0]).double()) @ orthonormal(n, 2).T
     for R in (6, 9):
-        _, adapter, integrator = one_layer(12, 9, 2, R, tau=0.2, probes=probes)
+        _, adapter, integrator = one_layer(m, n, 2, R, tau=0.2, probes=probes)
         torch.manual_seed(0)  # for the probes
         set_point(adapter, U, torch.tensor([1.0, 0.5]).double(), V)
         assert torch.equal(adapter.U[:, probes:], padded(U, R))
@@ -244,4 +244,4 @@ def test_padding_does_not_change_the_run(probes):
             sgd_step([adapter], [lambda a: quadratic(a, target)], integrator, optimizer)
             assert adapter.rank < 6
         finals.append(adapter.delta_weight().detach())
-    close(finals[0], finals[1], within=RUN)
+    close(finals[0], finals[1], within=0.05 if probes else RUN, beside=target)
