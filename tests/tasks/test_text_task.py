@@ -481,7 +481,7 @@ def test_help_of_the_task_and_of_the_data(capfd):
 @pytest.mark.skipif(not REAL.is_dir(), reason="the official files")
 def test_minilm_learns_sst2(tmp_path):
     lines = (REAL / "SST-2" / "train.tsv").read_text().splitlines(keepends=True)
-    (tmp_path / "train.tsv").write_text("".join(lines[: 1 + 60 * 32]))
+    (tmp_path / "train.tsv").write_text("".join(lines[: 1 + 100 * 32]))
     sst2 = TextFiles(
         str(tmp_path / "train.tsv"),
         str(REAL / "SST-2" / "dev.tsv"),
