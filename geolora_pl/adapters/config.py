@@ -14,7 +14,7 @@ class AdapterConfig:
     """What is adapted, and how large the adapters may become.
 
     Args:
-        init_rank: Rank at the start, in [1, max_rank]; where the ranks end does not depend on it.
+        init_rank: Rank at the start, in [1, max_rank]; where the ranks end hardly depends on it.
         max_rank: Columns allocated for every adapter, at least 1: the most its rank can become. Cut to the smaller
             side of the layer's matrix.
         target_modules: ``"all-linear"`` (every linear layer, GPT-2's Conv1D among them, but the task head and
@@ -63,19 +63,18 @@ class AdapterConfig:
             raise ValueError(f"train_bias={self.train_bias!r} must be true, false or 'all'")
 
     def _check_ranks(self) -> None:
-        _check_rank("max_rank", self.max_rank)
-        _check_rank("init_rank", self.init_rank)
+        _check_whole("max_rank", self.max_rank, 1)
+        _check_whole("init_rank", self.init_rank, 1)
         if self.init_rank > self.max_rank:
             raise ValueError(
                 f"init_rank={self.init_rank} is above max_rank={self.max_rank}: lower init_rank or raise max_rank"
             )
-        if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 0:
-            raise ValueError(f"probes={self.probes!r} must be a whole number of at least 0")
+        _check_whole("probes", self.probes, 0)
         if not isinstance(self.rank_pattern, Mapping):
             raise ValueError(f"rank_pattern={self.rank_pattern!r} must map names or regular expressions to ranks")
         for pattern, rank in self.rank_pattern.items():
             _check_expression("rank_pattern", pattern)
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            _check_whole(f"rank_pattern[{pattern!r}]", rank, 1)
 
     def _check_names(self) -> None:
         if not self.target_modules:
@@ -100,6 +99,6 @@ def _check_expression(name: str, expression: str) -> None:
         ) from error
 
 
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{name}={rank!r} must be a whole number of at least 1")
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -12,8 +12,8 @@ Everything is batched over leading dimensions. Shapes, everywhere in the package
 ========  =========  ===========================================================================
 
 U is on the output side, as in StelLA; the authors of GeoLoRA put it on the input side. The number of probes follows
-from the shapes, and without probes all factors have R columns. ``decompose``, ``truncate`` and whatever else speaks of
-a point takes the factors :func:`without_probes`.
+from the shapes, and without probes all factors have R columns. ``decompose`` and whatever else speaks of a point
+takes the factors :func:`without_probes`.
 """
 
 from __future__ import annotations
@@ -163,22 +163,6 @@ def svd_of_product(A: Tensor, B: Tensor, columns: int) -> Decomposition:
     Q_B, R_B = torch.linalg.qr(B)
     P, sigma, Qh = svd(R_A @ R_B.mT)
     return Decomposition(Q_A @ P[..., :columns], sigma, Q_B @ Qh.mT[..., :columns])
-
-
-def truncate(step: Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the leading ``ranks`` triplets of a decomposition; the columns beyond them become exactly zero.
-
-    Args:
-        step: From :func:`decompose`.
-        ranks: (...), int, one per matrix of the batch, in [0, c].
-
-    Returns:
-        U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
-    """
-    c = step.U.shape[-1]
-    keep = first(ranks, c).to(step.U.dtype)  # a product is the fastest mask
-    columns = keep[..., None, :]
-    return step.U * columns, torch.diag_embed(step.sigma[..., :c] * keep), step.V * columns
 
 
 def first(counts: Tensor, columns: int) -> Tensor:

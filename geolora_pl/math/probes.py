@@ -68,8 +68,8 @@ def augment(
         A = torch.cat([A, K[..., :probes], U[..., :probes], more_U], dim=-1)
         B = torch.cat([B, V[..., :probes], L[..., :probes], more_V], dim=-1)
     (Q_U, R_U), (Q_V, R_V) = torch.linalg.qr(A), torch.linalg.qr(B)
-    P, sigma, Qh = svd(R_U[..., :rank, :rank] @ R_V[..., :rank, :rank].mT)
-    P_U, P_V = (F.pad(x, (0, 0, 0, R.shape[-2] - x.shape[-2])) for x, R in ((P, R_U), (Qh.mT, R_V)))
+    left, sigma, right = _triplets(R_U[..., :rank, :rank] @ R_V[..., :rank, :rank].mT)
+    P_U, P_V = (F.pad(x, (0, 0, 0, R.shape[-2] - x.shape[-2])) for x, R in ((left, R_U), (right, R_V)))
     return Augmentation(Q_U, Q_V, sigma, P_U, P_V, R_U, R_V)
 
 
@@ -109,11 +109,11 @@ def directions(at: Augmentation, probes: int, kept: Tensor) -> Directions:
     keep = first(kept, at.sigma.shape[-1])[:, None]
     U_kept, V_kept = at.P_U * keep, at.P_V * keep
     left, right = _outside(torch.cat([K, U_p], dim=-1), U_kept), _outside(torch.cat([V_p, L], dim=-1), V_kept)
-    P, sigma, Qh = (x[..., : 2 * probes] for x in _triplets(left @ right.mT))
+    P_U, sigma, P_V = (x[..., : 2 * probes] for x in _triplets(left @ right.mT))
     least = _NEGLIGIBLE * torch.maximum(at.sigma[:, :1], sigma[:, :1])
     sigma = sigma * (sigma > least)
     found = (sigma > 0).sum(-1)
-    U_new, V_new = _completed(P, found, random_U, U_kept), _completed(Qh, found, random_V, V_kept)
+    U_new, V_new = _completed(P_U, found, random_U, U_kept), _completed(P_V, found, random_V, V_kept)
     return Directions(U_new, F.pad(sigma, (0, 3 * probes - sigma.shape[-1])), V_new)
 
 

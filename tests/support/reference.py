@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters
+from geolora_pl.math import decomposition
 
 
 def orthonormal(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -21,6 +22,22 @@ def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
     """Eckart and Young."""
     P, sigma, Qh = torch.linalg.svd(matrix, full_matrices=False)
     return (P[:, :rank] * sigma[:rank]) @ Qh[:rank]
+
+
+def truncate(step: decomposition.Decomposition, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the leading ``ranks`` triplets of a decomposition; the columns beyond them become exactly zero.
+
+    Args:
+        step: From ``decompose``.
+        ranks: (...), int, one per matrix of the batch, in [0, c].
+
+    Returns:
+        U (..., m, c), S (..., c, c) diagonal, V (..., n, c).
+    """
+    c = step.U.shape[-1]
+    keep = decomposition.first(ranks, c).to(step.U.dtype)
+    columns = keep[..., None, :]
+    return step.U * columns, torch.diag_embed(step.sigma[..., :c] * keep), step.V * columns
 
 
 def rank_within_tau(sigma: Tensor, tau: float, cap: int) -> int:

@@ -80,17 +80,22 @@ def test_adapts_every_n_optimizer_steps(probes):
     assert (integrator.adaptations, integrator.steps, integrator.total_steps) == (5, 1, 11)
 
 
-def test_the_first_retractions_come_after_1_2_4_steps_until_the_cadence_is_reached():
-    model, adapters, integrator = two_shapes(adapt_every=10)
-    optimizer = optimizer_of(model)
+def adapted_at(model, integrator, optimizer, steps):
+    """The steps after which the factors were retracted, with nothing left pending."""
     adapted = []
-    for t in range(1, 37):
+    for t in steps:
         backward(model, t)
         optimizer.step()
         if integrator.step(optimizer):
             adapted.append(t)
-            assert not pending(adapters)
-    assert adapted == [1, 2, 4, 8, 16, 26, 36]
+            assert not pending(integrator.adapters)
+    return adapted
+
+
+def test_the_first_retractions_come_after_1_2_4_steps_until_the_cadence_is_reached():
+    model, _, integrator = two_shapes(adapt_every=10)
+    optimizer = optimizer_of(model)
+    assert adapted_at(model, integrator, optimizer, range(1, 37)) == [1, 2, 4, 8, 16, 26, 36]
 
 
 def test_a_longer_cadence_of_a_run_that_goes_on_is_reached_from_where_the_run_is():
@@ -101,13 +106,7 @@ def test_a_longer_cadence_of_a_run_that_goes_on_is_reached_from_where_the_run_is
     resumed = RankAdaptiveIntegrator(model, adapt_every=100)
     resumed.load_state_dict(integrator.state_dict())
     integrator.close()
-    adapted = []
-    for t in range(8, 30):
-        backward(model, t)
-        optimizer.step()
-        if resumed.step(optimizer):
-            adapted.append(t)
-    assert adapted == [14, 28]
+    assert adapted_at(model, resumed, optimizer, range(8, 30)) == [14, 28]
 
 
 def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_decay_of_the_others(monkeypatch):
