@@ -37,6 +37,10 @@ def pending(adapters):
     return any(layer.K[:, layer.probes :].any() or layer.L.any() for layer in adapters.values())
 
 
+def columns_in_use(adapters):
+    return {name: int(layer.U[:, layer.probes :].any(0).sum()) for name, layer in adapters.items()}
+
+
 def backward(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(16, 8, generator=generator).to(next(model.parameters()).dtype)
@@ -110,7 +114,7 @@ def test_a_longer_cadence_of_a_run_that_goes_on_is_reached_from_where_the_run_is
 
 
 def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_decay_of_the_others(monkeypatch):
-    model, adapters, integrator = two_shapes(tau=0.0)  # the ranks double
+    model, adapters, integrator = two_shapes(tau=0.0)
     backward(model)
     optimizer_of(model, weight_decay=0.1).step()
     move = RankAdaptiveIntegrator._move
@@ -123,7 +127,8 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_de
     monkeypatch.setattr(RankAdaptiveIntegrator, "_move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         integrator.retract()
-    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 2, "4": 4}
+    assert adapters["2"].rank == 2 and adapters["2"].K.any()  # nothing has changed
+    assert {name: layer.rank for name, layer in adapters.items()} == columns_in_use(adapters)
     assert integrator.state_dict()["decay"] == {"0": 1.0, "2": 1 - 1e-2 * 0.1, "4": 1.0}
 
     def unread(plan):
@@ -133,7 +138,8 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_de
     monkeypatch.setattr(Plan, "on_host", unread)
     with pytest.raises(KeyboardInterrupt):
         integrator.retract()
-    assert {name: layer.rank for name, layer in adapters.items()} == {"0": 4, "2": 4, "4": 4}
+    assert adapters["2"].rank > 2
+    assert {name: layer.rank for name, layer in adapters.items()} == columns_in_use(adapters)
 
 
 @pytest.mark.parametrize("probes", [0, 2])
