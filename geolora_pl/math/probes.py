@@ -107,13 +107,13 @@ def directions(at: Augmentation, probes: int, kept: Tensor) -> Directions:
     U, V = at.R_U[..., R : 2 * R], at.R_V[..., :R]
     K, L = outside_tangent_space(K, L, torch.cat([U_p, U], dim=-1), torch.cat([V_p, V], dim=-1))
     keep = first(kept, at.sigma.shape[-1])[:, None]
-    U_kept, V_kept = at.P_U * keep, at.P_V * keep
-    left, right = _outside(torch.cat([K, U_p], dim=-1), U_kept), _outside(torch.cat([V_p, L], dim=-1), V_kept)
+    left = _outside(torch.cat([K, U_p], dim=-1), at.P_U * keep)
+    right = _outside(torch.cat([V_p, L], dim=-1), at.P_V * keep)
     P_U, sigma, P_V = (x[..., : 2 * probes] for x in _triplets(left @ right.mT))
     least = _NEGLIGIBLE * torch.maximum(at.sigma[:, :1], sigma[:, :1])
     sigma = sigma * (sigma > least)
     found = (sigma > 0).sum(-1)
-    U_new, V_new = _completed(P_U, found, random_U, U_kept), _completed(P_V, found, random_V, V_kept)
+    U_new, V_new = _beside(at.P_U, kept, P_U, found, random_U), _beside(at.P_V, kept, P_V, found, random_V)
     return Directions(U_new, F.pad(sigma, (0, 3 * probes - sigma.shape[-1])), V_new)
 
 
@@ -124,33 +124,36 @@ def _triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """The part outside of the span of a basis; twice, so that what is small is orthogonal to the last digit as well."""
+    """The part outside of the span of a basis; twice, so that no rounding of large numbers is taken for a part."""
     return project_out(project_out(matrix, basis), basis)
 
 
-def _completed(vectors: Tensor, found: Tensor, random: Tensor, kept: Tensor) -> Tensor:
-    """The leading ``found`` vectors and then the random ones, orthonormal and outside of what is kept.
+def _beside(P: Tensor, kept: Tensor, vectors: Tensor, found: Tensor, random: Tensor) -> Tensor:
+    """The leading ``found`` vectors and then the random ones, orthonormal and orthogonal to what is kept.
 
-    Neither rounding nor what is degenerate has a say in the random ones, so two runs that differ by rounding have the
-    same probes.
+    One Householder factorisation of all that is in use, in this order, is orthonormal to rounding, also where hardly
+    any room is left beside what is kept. Neither rounding nor what is degenerate has a say in the random ones, so two
+    runs that differ by rounding have the same probes.
 
     Args:
-        vectors: (B, c, k), singular vectors.
-        found: (B,), int64.
+        P: (B, c, k), orthonormal.
+        kept: (B,), int64, how many columns of P are kept.
+        vectors: (B, c, 2 p), singular vectors.
+        found: (B,), int64, how many of them are known.
         random: (B, c, p).
-        kept: (B, c, K), orthonormal columns, then zeros.
 
     Returns:
         (B, c, 3 p); what comes after the random ones is of no use.
     """
-    k, p = vectors.shape[-1], random.shape[-1]
-    j = torch.arange(k + p, device=found.device)
-    order = torch.where(j < found[:, None], 0, torch.where(j < k, 2, 1)).argsort(dim=-1, stable=True)
-    columns = torch.cat([vectors * first(found, k)[:, None], random], dim=-1)
-    columns = _outside(columns.gather(-1, order[:, None, :].expand(-1, columns.shape[-2], -1)), kept)
-    Q, upper = torch.linalg.qr(columns)
+    p = random.shape[-1]
+    columns = torch.cat([P, vectors, random], dim=-1)
+    counts = (kept, P.shape[-1]), (found, vectors.shape[-1]), (torch.full_like(found, p), p)
+    in_use = torch.cat([first(count, most) for count, most in counts], dim=-1)
+    order = in_use.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    Q, upper = torch.linalg.qr(columns.gather(-1, order[:, None, :].expand_as(columns)))
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)  # which pair U with V
-    return F.pad(Q * signs[..., None, :], (0, 3 * p - Q.shape[-1]))
+    new = kept[:, None] + torch.arange(3 * p, device=kept.device)
+    return F.pad(Q * signs[..., None, :], (0, 3 * p)).gather(-1, new[:, None, :].expand(-1, Q.shape[-2], -1))
 
 
 def worth_a_rank(sigma: Tensor, new: Tensor, tau: float, resolution: float) -> Tensor:

@@ -29,6 +29,8 @@ from geolora_pl.training.distributed import broadcast_packed, decides, processes
 
 Adapters = Mapping[str, GeoLoRALayer]
 
+_FIRST_SEED = 2410_18720  # no seed that a user chooses: bases drawn from it could hold the very same random columns
+
 
 @dataclass(frozen=True)
 class GroupPlan:
@@ -82,7 +84,7 @@ class Retraction:
         rule: Chooses the ranks.
         rank_changes: Whether tau may change ranks; if not, only the budget may.
         admits: Whether directions that probes have found become columns, and new probes follow.
-        seed: Of the random probes.
+        seed: Of the random probes, at least 0: another one for every retraction.
     """
 
     rule: RankRule
@@ -209,7 +211,7 @@ def _any(factors: Tensor) -> Tensor:
 def _random(adapters: Adapters, names: Sequence[str], probes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random columns for both sides of adapters of one shape."""
     layer = adapters[names[0]]
-    generator = torch.Generator(layer.U.device).manual_seed(seed)  # leaves the user's random numbers alone
+    generator = torch.Generator(layer.U.device).manual_seed(_FIRST_SEED + seed)  # leaves the user's numbers alone
     of_U, of_V = (
         torch.randn(len(side), probes, generator=generator, dtype=side.dtype, device=side.device)
         for side in (layer.U, layer.V)
