@@ -19,7 +19,8 @@ from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.internals import foreach_copy_, foreach_zero_
 from geolora_pl.training.moments import transport_moments
-from geolora_pl.training.plan import GroupPlan, Plan, Retraction, plan_retraction, stack
+from geolora_pl.training.offers import Retraction, stack
+from geolora_pl.training.plan import GroupPlan, Plan, plan_retraction
 from geolora_pl.training.steps import OnNonfinite, StepWatch
 
 _STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "_on_trial")
