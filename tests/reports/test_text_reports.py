@@ -14,6 +14,7 @@ from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.messages import as_sentence
 from geolora_pl.data import LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
@@ -227,6 +228,14 @@ def test_labels_that_yaml_reads_as_booleans_are_explained(labels):
         ValueError, match=r"YAML reads no, yes, .* without quotes as (False|True): put them into quotes"
     ):
         TextFiles("train.csv", labels=labels)
+
+
+def test_booleans_of_yaml_are_explained_on_the_command_line():
+    """The command line refused labels: [no, yes] with 'labels=False must be a string' alone."""
+    said = as_sentence("Parser key \"data.labels\":\n  Expected a <class 'str'>. Got value: False", [])
+    assert said == (
+        "data.labels=False must be a string; YAML reads no, yes, on and off as booleans: put them into quotes"
+    )
 
 
 def test_texts_that_are_cut_are_counted(tmp_path, messages):

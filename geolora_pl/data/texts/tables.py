@@ -84,7 +84,7 @@ def _read_json_lines(path: Path, columns: Sequence[str]) -> pa.Table:
 def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowException, UnicodeEncodeError) as error:
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         raise ValueError(f"{path}: {name} must hold strings alone, or numbers alone: {error}") from error
 
 
@@ -111,7 +111,9 @@ def read_delimited(
         content = re.sub(rb"\r(?!\n)", b" ", content)
         note(f"{path}: carriage returns inside lines that are read as spaces: {len(returns)}")
     names = list(header) or _header(path, content, tab)
-    _check_columns(path, columns, names, "; its first line must name the columns")
+    _check_columns(
+        path, columns, names, f"; its first line must name the columns, with {'tabs' if tab else 'commas'} between them"
+    )
     malformed: list[csv.InvalidRow] = []
 
     def skip(row: csv.InvalidRow) -> str:
