@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from geolora_pl.adapters.registry import adapter_class_of
+from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 
 _PACKAGE = "pkg://"
@@ -271,13 +272,12 @@ def _broken_files(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if not path.is_file():
             continue
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                yield f"{path} is a Git LFS pointer and not the file itself: run git lfs pull"
-                continue
-        if path.suffix == ".safetensors":
-            try:
+        try:
+            refuse_pointer(path)
+            if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-            except SafetensorError as error:
-                yield f"{path} is cut short or broken ({error}): copy it again"
+        except SafetensorError as error:
+            yield f"{path} is cut short or broken ({error}): copy it again"
+        except ValueError as error:  # of a pointer
+            yield str(error)

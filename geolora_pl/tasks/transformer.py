@@ -107,9 +107,10 @@ class TransformerTask(GeoLoRAModule):
         model, new = load_model(self.model_name, config, self.pretrained, self.auto_class, self._trusts_code)
         heads = self.may_be_new(model)
         if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
+            frozen = "; set train_pooler to true if the pooler is new" if "pooler" in absent[0] else ""
             raise ValueError(
                 f"model_name={self.model_name!r} has no fitting weights for {absent[0]} ({len(absent)} modules in "
-                f"all): they belong to another model than {config.model_type}, or model_args changed its size"
+                f"all): they belong to another model than {config.model_type}, or model_args changed its size{frozen}"
             )
         if new:
             note(f"{self.model_name} has no weights for {', '.join(new)}: they are initialised at random")

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from text_files import attach, write
 from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model
 
@@ -189,11 +190,37 @@ def test_a_text_file_in_another_encoding_is_named(tmp_path, name, encoding, mess
         data.load_splits()
 
 
-def test_a_pointer_of_git_lfs_is_not_predicted(tmp_path):
-    """A .txt that was a Git LFS pointer was predicted as three texts."""
-    (tmp_path / "my.txt").write_text("version https://git-lfs/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ValueError, match=r"my.txt is a Git LFS pointer and not the file itself: run git lfs pull"):
-        UnlabelledTexts(str(tmp_path / "my.txt")).load_splits()
+@pytest.mark.parametrize("name", ["my.txt", "my.parquet", "my.png", "my.pth"])
+def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path, name):
+    """A .txt that was a Git LFS pointer was predicted as three texts; tables, images and weights were called broken."""
+    (tmp_path / name).write_text("version https://git-lfs/spec/v1\noid sha256:0\nsize 9\n")
+
+    def read():
+        if name == "my.png":
+            return UnlabelledImages(str(tmp_path)).load_splits()
+        if name == "my.pth":
+            weights = str(tmp_path / name)
+            return ImageClassification("resnet10t", checkpoint_path=weights, num_classes=2).configure_model()
+        return UnlabelledTexts(str(tmp_path / name)).load_splits()
+
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer and not the file itself: run git lfs pull"):
+        read()
+
+
+def test_a_class_name_that_is_no_string_is_refused(model):
+    """class_names: [no, yes] without quotes gave classes that are called False and True."""
+    with pytest.raises(ValueError, match=r"class_names=\[False, True\] must be strings: in YAML put 'no' and 'yes'"):
+        TextClassification(model, num_classes=2, class_names=[False, True]).configure_model()
+
+
+def test_a_new_pooler_cannot_stay_frozen(tmp_path):
+    """With train_pooler=False a pooler without weights would stay random for ever."""
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    rest = {name: weight for name, weight in weights.items() if "pooler" not in name}
+    save_file(rest, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no fitting weights for .*pooler.*set train_pooler to true"):
+        TextClassification(folder, num_classes=2, train_pooler=False).configure_model()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
+from geolora_pl.lfs import refuse_pointer
 from geolora_pl.notes import note
 
 Sample = tuple[Image.Image, int]
@@ -101,6 +102,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    refuse_pointer(path)
     try:
         with Image.open(path, formats=sorted(_readable())) as image:
             yield image

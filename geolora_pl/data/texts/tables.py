@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv, parquet
 
+from geolora_pl.lfs import refuse_pointer
 from geolora_pl.notes import note
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -167,8 +168,6 @@ def read_text(path: Path) -> str:
     """
     _refuse_missing(path)
     content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer and not the file itself: run git lfs pull")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is text in UTF-16: save it as UTF-8")
     try:
@@ -191,6 +190,7 @@ def _refuse_missing(path: Path) -> None:
         raise ValueError(f"{path} is empty")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path} cannot be read: give yourself the permission to read it")
+    refuse_pointer(path)
 
 
 def _check_columns(path: Path, columns: Sequence[str], there: Sequence[str], remedy: str = "") -> None:
