@@ -81,7 +81,8 @@ def plain(image: Image.Image, mode: str | None = None) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", over.size, GROUND), over)
     elif grey and image.mode not in _PLAIN:
         image = _in_eight_bits(image)
-    return image.convert(mode or ("L" if grey else "RGB"))
+    wanted = mode or ("L" if grey else "RGB")
+    return image if image.mode == wanted else image.convert(wanted)
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
