@@ -59,7 +59,7 @@ def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Mo
             raise ValueError(f"{name} {reason}")
     suited = [name for name, module in model.named_modules() if adapter_class_of(module) is not None]
     if not targets:
-        _refuse_config_without_target(config, suited)
+        _refuse_config_without_target(model, config, suited)
     _refuse_patterns_without_match("target_modules", config.target_modules, suited)
     _refuse_patterns_without_match("exclude_modules", config.exclude_modules, dict(model.named_modules()))
     _refuse_what_one_adapter_cannot_serve(model, targets)
@@ -91,15 +91,31 @@ def _layers_of_attention(model: nn.Module) -> dict[int, str]:
     }
 
 
-def _refuse_config_without_target(config: AdapterConfig, suited: Sequence[str]) -> NoReturn:
+def _refuse_config_without_target(model: nn.Module, config: AdapterConfig, suited: Sequence[str]) -> NoReturn:
     if config.target_modules == "auto":
         raise ValueError(
             "target_modules='auto' is for a GeoLoRAModule, which knows its own layers: name them, or 'all-linear'"
         )
+    if config.target_modules == "all-linear" and (endings := _endings_of_convolutions(model)):
+        raise ValueError(
+            "target_modules='all-linear' matches no layer, because the model has no linear layer but its head; to "
+            f"adapt its convolutions, set target_modules to {endings}"
+        )
     raise ValueError(
         f"target_modules={config.target_modules!r} matches no layer that can be adapted (exclude_modules="
-        f"{config.exclude_modules!r}); the model has {', '.join(suited) if suited else 'none at all'}"
+        f"{config.exclude_modules!r}); the model has {', '.join(suited) + ': name some' if suited else 'none at all'}"
     )
+
+
+def _endings_of_convolutions(model: nn.Module) -> list[str]:
+    """The endings of the names of the layers in numbered blocks that could be adapted, for ``target_modules``."""
+    endings = set()
+    for name, layer in model.named_modules():
+        kind = adapter_class_of(layer)
+        in_block = re.search(r"\d+\..", name) is not None
+        if in_block and kind is not None and not kind.is_linear and kind.refusal(layer) is None:
+            endings.add(name.rpartition(".")[2])
+    return sorted(ending for ending in endings if not ending.isdigit())
 
 
 def _refuse_patterns_without_match(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> None:

@@ -129,7 +129,9 @@ def as_sentence(message: str, options: list[str]) -> str:
         return f"{key}: there is no {name} in {module}: {_nearest(name, dir(import_module(module)))}"
     kinds = dict.fromkeys(_kind(*found) for found in _EXPECTED.findall(message) if found[0] != "NoneType")
     if key and kinds and (value := _VALUE.search(message)):  # the first value is the innermost
-        return f"{key}={value[1]} must be {' or '.join(kinds)}"
+        is_word = value[1] in ("False", "True") and "a string" in kinds
+        quotes = "; YAML reads no, yes, on and off as booleans: put them into quotes" if is_word else ""
+        return f"{key}={value[1]} must be {' or '.join(kinds)}{quotes}"
     return f"{key}: {_innermost(message)}" if key else " ".join(message.split())
 
 

@@ -25,6 +25,7 @@ from geolora_pl.lightning.checks import (
 from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run import Run
+from geolora_pl.lightning.run_notes import write_notes
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.storage.checkpoint import describe_base, shrink
@@ -190,6 +191,7 @@ class GeoLoRACallback(L.Callback):
         """Say what is adapted, and go to the batch that comes next, where a run is resumed."""
         run = self._current
         run.position.train_starts(trainer)
+        write_notes(trainer, pl_module)
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))

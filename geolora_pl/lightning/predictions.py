@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.storage.atomic import atomic
 
 Row = dict[str, Any]
@@ -24,7 +28,8 @@ class PredictionWriter(BasePredictionWriter):
 
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
     file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
-    in a regression. The classes are named by the module's ``class_names``, else by the data's, else by their index.
+    in a regression. Label and numbers are empty where they are not finite, which a warning says. The classes are named
+    by the module's ``class_names``, else by the data's, else by their index.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
@@ -45,6 +50,20 @@ class PredictionWriter(BasePredictionWriter):
         if self.output is not None and self.output.suffix not in SUFFIXES:
             raise ValueError(f"output={str(output)!r} must end in {' or '.join(SUFFIXES)}")
         self.rows: list[Row] = []
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, before the work, what the predictions could not be written with.
+
+        Raises:
+            ValueError: The file cannot be made, or two classes have the same name.
+        """
+        names = _names(pl_module, getattr(trainer, "datamodule", None))
+        if len(set(names)) < len(names):
+            raise ValueError(f"class_names={list(names)} must differ: their probabilities could not be told apart")
+        if self.output is not None:
+            above = next(folder for folder in self.output.absolute().parents if folder.exists())
+            if self.output.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+                raise ValueError(f"output={str(self.output)!r} cannot be written: name a file in a folder of yours")
 
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
@@ -67,6 +86,12 @@ class PredictionWriter(BasePredictionWriter):
             torch.distributed.all_gather_object(everything, mine)
         if trainer.is_global_zero:
             found = {key: prediction for of_process in everything for key, prediction in of_process.items()}
+            if broken := sum(not prediction.isfinite().all() for prediction in found.values()):
+                rank_zero_warn(
+                    f"{broken} of {len(found)} predictions are not finite, so their label or number is left empty: "
+                    "look at the inputs and at the checkpoint",
+                    category=GeoLoRAWarning,
+                )
             self.rows = _rows(found, pl_module, getattr(trainer, "datamodule", None), len(by_set))
             if self.output is not None:
                 _write(self.rows, self.output)
@@ -96,30 +121,39 @@ def predict(
 
 
 def _rows(found: dict[tuple[int, int], Tensor], module: object, data: object, sets: int) -> list[Row]:
-    names: Sequence[str] = getattr(module, "class_names", None) or getattr(data, "class_names", None) or ()
+    names = _names(module, data)
     inputs: dict[str, list[str]] = (getattr(data, "predict_inputs", None) or {}) if sets == 1 else {}
-    if len(set(names)) < len(names):
-        raise ValueError(f"class_names={list(names)} must differ: their probabilities could not be told apart")
     rows = []
     for (number, index), prediction in sorted(found.items(), key=lambda item: item[0]):
         row: Row = ({"set": number} if sets > 1 else {}) | {"index": index}
         row |= {column: values[index] for column, values in inputs.items()}
         if prediction.dim() == 0:
-            rows.append(row | {"prediction": prediction.item()})
+            rows.append(row | {"prediction": _finite(prediction.item())})
             continue
-        probabilities = prediction.tolist()
+        probabilities = [_finite(value) for value in prediction.tolist()]
         if names and len(names) != len(probabilities):
             raise ValueError(f"class_names={list(names)} must name the {len(probabilities)} classes of the predictions")
         of_class = dict(zip(names or map(str, range(len(probabilities))), probabilities, strict=True))
-        rows.append(row | {"label": max(of_class, key=of_class.__getitem__), "probabilities": of_class})
+        label = None if None in probabilities else max(of_class, key=lambda name: of_class[name] or 0.0)
+        rows.append(row | {"label": label, "probabilities": of_class})
     return rows
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _names(module: object, data: object) -> Sequence[str]:
+    return getattr(module, "class_names", None) or getattr(data, "class_names", None) or ()
+
+
 def _write(rows: list[Row], output: Path) -> None:
-    with atomic(output) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+    # The name of a file may hold bytes that are not text; they are written as escapes, such as \\udce9.
+    settings: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with atomic(output) as unfinished, unfinished.open("w", **settings) as file:
         if output.suffix == ".jsonl":
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             return
         flat = [_flat(row) for row in rows]
         writer = csv.DictWriter(file, list(flat[0]) if flat else [])

@@ -36,9 +36,11 @@ def settle_class_names(given: Sequence[str] | None, num_classes: int, data: obje
         One name per class, or ``None`` if nobody names them.
 
     Raises:
-        ValueError: There is not one name per class, or the data have other names.
+        ValueError: There is not one name per class, a name is not a string, or the data have other names.
     """
     of_data: Sequence[str] | None = getattr(data, "class_names", None) or None
+    if given is not None and not all(isinstance(name, str) for name in list[object](given)):
+        raise ValueError(f"class_names={list(given)} must be strings: in YAML put 'no' and 'yes' into quotes")
     if given is not None and len(given) != num_classes:
         raise ValueError(f"class_names={list(given)} must be one name per class, and there are {num_classes} classes")
     if given is not None and of_data is not None and list(given) != list(of_data):

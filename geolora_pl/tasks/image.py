@@ -14,6 +14,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
@@ -218,6 +219,7 @@ def load_backbone(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: The file is broken, or holds the weights of another model.
     """
+    refuse_pointer(Path(path))
     try:
         weights = load_state_dict(path, weights_only=True)
     except Exception as error:  # each format raises its own errors

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from geolora_pl.notes import keep_notes, note
 from geolora_pl.tasks.classes import (
     check_class_weights,
     settle_class_names,
@@ -26,8 +27,8 @@ class TextClassification(TransformerTask):
     """Adapt a pretrained transformer to the classes of a data set, or to numbers.
 
     The model is any that ``AutoModelForSequenceClassification`` builds: an encoder, or a decoder with a classification
-    head. The head and the pooler before it are trained in full; those without pretrained weights are initialised at
-    random. One class means a regression, with the squared error as loss.
+    head. The head and the pooler before it are trained in full, and a message says how many parameters they have; those
+    without pretrained weights are initialised at random. One class means a regression, with the squared error as loss.
 
     Args:
         model_name: A name of the hub, a folder, or ``pkg://package/folder``; see :class:`TransformerTask`.
@@ -38,6 +39,8 @@ class TextClassification(TransformerTask):
         metrics: Metrics to log, among ``accuracy``, ``f1``, ``matthews``, ``pearson`` and ``spearman``; by default
             those that the data module names.
         class_names: Names of the classes; by default those of the data module.
+        train_pooler: Whether the pooler before the head is trained in full; with ``False`` a pooler with pretrained
+            weights stays frozen, as in PEFT, and one without weights is refused.
         **kwargs: Arguments of :class:`TransformerTask`.
 
     Raises:
@@ -62,6 +65,7 @@ class TextClassification(TransformerTask):
         label_smoothing: float = 0.0,
         metrics: list[str] | None = None,
         class_names: list[str] | None = None,
+        train_pooler: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name, **kwargs)
@@ -77,6 +81,7 @@ class TextClassification(TransformerTask):
         self.label_smoothing = label_smoothing
         self.metric_names = metrics
         self.class_names = class_names
+        self.train_pooler = train_pooler
 
     def configure_model(self) -> None:
         """Take classes and weights from the data, build the model, put the adapters in, make the loss."""
@@ -111,8 +116,9 @@ class TextClassification(TransformerTask):
             config.pad_token_id = self.tokenizer.pad_token_id
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
-        """Return the names of the head and of the pooler before it."""
-        return head_names(model)
+        """Return the names of the head, and of the pooler before it if that is trained."""
+        body = "" if self.train_pooler else f"{model.base_model_prefix}."
+        return [name for name in head_names(model) if not body or not name.startswith(body)]
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``, with the names of the classes."""
@@ -123,11 +129,14 @@ class TextClassification(TransformerTask):
         super().save_model(folder)
 
     def new_modules(self) -> Sequence[str]:
-        """Return the names of the head and of the pooler before it."""
-        return head_names(self.model)
+        """Return the names of the head, and of the pooler before it if that is trained."""
+        return self.may_be_new(self.model)
 
     def setup(self, stage: str) -> None:
-        """Make the metrics, one collection per set of texts."""
+        """Make the metrics, one collection per set of texts, and say what is trained in full."""
+        if stage == "fit" and hasattr(self, "model"):
+            with keep_notes(self.notes):
+                self._note_trained_in_full()
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
         of_data = getattr(data, "metrics", None)
@@ -138,6 +147,13 @@ class TextClassification(TransformerTask):
         self.metrics = nn.ModuleDict(
             {split: make_metrics(self.metric_names, self.num_classes) for split in (*self.val_splits, "test")}
         )
+
+    def _note_trained_in_full(self) -> None:
+        sizes = {
+            name: sum(parameter.numel() for parameter in self.model.get_submodule(name).parameters())
+            for name in self.new_modules()
+        }
+        note("trained in full beside the adapters: " + ", ".join(f"{name} ({size:,})" for name, size in sizes.items()))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""

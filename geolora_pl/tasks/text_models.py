@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from geolora_pl.adapters.registry import adapter_class_of
+from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 
 _PACKAGE = "pkg://"
@@ -137,6 +139,11 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"model_name={model_name!r} has a {type(tokenizer).__name__} instead of a tokenizer")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"model_name={model_name!r} has no tokenizer files, so that all words would be the same to the model: put "
+            "tokenizer.json, or what its tokenizer is saved as, beside the weights"
+        )
     if tokenizer.pad_token is None:  # most decoders have none
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {model_name} has no token to pad with: give it one and save it")
@@ -146,25 +153,34 @@ def load_tokenizer(
     return tokenizer
 
 
-def position_limit(
+def token_limits(
     config: PreTrainedConfig, auto_class: Any = AutoModelForSequenceClassification, trust_remote_code: bool = False
-) -> int | None:
-    """Return the number of tokens that a model has positions for, or ``None`` if its positions are relative.
+) -> tuple[int | None, int | None]:
+    """Return how long a text may be, and how many tokens a model knows.
 
     RoBERTa and similar models count positions from the one after the padding token's, so they have two fewer than
     their configuration says; the tables of Nystromformer, YOSO and MRA have two more. So only the model itself tells.
+    A model without such a table may still compute its positions in advance, as GPT-J, CTRL and MPT do, so the number
+    in its configuration counts, unless positions are relative.
+
+    Returns:
+        The number of positions, ``None`` if positions are relative, and the number of rows of the embedding of tokens,
+        ``None`` if there is no such table.
     """
     with torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    tokens = model.get_input_embeddings()
+    rows = tokens.num_embeddings if isinstance(tokens, nn.Embedding) else None
     for name, table in model.named_modules():
         if name.endswith(_POSITION_TABLES) and isinstance(table, nn.Embedding):
             count = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-            return min(count, _configured_positions(config) or count)
-    return None
+            return min(count, _configured_positions(config) or count), rows
+    relative = getattr(config, "rope_parameters", None) or getattr(config, "relative_attention", False)
+    return None if relative else _configured_positions(config), rows
 
 
 def _configured_positions(config: PreTrainedConfig) -> int | None:
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT
     return positions if positions is not None and positions > 0 else None  # XLNet answers -1
 
 
@@ -241,10 +257,27 @@ def _from(model_name: str) -> Iterator[dict[str, Any]]:
         logging.disable_progress_bar()
     try:
         yield {"pretrained_model_name_or_path": source, "local_files_only": local}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # every format of weights and tokenizers raises its own errors
         said = " ".join(str(error).split())
-        raise ValueError(f"model_name={model_name!r} cannot be loaded: {said}") from error
+        broken = "; ".join(_broken_files(Path(source))) if local else ""
+        raise ValueError(f"model_name={model_name!r} cannot be loaded: {broken or said}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _broken_files(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the files of a model, because the libraries' own errors do not name the file."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            continue
+        try:
+            refuse_pointer(path)
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except SafetensorError as error:
+            yield f"{path} is cut short or broken ({error}): copy it again"
+        except ValueError as error:  # of a pointer
+            yield str(error)

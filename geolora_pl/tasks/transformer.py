@@ -8,13 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.notes import keep_notes, note
 from geolora_pl.tasks.text_models import (
     block_linears,
     config_from_checkpoint,
@@ -22,9 +22,9 @@ from geolora_pl.tasks.text_models import (
     load_model,
     load_tokenizer,
     plain_config,
-    position_limit,
     said_by_checkpoint,
     shown,
+    token_limits,
 )
 
 Batch = Mapping[str, Tensor]
@@ -67,6 +67,7 @@ class TransformerTask(GeoLoRAModule):
         self.pretrained = pretrained
         self.model_args = model_args or {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.notes: list[str] = []  # what the user is told about the model
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
@@ -88,6 +89,11 @@ class TransformerTask(GeoLoRAModule):
         """Return the names of the modules of a model that need no pretrained weights, such as a new head."""
         return ()
 
+    def configure_model(self) -> None:
+        """Build the model and put the adapters in; what is said about it is kept."""
+        with keep_notes(self.notes):
+            super().configure_model()
+
     def build_model(self) -> nn.Module:
         """Load the model.
 
@@ -101,12 +107,13 @@ class TransformerTask(GeoLoRAModule):
         model, new = load_model(self.model_name, config, self.pretrained, self.auto_class, self._trusts_code)
         heads = self.may_be_new(model)
         if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
+            frozen = "; set train_pooler to true if the pooler is new" if "pooler" in absent[0] else ""
             raise ValueError(
                 f"model_name={self.model_name!r} has no fitting weights for {absent[0]} ({len(absent)} modules in "
-                f"all): they belong to another model than {config.model_type}, or model_args changed its size"
+                f"all): they belong to another model than {config.model_type}, or model_args changed its size{frozen}"
             )
         if new:
-            rank_zero_info(f"{self.model_name} has no weights for {', '.join(new)}: they are initialised at random")
+            note(f"{self.model_name} has no weights for {', '.join(new)}: they are initialised at random")
         # From now on the checkpoints hold the weights, and must load without the folder and without the hub.
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
         return model
@@ -121,7 +128,7 @@ class TransformerTask(GeoLoRAModule):
         """Return the linear layers of the transformer's blocks, or every linear layer if there are no such blocks."""
         if names := block_linears(self.model):
             return names
-        rank_zero_info(f"{self.model_name} has no numbered blocks: every linear layer but the head is adapted")
+        note(f"{self.model_name} has no numbered blocks: every linear layer but the head is adapted")
         return super().default_targets()
 
     @property
@@ -137,14 +144,29 @@ class TransformerTask(GeoLoRAModule):
             tokenizer = load_tokenizer(self.model_name, config, self._trusts_code)
             if self.max_positions is not None:
                 tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_positions)
+            if self.num_tokens is not None and tokenizer.pad_token_id >= self.num_tokens:
+                raise ValueError(
+                    f"model_name={self.model_name!r}: the tokenizer pads with the id {tokenizer.pad_token_id}, but the "
+                    f"model has embeddings for the ids 0 to {self.num_tokens - 1} only: set another pad_token, or "
+                    "resize the embeddings and save the model"
+                )
             self._tokenizer = tokenizer
         return self._tokenizer
 
     @cached_property
+    def _token_limits(self) -> tuple[int | None, int | None]:
+        config = load_config(self.model_name, self.model_args)
+        return token_limits(config, self.auto_class, self._trusts_code)
+
+    @property
     def max_positions(self) -> int | None:
         """The number of tokens that the model has positions for, or ``None`` if its positions are relative."""
-        config = load_config(self.model_name, self.model_args)
-        return position_limit(config, self.auto_class, self._trusts_code)
+        return self._token_limits[0]
+
+    @property
+    def num_tokens(self) -> int | None:
+        """The number of tokens that the model has embeddings for, or ``None`` if it has no table of them."""
+        return self._token_limits[1]
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate on the validation texts; the logged names of a further set end with its name."""

@@ -463,7 +463,11 @@ def images(*more: str) -> list[str]:
             r"train is empty: it must hold one folder",
             id="no-classes",
         ),
-        pytest.param(lambda tree: _without(tree / "train" / "cat"), r"train: .*cat", id="class-without-images"),
+        pytest.param(
+            lambda tree: _without(tree / "train" / "cat"),
+            r"train/cat holds no image: remove the folder",
+            id="class-without-images",
+        ),
         pytest.param(
             lambda tree: (tree / "val" / "cat").rename("x"),
             r"val and train have different classes: cat",
@@ -481,7 +485,7 @@ def test_an_image_that_cannot_be_read_is_named(folder, content):
     tree = _tree(folder, "train", "val")
     for path in (tree / "train").rglob("*.png"):
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train/(cat|dog)/\d\.png cannot be read as an image: remove or replace it"):
+    with pytest.raises(ValueError, match=r"train/(cat|dog)/\d\.png cannot be read as an image: .*replace or remove"):
         main(images())
     assert not list(folder.glob("lightning_logs/**/*.ckpt"))
 
@@ -676,7 +680,7 @@ def test_texts_that_are_broken(folder, capfd, tiny, content, more, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        pytest.param("a.csv", b"text,label\n\xff\xfe,yes\n", r"a\.csv cannot be read: .*UTF8", id="no-utf8"),
+        pytest.param("a.csv", b"text,label\n\xff\xfe,yes\n", r"a\.csv is not text in UTF-8 \(line 2: ", id="no-utf8"),
         pytest.param("a.parquet", b"PAR1 cut short", r"a\.parquet cannot be read: .*", id="parquet-truncated"),
         pytest.param("a.jsonl", b'{"text": "a", "label": ', r"one object per line", id="json-cut-short"),
         pytest.param("a.jsonl", json.dumps({"text": ["a"], "label": "b"}).encode(), r"must hold strings", id="nested"),

@@ -98,7 +98,7 @@ def test_labels_are_classes_or_numbers(tmp_path, suffix, labels, settings, names
         ("text,label\na,x\nb,x\n", {}, "every label is 'x': there must be two classes"),
         ("text,label\na,0.5\nb,nan\n", {"regression": True}, "row 2 has label='nan', which is not a finite number"),
         ("text,label\na,0.5\nb,much\n", {"regression": True}, "row 2 has label='much', which is not a finite number"),
-        (b"text,label\n\xff,x\nb,y\n", {}, "cannot be read: .*UTF8"),
+        (b"text,label\n\xff,x\nb,y\n", {}, r"is not text in UTF-8 \(line 2: .*save it as UTF-8"),
     ],
 )
 def test_a_broken_file_is_refused_with_the_place(tmp_path, content, settings, message):

@@ -6,5 +6,5 @@ PACKAGE = Path(__file__).parents[2] / "geolora_pl"
 # A folder may import itself and those in front of it; two in one group do not see each other.
 ORDER = (("math",), ("adapters",), ("training", "storage"), ("report",), ("lightning",), ("tasks", "cli"))
 LEVEL = {folder: level for level, group in enumerate(ORDER) for folder in group}
-BELOW = {"errors", "lazy", "loggers"}  # files beside the folders that every folder may import
+BELOW = {"errors", "lazy", "lfs", "loggers", "notes"}  # files beside the folders that every folder may import
 FILES = sorted(PACKAGE.rglob("*.py"))

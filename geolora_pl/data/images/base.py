@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
 
+from geolora_pl.data.images.reader import Sample, plain
 from geolora_pl.data.settings import settle_num_workers
-
-Sample = tuple[Image.Image, int]
+from geolora_pl.notes import keep_notes, note
 
 
 class ArrayImages(Dataset[Sample]):
@@ -31,6 +32,8 @@ class ArrayImages(Dataset[Sample]):
             raise ValueError(
                 f"there are {len(images)} images and {len(labels)} labels: the files do not belong together"
             )
+        if images.dtype != np.uint8:
+            raise ValueError(f"an array of {images.dtype} does not hold images of 8 bits: scale it to 0..255 as uint8")
         if images.ndim not in (3, 4):
             raise ValueError(
                 f"an array of shape {images.shape} does not hold images: the files are not what their names say"
@@ -54,7 +57,7 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.samples[index]
-        return self.transform(image.convert(self.mode)), label
+        return self.transform(plain(image, self.mode)), label
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -92,6 +95,7 @@ class ImageDataModule(L.LightningDataModule):
         self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
         self.augment = augment
         self.splits: dict[str, Dataset[Sample]] = {}
+        self.notes: list[str] = []  # what the user is told about the data
 
     @property
     def class_names(self) -> list[str]:
@@ -111,6 +115,10 @@ class ImageDataModule(L.LightningDataModule):
         """Load the samples once and hold out a part of ``train`` if there is no ``val``."""
         if self.splits:
             return
+        with keep_notes(self.notes):
+            self.splits = self._load()
+
+    def _load(self) -> dict[str, Dataset[Sample]]:
         splits = self.load_splits()
         for split, samples in splits.items():
             self._check(split, samples)
@@ -122,15 +130,28 @@ class ImageDataModule(L.LightningDataModule):
                     f"val_fraction={self.val_fraction} of {total} images is {count}: choose it so that training and "
                     "validation both have images"
                 )
-            splits["train"], splits["val"] = hold_out(splits["train"], count, self.seed)
-        self.splits = splits
+            samples = splits["train"]
+            splits["train"], splits["val"] = hold_out(samples, count, self.seed)
+            self._refuse_untrained(samples, splits["train"])
+            note(f"{count} of {total} training images are held out for validation (val_fraction={self.val_fraction})")
+        return splits
+
+    def _refuse_untrained(self, samples: Dataset[Sample], train: Dataset[Sample]) -> None:
+        """Refuse a class of which all images are held out, or the only one of which might be."""
+        there, trained = Counter(_labels_of(samples)), Counter(_labels_of(train))
+        for label, name in enumerate(self.class_names if there else []):
+            if there[label] == 1 or trained[label] == 0 < there[label]:
+                raise ValueError(
+                    f"class {name!r} has {there[label]} of the images, which cannot be both in training and held out: "
+                    "add images, drop the class, give images for validation, or choose another seed"
+                )
 
     def _check(self, split: str, samples: Dataset[Sample]) -> None:
         """Refuse an empty split, and labels of no class if the labels are known without reading the images."""
         if not len(samples):  # type: ignore[arg-type]  # every source here is a sized data set
             raise ValueError(f"{type(self).__name__} has no {split} images: the split is empty, so fill or remove it")
-        labels, classes = getattr(samples, "labels", ()), len(self.class_names)
-        for index, label in enumerate(labels):
+        classes = len(self.class_names)
+        for index, label in enumerate(_labels_of(samples) if classes else []):
             if not 0 <= label < classes:
                 raise ValueError(
                     f"{split} image {index} has label {label}, and the {classes} classes are 0 to {classes - 1}: fix "
@@ -163,13 +184,21 @@ class ImageDataModule(L.LightningDataModule):
         except TypeError as error:
             raise ValueError(f"augment={augment!r} does not suit timm's create_transform: {error}") from error
         return DataLoader(
-            _Transformed(self.splits[split], "L" if config["input_size"][0] == 1 else "RGB", transform),
+            _Transformed(self.splits[split], self._mode(config["input_size"][0], self.splits[split]), transform),
             batch_size=self.batch_size,
             shuffle=training,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _mode(self, channels: int, samples: Dataset[Sample]) -> str:
+        if channels not in (1, 3):
+            raise ValueError(f"the model takes images of {channels} channels, but these data have 1 or 3: set in_chans")
+        if channels == 1 and plain(samples[0][0]).mode != "L":
+            with keep_notes(self.notes):
+                note("colour images become grey, because the model takes one channel")
+        return "L" if channels == 1 else "RGB"
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled training images."""
@@ -192,3 +221,11 @@ def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sam
     """Split samples into the rest and ``count`` held-out samples; the seed decides which."""
     rest = len(samples) - count  # type: ignore[arg-type]  # every source here is a sized data set
     return random_split(samples, [rest, count], torch.Generator().manual_seed(seed))
+
+
+def _labels_of(samples: Dataset[Sample]) -> Sequence[int]:
+    """The labels that are known without reading the images; none of a source of another kind."""
+    if isinstance(samples, Subset):
+        labels = _labels_of(samples.dataset)
+        return [labels[index] for index in samples.indices] if labels else ()
+    return getattr(samples, "labels", ())

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from geolora_pl.data.images.base import ArrayImages, ImageDataModule, Sample
+from geolora_pl.data.images.base import ArrayImages, ImageDataModule
+from geolora_pl.data.images.reader import Sample
 
 
 class CIFAR10(ImageDataModule):

@@ -6,7 +6,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
-from geolora_pl.data.images.base import ArrayImages, ImageDataModule, Sample, hold_out
+from geolora_pl.data.images.base import ArrayImages, ImageDataModule, hold_out
+from geolora_pl.data.images.reader import Sample
 
 
 class Digits(ImageDataModule):

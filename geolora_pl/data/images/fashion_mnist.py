@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from geolora_pl.data.images.base import ArrayImages, ImageDataModule, Sample
+from geolora_pl.data.images.base import ArrayImages, ImageDataModule
+from geolora_pl.data.images.reader import Sample
 
 _FOLDERS = (Path("data/fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))  # the second is Debian's
 _PREFIX = {"train": "train", "test": "t10k"}

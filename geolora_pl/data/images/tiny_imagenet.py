@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 
-from geolora_pl.data.images.base import ImageDataModule, Sample
+from geolora_pl.data.images.base import ImageDataModule
+from geolora_pl.data.images.reader import FileImages, Sample, list_images
 
 _NEEDED = ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images")
-
-
-class FileImages(Dataset[Sample]):
-    """Image files that are read only when they are needed.
-
-    Args:
-        paths: (n,) image files.
-        labels: (n,) class indices.
-    """
-
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
-        self.paths = paths
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Image.open(self.paths[index]), self.labels[index]
 
 
 class TinyImageNet(ImageDataModule):
@@ -77,9 +57,10 @@ class TinyImageNet(ImageDataModule):
         paths: list[Path] = []
         labels: list[int] = []
         for label, wnid in enumerate(self._wnids):
-            of_class = sorted((self.folder / "train" / wnid / "images").glob("*.JPEG"))
+            folder = self.folder / "train" / wnid / "images"
+            of_class = list_images(folder, recursive=False)[0] if folder.is_dir() else []
             if not of_class:
-                raise ValueError(f"{self.folder / 'train' / wnid / 'images'} has no *.JPEG: unpack the archive again")
+                raise ValueError(f"{folder} has no image: unpack the archive again")
             paths += of_class
             labels += [label] * len(of_class)
         return FileImages(paths, labels)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from geolora_pl.data.images.base import ImageDataModule, Sample
+from geolora_pl.data.images.base import ImageDataModule
+from geolora_pl.data.images.reader import FileImages, Sample, endings, list_images, note_conversions, note_left_out
 
 
 class UnlabelledImages(ImageDataModule):
     """The images of a folder, in the order of their names, for ``predict`` alone.
 
     Args:
-        folder: The folder; folders inside it are left out, and so are files without the ending of an image.
+        folder: The folder; folders inside it and files that are not images are left out, and a message says how many
+            there are.
         batch_size: Images per step and process, at least 1.
         num_workers: Number of loader processes, as for :class:`ImageDataModule`.
 
@@ -27,9 +27,10 @@ class UnlabelledImages(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         if not Path(folder).is_dir():
             raise ValueError(f"folder={folder!r} is not a folder (from {Path.cwd()})")
-        self.files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        self.folder = Path(folder)
+        self.files, self._left_out = list_images(self.folder, recursive=False)
         if not self.files:
-            raise ValueError(f"folder={folder!r} holds no image: the endings of images are {', '.join(IMG_EXTENSIONS)}")
+            raise ValueError(f"folder={folder!r} holds no image: the endings of images are {', '.join(endings())}")
 
     @property
     def class_names(self) -> list[str]:
@@ -42,22 +43,7 @@ class UnlabelledImages(ImageDataModule):
         return {"file": [path.name for path in self.files]}
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
-        """List the images, each with the label -1."""
-        return {"predict": _Files(self.files)}
-
-
-class _Files(Dataset[Sample]):
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        path = self.files[index]
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return image, -1
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as an image: fix or remove it ({error})") from error
+        """List the images, each with the label -1, and look at their headers."""
+        note_left_out(self.folder, self._left_out)
+        note_conversions(self.folder, self.files)
+        return {"predict": FileImages(self.files, [-1] * len(self.files))}

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import lightning as L
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from geolora_pl.data.settings import settle_num_workers
 from geolora_pl.data.texts.sampler import ShuffledSampler
 from geolora_pl.data.texts.token_cache import tokenizer_hash
+from geolora_pl.notes import keep_notes, note
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -64,6 +66,7 @@ class TokenDataModule(L.LightningDataModule):
         self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
+        self.notes: list[str] = []  # what the user is told about the data
         self.predict_inputs: dict[str, list[str]] = {}  # columns to write beside the predictions
         self._made_with: tuple[str, int] | None = None
 
@@ -86,6 +89,11 @@ class TokenDataModule(L.LightningDataModule):
         limit = self._limit(tokenizer)
         if self._made_with == (made_with := (tokenizer_hash(tokenizer), limit)):
             return
+        with keep_notes(self.notes):
+            self.splits = self._load(tokenizer, limit)
+        self._made_with = made_with
+
+    def _load(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, datasets.Dataset]:
         splits = self.load_splits()
         self.check_limit(splits, tokenizer, limit)
         if "train" in splits and not _of_kind("val", splits):
@@ -94,8 +102,20 @@ class TokenDataModule(L.LightningDataModule):
         if len(predicted) == 1 and self.a_sample_is_a_text:
             texts = splits[predicted[0]]
             self.predict_inputs = {name: texts[name][:] for name in texts.column_names if name != "label"}
-        self.splits = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
-        self._made_with = made_with
+        tokens = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
+        for name, of_split in tokens.items():
+            self._refuse_unknown_tokens(name, of_split)
+        return tokens
+
+    def _refuse_unknown_tokens(self, name: str, tokens: datasets.Dataset) -> None:
+        """Refuse token ids that the model has no embedding for, which would end in an IndexError in some step."""
+        rows = getattr(self._module(), "num_tokens", None)
+        highest = pc.max(pc.list_flatten(tokens.with_format("arrow")[:]["input_ids"])).as_py()
+        if rows is not None and highest is not None and highest >= rows:
+            raise ValueError(
+                f"{name}: the tokenizer gives the id {highest} to a token, but the model has embeddings for the ids 0 "
+                f"to {rows - 1} only: give the model its own tokenizer, or resize its embeddings and save it"
+            )
 
     def _limit(self, tokenizer: PreTrainedTokenizerBase) -> int:
         limit = self.max_length or tokenizer.model_max_length
@@ -117,6 +137,7 @@ class TokenDataModule(L.LightningDataModule):
                 f"val_fraction={self.val_fraction} of {len(texts)} texts is {count}, and that split cannot be made: "
                 f"{error} Choose another fraction, or give texts for validation"
             ) from error
+        note(f"{count} of {len(texts)} training texts are held out for validation (val_fraction={self.val_fraction})")
         return {"train": parts["train"], "val": parts["test"]}
 
     @property

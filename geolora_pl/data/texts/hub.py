@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import datasets
 import pyarrow as pa
 
+from geolora_pl.data.settings import find_splits
 from geolora_pl.data.texts.tables import plain
-
-_USUAL = {"train": "train", "val": "validation", "test": "test"}
+from geolora_pl.notes import note
 
 
 def check_split_names(splits: Mapping[str, str] | None) -> None:
@@ -42,9 +42,11 @@ def load_hub(
         hub = datasets.load_dataset(dataset, subset)
     except (OSError, ValueError) as error:  # a failed connection is an OSError
         raise ValueError(f"dataset={dataset!r}, subset={subset!r} cannot be loaded: {error}") from error
-    names = splits or {ours: theirs for ours, theirs in _USUAL.items() if theirs in hub or ours == "train"}
+    names = splits or {"train": "train", **find_splits(list(hub), dataset)}
     if absent := [theirs for theirs in names.values() if theirs not in hub]:
         raise ValueError(f"{dataset} has no split {absent[0]!r}; it has {', '.join(hub)}: set splits")
+    if splits is None and (unused := [theirs for theirs in hub if theirs not in names.values()]):
+        note(f"{dataset}: splits that are not used: {', '.join(unused)}; name them in splits to use them")
     return {ours: (f"{dataset} {theirs}", hub[theirs]) for ours, theirs in names.items()}
 
 

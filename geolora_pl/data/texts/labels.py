@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from lightning.pytorch.utilities import rank_zero_info
+
+from geolora_pl.notes import note
 
 
 def to_dataset(
@@ -40,9 +41,7 @@ def to_dataset(
         columns[name] = table[column].cast(pa.string()).fill_null("")
         empty = pc.equal(columns[name], "")
         if count := pc.sum(empty).as_py():
-            rank_zero_info(
-                f"{source}: {column} is empty in {count} rows, row {pc.index(empty, True).as_py() + 1} first"
-            )
+            note(f"{source}: {column} is empty in {count} rows, row {pc.index(empty, True).as_py() + 1} first")
     features = {name: datasets.Value("string") for name in columns}
     if label is not None and classes:
         indices = pc.index_in(as_strings(table[label]), value_set=as_strings(pa.array(list(classes))))

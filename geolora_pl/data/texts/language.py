@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from geolora_pl.data.texts.base import TokenDataModule
@@ -16,6 +15,7 @@ from geolora_pl.data.texts.hub import check_split_names, load_hub, select
 from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack
 from geolora_pl.data.texts.tables import read_table
 from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
+from geolora_pl.notes import note
 
 
 class LanguageDataModule(TokenDataModule):
@@ -80,7 +80,7 @@ class LanguageDataModule(TokenDataModule):
         if count := pc.sum(empty).as_py():
             if count == len(texts):
                 raise ValueError(f"{source}: {self.columns[last]} is empty in every row: name another column")
-            rank_zero_info(f"{source}: rows left out because {self.columns[last]} is empty: {count}")
+            note(f"{source}: rows left out because {self.columns[last]} is empty: {count}")
         return datasets.Dataset(texts.filter(pc.invert(empty)))
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:

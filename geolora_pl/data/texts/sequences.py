@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
 
-Columns = dict[str, list[list[int]] | list[int]]
+Columns = dict[str, list[list[int]] | list[int] | list[bool]]
 
 
 def encode_texts(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
@@ -26,10 +26,12 @@ def encode_texts(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, l
         limit: Number of tokens that a text is cut to, which removes the end-of-text token; ``None`` for no limit.
 
     Returns:
-        The columns ``input_ids`` and ``length``.
+        The columns ``input_ids``, ``length`` and ``cut``, whether a text was cut.
     """
-    texts = [[*_open(ids, tokenizer), tokenizer.eos_token_id][:limit] for ids in _ids(tokenizer, batch["text"])]
-    return {"input_ids": texts, "length": [len(text) for text in texts]}
+    whole = [[*_open(ids, tokenizer), tokenizer.eos_token_id] for ids in _ids(tokenizer, batch["text"])]
+    texts = [ids[:limit] for ids in whole]
+    cut = [len(ids) > len(text) for ids, text in zip(whole, texts, strict=True)]
+    return {"input_ids": texts, "length": [len(text) for text in texts], "cut": cut}
 
 
 def encode_pairs(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
@@ -42,13 +44,15 @@ def encode_pairs(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, l
             token that starts a text, then the end of the completion; ``None`` for no limit.
 
     Returns:
-        The columns ``input_ids``, ``labels`` and ``length``.
+        The columns ``input_ids``, ``labels``, ``length`` and ``cut``, whether a pair was cut.
     """
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    cut: list[bool] = []
     prompts = _ids(tokenizer, batch["prompt"])
     completions = _ids(tokenizer, batch["completion"], add_special_tokens=False)
     for opened, words in zip(prompts, completions, strict=True):
         prompt, completion = _open(opened, tokenizer), [*words, tokenizer.eos_token_id]
+        cut.append(limit is not None and len(prompt) + len(completion) > limit)
         if limit is not None:
             start = prompt[:1] if prompt[:1] == [tokenizer.bos_token_id] else []
             room = max(0, limit - len(completion) - len(start))
@@ -56,7 +60,7 @@ def encode_pairs(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, l
             completion = completion[: limit - len(prompt)]
         columns["input_ids"].append(prompt + completion)
         columns["labels"].append([IGNORED] * len(prompt) + completion)
-    return {**columns, "length": [len(ids) for ids in columns["input_ids"]]}
+    return {**columns, "length": [len(ids) for ids in columns["input_ids"]], "cut": cut}
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **settings: bool) -> list[list[int]]:

@@ -8,12 +8,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from lightning.pytorch.utilities import rank_zero_info
 
 from geolora_pl.data.texts.hub import check_split_names, load_hub, select
 from geolora_pl.data.texts.labelled import TextDataModule
 from geolora_pl.data.texts.labels import as_strings, to_dataset
 from geolora_pl.data.texts.tables import read_table
+from geolora_pl.notes import keep_notes, note
 
 
 class LabelledTexts(TextDataModule):
@@ -26,7 +26,8 @@ class LabelledTexts(TextDataModule):
         text_column: The column of texts.
         pair_column: The column of the second texts, for pairs.
         label_column: The column of labels.
-        labels: The labels in the order of the class indices; by default those of the training texts, sorted.
+        labels: The labels in the order of the class indices, as strings, which YAML takes ``no`` and ``yes`` for in
+            quotes only; by default those of the training texts, sorted.
         regression: Whether the labels are numbers to predict; by default they are if they have decimals.
         **kwargs: Arguments of :class:`TextDataModule`.
 
@@ -45,6 +46,12 @@ class LabelledTexts(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        given: list[Any] = labels or []
+        if words := [label for label in given if isinstance(label, bool)]:
+            raise ValueError(
+                f"labels={labels!r}: YAML reads no, yes, on, off, true and false without quotes as {words[0]!r}: put "
+                "them into quotes, as in ['no', 'yes']"
+            )
         if labels is not None and (
             regression or len(set(labels)) < max(2, len(labels)) or not all(isinstance(name, str) for name in labels)
         ):
@@ -69,7 +76,8 @@ class LabelledTexts(TextDataModule):
     def class_names(self) -> list[str]:
         """The labels, in the order of their indices; none in a regression."""
         if self._labels is None:
-            self.load_splits()
+            with keep_notes(self.notes):
+                self.load_splits()
         assert self._labels is not None
         return self._labels
 
@@ -80,7 +88,7 @@ class LabelledTexts(TextDataModule):
             source, table = tables["train"]
             self._labels = _find_labels(table[self.label_column], self.regression)
             if not self._labels and self.regression is None:
-                rank_zero_info(
+                note(
                     f"{source}: {self.label_column} holds numbers with decimals, so this is a regression; set "
                     "regression: false to make each of them a class"
                 )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import csv as python_csv
+import io
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from lightning.pytorch.utilities import rank_zero_info
-from pyarrow import csv, json, parquet
+from pyarrow import csv, parquet
+
+from geolora_pl.lfs import refuse_pointer
+from geolora_pl.notes import note
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _BLOCK = 1 << 26  # bytes read at once, which limits the length of a row
@@ -34,29 +41,52 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
         raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}: the ending says how it is read")
     if suffix in (".csv", ".tsv"):
         return read_delimited(path, columns, tab=suffix == ".tsv")
+    read = _read_parquet if suffix == ".parquet" else _read_json_lines
+    return _not_empty(path, plain(read(path, columns), path))
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
     _refuse_missing(path)
     try:
-        if suffix == ".parquet":
-            with parquet.ParquetFile(path) as file:
-                there, table = file.schema_arrow.names, file.read(columns=list(columns))
-        else:
-            table = _read_json_lines(path)
-            there = table.column_names
-    except pa.ArrowInvalid as error:
-        remedy = "" if suffix == ".parquet" else "; it must hold one object per line"
-        raise ValueError(f"{path} cannot be read: {error}{remedy}") from error
-    if not set(columns) <= set(there):
-        raise _absent(path, columns, there)
-    return _not_empty(path, plain(table.select(list(columns)), path))
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, columns, file.schema_arrow.names)
+            return file.read(columns=list(columns)).select(list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _read_json_lines(path: Path) -> pa.Table:
-    read = json.ReadOptions(block_size=_BLOCK)
-    table = json.read_json(path, read_options=read)
-    dates = [(field.name, pa.string()) for field in table.schema if pa.types.is_temporal(field.type)]
-    if not dates:
-        return table
-    return json.read_json(path, read_options=read, parse_options=json.ParseOptions(explicit_schema=pa.schema(dates)))
+def _read_json_lines(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Read some keys of the objects of a file; whatever the other keys hold, it does not matter."""
+    values: dict[str, list[Any]] = {name: [] for name in columns}
+    there: dict[str, None] = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=tuple)  # so that a key that is there twice is seen
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} cannot be read: line {number}: {error}; it must hold one object per line"
+            ) from error
+        if not isinstance(row, tuple):
+            raise ValueError(f"{path} cannot be read: line {number} is not an object; it must hold one object per line")
+        found = [name for name, _ in row]
+        _refuse_doubles(f"{path}: line {number}", columns, found)
+        there.update(dict.fromkeys(found))
+        of_row = dict(row)
+        for name in columns:
+            values[name].append(of_row.get(name))
+    if not there:
+        raise ValueError(f"{path} holds no rows")
+    _check_columns(path, columns, list(there))
+    return pa.table({name: _column(path, name, of_column) for name, of_column in values.items()})
+
+
+def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+        raise ValueError(f"{path}: {name} must hold strings alone, or numbers alone: {error}") from error
 
 
 def read_delimited(
@@ -75,21 +105,27 @@ def read_delimited(
     Raises:
         ValueError: The file is missing, empty or broken, or a column does not exist.
     """
-    _refuse_missing(path)
+    content = read_text(path).encode()
+    delimiter = "\t" if tab else ","
+    if (tab or b'"' not in content) and (returns := re.findall(rb"\r(?!\n)", content)):
+        # pyarrow would end a line there.
+        content = re.sub(rb"\r(?!\n)", b" ", content)
+        note(f"{path}: carriage returns inside lines that are read as spaces: {len(returns)}")
+    names = list(header) or _header(path, content, tab)
+    _check_columns(
+        path, columns, names, f"; its first line must name the columns, with {'tabs' if tab else 'commas'} between them"
+    )
     malformed: list[csv.InvalidRow] = []
 
     def skip(row: csv.InvalidRow) -> str:
         malformed.append(row)
         return "skip" if skip_malformed else "error"
 
-    delimiter = "\t" if tab else ","
-    with path.open("rb") as file:
-        one_column = delimiter.encode() not in file.readline()
     parse = csv.ParseOptions(
         delimiter=delimiter,
         quote_char=False if tab else '"',
         newlines_in_values=not tab,
-        ignore_empty_lines=not one_column,
+        ignore_empty_lines=len(names) > 1,
         invalid_row_handler=skip,
     )
     # With several threads, pyarrow would not say the number of a wrong row.
@@ -100,17 +136,51 @@ def read_delimited(
         strings_can_be_null=False,
     )
     try:
-        table = csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
-    except KeyError:
-        with csv.open_csv(path, read_options=read, parse_options=parse) as reader:
-            raise _absent(path, columns, reader.schema.names) from None
+        table = csv.read_csv(pa.py_buffer(content), read_options=read, parse_options=parse, convert_options=convert)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if malformed:
-        rank_zero_info(
+        note(
             f"{path}: lines left out because they do not have {malformed[0].expected_columns} fields: {len(malformed)}"
         )
     return _not_empty(path, table)
+
+
+def _header(path: Path, content: bytes, tab: bool) -> list[str]:
+    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="")
+    reader = (
+        python_csv.reader(lines, delimiter="\t", quoting=python_csv.QUOTE_NONE) if tab else python_csv.reader(lines)
+    )
+    try:
+        return next((row for row in reader if row), [])
+    except python_csv.Error as error:
+        raise ValueError(f"{path} cannot be read: its first line does not name columns ({error})") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with or without a byte-order mark.
+
+    Lines end with a line feed, after a carriage return or not. A carriage return alone belongs to its line, unless the
+    file has no line feed at all, as on an old Mac.
+
+    Raises:
+        ValueError: The file is missing, empty, a Git LFS pointer or not in UTF-8.
+    """
+    _refuse_missing(path)
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is text in UTF-16: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is not text in UTF-8 (line {line}: {error.reason}): save it as UTF-8") from error
+    if not text:
+        raise ValueError(f"{path} is empty")
+    if "\n" not in text and "\r" in text:
+        note(f"{path} has no line feed, so that its lines end with carriage returns")
+        text = text.replace("\r", "\n")
+    return text
 
 
 def _refuse_missing(path: Path) -> None:
@@ -120,11 +190,19 @@ def _refuse_missing(path: Path) -> None:
         raise ValueError(f"{path} is empty")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path} cannot be read: give yourself the permission to read it")
+    refuse_pointer(path)
 
 
-def _absent(path: Path, columns: Sequence[str], there: Sequence[str]) -> ValueError:
-    absent = [name for name in columns if name not in there]
-    return ValueError(f"{path} has no column {', '.join(map(repr, absent))}; it has {', '.join(map(repr, there))}")
+def _check_columns(path: Path, columns: Sequence[str], there: Sequence[str], remedy: str = "") -> None:
+    if absent := [name for name in columns if name not in there]:
+        names = ", ".join(repr(name if len(name) < 40 else f"{name[:40]}...") for name in there)
+        raise ValueError(f"{path} has no column {', '.join(map(repr, absent))}; it has {names}{remedy}")
+    _refuse_doubles(path, columns, there)
+
+
+def _refuse_doubles(source: object, columns: Sequence[str], there: Sequence[str]) -> None:
+    if doubles := [name for name in columns if there.count(name) > 1]:
+        raise ValueError(f"{source} has two columns {doubles[0]!r}, and it is not known which is meant: rename one")
 
 
 def plain(table: pa.Table, source: object) -> pa.Table:

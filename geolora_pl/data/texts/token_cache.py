@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import tokenizers
 from datasets.fingerprint import Hasher
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from geolora_pl.notes import note
+
+# Columns that say what was done to a text; they are counted and dropped.
+_MARKS = {
+    "cut": "texts are cut to max_length={longest} tokens",
+    "empty": "texts have no tokens and are read as an end of text",
+}
 
 
 def tokenize(
@@ -40,6 +49,8 @@ def tokenize(
             return_attention_mask=False,
             return_length=True,
         )
+        encoded["cut"] = _were_cut(encoded, batch, tokenizer, max_length)
+        _fill_empty(encoded, tokenizer)
         return encoded
 
     made_with = (tokenizer_hash(tokenizer), str(max_length))
@@ -65,16 +76,58 @@ def cached(
         cache_dir: The folder of the cache.
         name: The name of the texts in the progress bar.
     """
-    fingerprint = hashlib.sha256("\n".join((content_hash(texts), *made_with)).encode()).hexdigest()
+    fingerprint = hashlib.sha256("\n".join((content_hash(texts), *_MARKS, *made_with)).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
-    return texts.map(
+    path = cache_dir / f"{fingerprint}.arrow"
+    whole = _is_whole(path, fingerprint, len(texts))
+    if path.exists() and not whole:
+        note(f"{path} is cut short or holds other texts, so the token ids are made again")
+    tokens = texts.map(
         encode,
         batched=True,
         remove_columns=[column for column in texts.column_names if column != "label"],
         new_fingerprint=fingerprint,
-        cache_file_name=str(cache_dir / f"{fingerprint}.arrow"),
+        cache_file_name=str(path),
+        load_from_cache_file=whole,
         desc=f"tokenizing {name}",
     )
+    for mark, what in _MARKS.items():
+        if mark in tokens.column_names:
+            if count := sum(tokens[mark][:]):
+                note(f"{name}: {count} of {len(tokens)} {what.format(longest=max(tokens['length'][:]))}")
+            tokens = tokens.remove_columns(mark)
+    return tokens
+
+
+def _is_whole(path: Path, fingerprint: str, rows: int) -> bool:
+    """Whether a file of the cache is complete and was made of these texts."""
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            made_with = json.loads((stream.schema.metadata or {}).get(b"huggingface", b"{}")).get("fingerprint")
+            return bool(made_with == fingerprint and sum(len(batch) for batch in stream) == rows)
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+
+
+def _were_cut(
+    encoded: BatchEncoding, batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[bool]:
+    if encoded.encodings is not None:
+        return [bool(encoding.overflowing) for encoding in encoded.encodings]
+    whole = tokenizer(batch["text"], batch.get("text_pair"), return_length=True, verbose=False)  # it is a slow one
+    return [length > max_length for length in whole["length"]]
+
+
+def _fill_empty(encoded: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a text without tokens the end-of-text token, for a model cannot read a sequence of none."""
+    tokens = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    filler = next((token for token in tokens if token is not None), 0)
+    encoded["empty"] = [not ids for ids in encoded["input_ids"]]
+    for row in (row for row, empty in enumerate(encoded["empty"]) if empty):
+        for name in tokenizer.model_input_names:
+            if name in encoded:
+                encoded[name][row] = [filler if name == "input_ids" else 0]
+        encoded["length"][row] = 1
 
 
 def content_hash(dataset: datasets.Dataset) -> str:
@@ -96,5 +149,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         return str(Hasher.hash(tokenizer))
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"truncation": None, "padding": None}
-    about = (tokenizer.truncation_side, tokenizer.model_input_names, tokenizers.__version__)
+    about: list[Any] = [tokenizer.truncation_side, tokenizer.model_input_names, tokenizers.__version__]
+    about.append(getattr(tokenizer, "split_special_tokens", False))
     return hashlib.sha256(json.dumps([state, about]).encode()).hexdigest()

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from geolora_pl.data.texts.labelled import TextDataModule
 from geolora_pl.data.texts.labels import to_dataset
-from geolora_pl.data.texts.tables import read_table
+from geolora_pl.data.texts.tables import read_table, read_text
 
 
 class UnlabelledTexts(TextDataModule):
@@ -69,18 +69,12 @@ class UnlabelledTexts(TextDataModule):
     def load_splits(self) -> dict[str, datasets.Dataset]:
         """Read the file."""
         if self.file.suffix == ".txt":
-            table = pa.table({self.text_columns[0]: self._lines()})
+            table = pa.table({self.text_columns[0]: _lines(read_text(self.file))})
         else:
             table = read_table(self.file, self.text_columns)
         return {"predict": to_dataset(table, self.text_columns, None, {}, self.file)}
 
-    def _lines(self) -> list[str]:
-        if not self.file.is_file():
-            raise ValueError(f"{self.file} is not a file (from {Path.cwd()})")
-        try:
-            text = self.file.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.file} is not text in UTF-8: {error}") from error
-        if not text:
-            raise ValueError(f"{self.file} is empty")
-        return text.removesuffix("\n").split("\n")  # not splitlines, which splits at form feeds, too
+
+def _lines(text: str) -> list[str]:
+    # Not splitlines, which splits at form feeds and carriage returns, too.
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

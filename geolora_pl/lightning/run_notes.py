@@ -1,0 +1,27 @@
+"""Keep what the user was told about data and model in the folder of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from geolora_pl.storage.atomic import atomic
+
+NAME = "notes.txt"
+
+
+def write_notes(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Write the notes of the data module and the module as ``notes.txt``, if a logger gives the run its own folder.
+
+    Args:
+        trainer: The trainer of a fit that starts.
+        module: The module that is trained.
+    """
+    data = getattr(trainer, "datamodule", None)
+    notes = [*getattr(data, "notes", ()), *getattr(module, "notes", ())]
+    folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
+    if notes and trainer.is_global_zero and folders and "://" not in folders[0]:
+        with atomic(Path(folders[0], NAME)) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in notes), encoding="utf-8", errors="backslashreplace")
