@@ -98,10 +98,11 @@ class TrainingPosition:
     Lightning restarts the data of an epoch in whose middle a run is resumed, and knows nothing of random numbers. Here
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
     for every data loader whose order follows from the random state (a ``generator`` of the loader or of its sampler
-    included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose
-    middle a checkpoint was saved comes again. Persistent workers carry their random numbers from one epoch to the next
-    where nobody can read them, which is said when such a run is resumed. A loader with a ``state_dict`` of its own is left to itself, and so is a module
-    that takes its batches itself (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
+    included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
+    a checkpoint was saved comes again. Persistent workers carry their random numbers from one epoch to the next where
+    nobody can read them, which is said when such a run is resumed. A loader with a ``state_dict`` of its own is left to
+    itself, and so is a module that takes its batches itself (``dataloader_iter``): of an epoch that it has begun it
+    sees the first batches again.
     """
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ import types
 import lightning as L
 import pytest
 import torch
-from foreign import ADAPTER, Foreign, loader, trainer
+from foreign import ADAPTER, trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from recorded import BATCHES, Noisy, Recorded
 from torch import nn
@@ -71,7 +71,7 @@ def test_a_link_at_the_target_stays_a_link(tmp_path):
 
 
 def test_overwriting_an_export_deletes_nothing_else(tmp_path):
-    """A user gave overwrite=True and a folder of other files by mistake. It is refused, and an earlier export is not."""
+    """A user gave overwrite=True and a folder of other files. It is refused, and an earlier export is replaced."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds thesis\.tex, which is no part of what is written .* another folder"):
@@ -129,14 +129,14 @@ def losses(module, *callbacks, ckpt_path=None, epochs=2):
 @pytest.mark.parametrize("at", [0, 3, 5, 6, 9, 11])
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward"])
 def test_a_batch_in_whose_middle_a_checkpoint_was_saved_comes_again(tmp_path, at, hook):
-    """A run was stopped in the middle of a batch and saved there. That batch is trained on after the resume, exactly."""
+    """A run was stopped and saved in the middle of a batch. A resumed run begins with that batch, exactly."""
     whole = losses(Recorded(validated=False))
     losses(Recorded(validated=False), Stops(tmp_path / "middle.ckpt", at, hook))
     resumed = losses(Recorded(validated=False), ckpt_path=tmp_path / "middle.ckpt")
     assert resumed == {place: loss for i, (place, loss) in enumerate(whole.items()) if i >= at}
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model:UserWarning")  # Lightning looks for one to resume
+@pytest.mark.filterwarnings("ignore:.*(was called without a model|no last checkpoint available):UserWarning")
 def test_an_exception_checkpoint_goes_on_with_the_batch_that_failed(tmp_path):
     """A batch failed and OnExceptionCheckpoint saved. The resumed run begins with that batch, exactly."""
     whole = losses(Recorded(validated=False))
