@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,19 @@ _OTHER_KINDS = (
     "monteclora_config",
     "megatron_config",
 )
+_TASK_TYPES = {  # by the endings of the classes of transformers
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+_HEADS = {  # which PEFT expects among the saved modules
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
 
 
@@ -116,7 +130,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": _task_type(model, saved),
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": state.base_name,
         "inference_mode": True,
         "r": rank,
@@ -137,6 +152,18 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
         (unfinished / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, unfinished / _WEIGHTS, {"format": "pt"})
     return rank
+
+
+def _task_type(model: nn.Module, saved: Sequence[str]) -> str | None:
+    """What PEFT calls the task of a model of transformers, by which ``AutoPeftModelFor...`` finds the model's class.
+
+    ``None`` where PEFT would look in the file for a head that was not trained.
+    """
+    name = type(model).__name__
+    of_transformers = type(model).__module__.startswith("transformers.")
+    task = next((task for ending, task in _TASK_TYPES.items() if of_transformers and name.endswith(ending)), None)
+    heads = {head for head in _HEADS.get(task or "", ()) if hasattr(model, head)}
+    return task if heads <= set(saved) else None
 
 
 def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> None:
@@ -203,12 +230,27 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a LoRA, which are finite."""
+    if (folder / "adapter_model.bin").is_file() and not (folder / _WEIGHTS).exists():
+        raise ValueError(
+            f"{folder} holds adapter_model.bin, whose format may run code: load it with PEFT and save it again "
+            f"(save_pretrained), which writes {_WEIGHTS}"
+        )
     try:
+        for name in (_CONFIG, _WEIGHTS):
+            if not (folder / name).is_file():  # a pipe would be waited for
+                raise ValueError(f"{name} is not a file")
         config = json.loads((folder / _CONFIG).read_text())
         tensors = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"{_CONFIG} holds no settings by name")
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{folder} holds no readable {_CONFIG} and {_WEIGHTS}: {error}") from error
     _refuse_other_kinds(config, folder)
+    if on_embedding := [key for key in tensors if ".lora_embedding_" in key]:
+        raise ValueError(
+            f"{folder}: {on_embedding[0]} is a LoRA on an embedding, and only those on linear layers are imported: "
+            "merge it into its base with PEFT (merge_and_unload) first"
+        )
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {key} is not finite; fetch or save it again")
@@ -268,7 +310,11 @@ def _lora(factors: Factors, alpha: float, rank: int) -> tuple[Tensor, Tensor]:
 def _geolora(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> Factors:
     r = _by_pattern(config.get("rank_pattern"), name, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-    if pair.keys() != {"A", "B"} or pair["A"].dim() != 2 or not len(pair["A"]) == pair["B"].shape[-1] == r:
+    if not (pair.keys() == {"A", "B"} and all(side.dim() == 2 for side in pair.values()) and len(pair["A"]) == r):
+        fits = False
+    else:
+        fits = pair["B"].shape[1] == r >= 1
+    if not fits:
         shapes = ", ".join(f"lora_{side} {tuple(tensor.shape)}" for side, tensor in sorted(pair.items()))
         raise ValueError(f"{folder}: {name} has {shapes}, which are not the two sides of a LoRA of rank {r}")
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
@@ -298,8 +344,30 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} has init_lora_weights={start!r}, which also changed the base weights: convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
-    if wrong := [name for name in ("r", "lora_alpha") if not isinstance(config.get(name), (int, float))]:
-        raise ValueError(f"{folder}: {_CONFIG} has {wrong[0]}={config.get(wrong[0])!r}, which must be a number")
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        by_name = config.get(pattern) or {}
+        if not isinstance(by_name, dict):
+            raise ValueError(f"{folder}: {_CONFIG} has {pattern}={by_name!r}, which must map names to numbers")
+        for key in by_name:
+            _refuse_slow_expression(key, folder)
+        for value in (config.get(name), *by_name.values()):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{folder}: {_CONFIG} has {name}={value!r} (or so in {pattern}): it must be a number")
+
+
+def _refuse_slow_expression(expression: str, folder: Path) -> None:
+    """Refuse what is not a regular expression, or one that could take for ever to match a name.
+
+    Those repeat what repeats itself, or repeat often; the names that PEFT writes do neither.
+    """
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{folder}: {expression!r} in {_CONFIG} is not a regular expression ({error})") from error
+    if re.search(r"\)[*+{]", expression) or len(re.findall(r"[*+{]", expression)) > 3:
+        raise ValueError(
+            f"{folder}: {expression!r} in {_CONFIG} may take for ever to match: write the names of the layers there"
+        )
 
 
 def _anchored(name: str) -> str:
