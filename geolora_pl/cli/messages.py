@@ -150,7 +150,8 @@ def as_sentence(message: str, options: list[str]) -> str:
         module, name = missing.groups()
         return f"{key}: there is no {name} in {module}: {_nearest(name, dir(import_module(module)))}"
     if key and (required := _REQUIRED.search(message)):
-        return f"{key}: {' of '.join(_CLASS.findall(message)[-1:])}: {required[0]}"
+        of_class = "".join(f"{path}: " for path in _CLASS.findall(message)[-1:])
+        return f"{key}: {of_class}{required[0]}"
     if ambiguous := _AMBIGUOUS.search(message):
         name, paths = ambiguous.groups()
         return f"{key}={name} is the name of several classes: give the path of one, {paths.replace(', ', ' or ')}"

@@ -279,7 +279,7 @@ def test_other_fresh_adapters_are_refused(file, trained):
 def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(file, trained):
     before = file.read_bytes()
     trained[0].S.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="^0 holds values that are not finite"):
+    with pytest.raises(ValueError, match=r"^0 holds values that are not finite"):
         save_adapter(trained, file)
     with pytest.raises(ValueError, match="holds no adapters"):
         save_adapter(base(), file)
