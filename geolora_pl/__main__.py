@@ -1,6 +1,6 @@
 """``python -m geolora_pl``."""
 
-from geolora_pl.cli.dispatch import main
+from geolora_pl.cli.dispatch import command_line
 
 if __name__ == "__main__":
-    main()
+    command_line()

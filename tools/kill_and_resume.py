@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -113,14 +114,15 @@ def soak(kills: int, epochs: int, seed: int) -> None:
             if process.exitcode:
                 sys.exit(f"the run failed:\n{(broken / 'log.txt').read_text()[-3000:]}")
             if not process.is_alive():  # it came to its end, so the next one begins at the start
-                for file in broken.glob("checkpoints/*"):
-                    file.unlink()
+                shutil.rmtree(broken / "checkpoints")
                 continue
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             done += 1
-            while_writing += any(broken.glob("checkpoints/.*.part"))
+            for unfinished in broken.glob("checkpoints/.*"):
+                while_writing += 1
+                shutil.rmtree(unfinished)
             step = read(broken / CHECKPOINT)["global_step"] if (broken / CHECKPOINT).exists() else 0
             console.print(f"kill {done}: the last whole checkpoint is of step {step}")
         resumed = finish(broken, epochs)

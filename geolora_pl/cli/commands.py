@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from geolora_pl.cli.mistakes import one_line
 from geolora_pl.lightning.export import FORMATS, export
 from geolora_pl.math.ranks import ranks_by_tau
+from geolora_pl.report.printable import printable
 from geolora_pl.report.write import write_report
 from geolora_pl.storage.checkpoint import read_checkpoint
 from geolora_pl.storage.spectra import spectra
@@ -27,10 +29,14 @@ def ranks_table(ckpt_path: str | Path) -> Table:
     Raises:
         ValueError: It cannot be read, or has no adapters.
     """
-    adapters = spectra(read_checkpoint(ckpt_path, mmap=True)["state_dict"])
+    checkpoint = read_checkpoint(ckpt_path, mmap=True)
+    try:
+        adapters = spectra(checkpoint["state_dict"])
+    except ValueError as error:
+        raise ValueError(f"ckpt_path={str(ckpt_path)!r}: {error}") from error
     if not adapters:
         raise ValueError(f"ckpt_path={str(ckpt_path)!r} holds no adapters: it is of another run, or merged")
-    table = Table(title=str(ckpt_path), title_justify="left", show_footer=True)
+    table = Table(title=Text(printable(str(ckpt_path))), title_justify="left", show_footer=True)
     total = sum(size * rank for size, rank, _ in adapters.values())
     table.add_column("adapter", "all", overflow="fold")
     table.add_column("rank", str(sum(rank for _, rank, _ in adapters.values())), justify="right")
@@ -41,7 +47,9 @@ def ranks_table(ckpt_path: str | Path) -> Table:
     for name, (size, rank, sigma) in adapters.items():
         enough = int(ranks_by_tau(sigma, 0.1, 0.0, 0, len(sigma))) if len(sigma) else 0
         largest = float(sigma[0]) if len(sigma) else 0.0
-        table.add_row(Text(name), str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma))
+        table.add_row(
+            Text(printable(name)), str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma)
+        )
     return table
 
 
@@ -59,14 +67,12 @@ def main(args: Sequence[str]) -> None:
     parser = _parser()
     given = vars(parser.parse_args(args))
     command = given.pop("command")
-    try:
+    with one_line():
         if command == "ranks":
             Console().print(ranks_table(**given))
             return
         said = export(**given) if command == "export" else _report(**given)
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-    Console().print(said, soft_wrap=True, markup=False, highlight=False)
+        Console().print(printable(said), soft_wrap=True, markup=False, highlight=False)
 
 
 def _report(run: Sequence[str], output: str | None) -> str:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
 from geolora_pl.lazy import import_class
+from geolora_pl.report.printable import printable
 
 # What is looked for in the words of jsonargparse. Where it finds other words, its own sentence stands as it is.
 _KEY = re.compile(r"Parser key \"([\w.]+)\":")
@@ -25,16 +26,33 @@ _UNKNOWN = re.compile(r"(?:Group '([\w.]+)' .*)?(?:unrecognized arguments: --|[O
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.Literal\[(.+?)\])")
 _NOT_EVEN_NONE = "Expected a <class 'NoneType'>"  # what was tried last, wherever a setting may be left out
+_AMBIGUOUS = re.compile(r"Multiple subclasses with name (\w+)\. .*?: ([\w., ]+)\.$", re.M)
+_REQUIRED = re.compile(r"the following arguments are required: [\w, ]+$", re.M)
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)$", re.M)
 _VALUE = re.compile(r"(?:Got|Given) value: (.+?)(?:\. Got value: .*)?$", re.M)
 _KINDS = {
     "bool": "true or false",
     "dict": "a mapping",
     "float": "a finite number",
     "int": "a whole number",
+    "Iterable": "a list",
     "Mapping": "a mapping",
     "Sequence": "a list",
     "str": "a string",
 }
+
+
+# What settings are called elsewhere, by their last part, and here.
+_OUR_NAMES = {
+    "bias": "train_bias",
+    "learning_rate": "optimizer.init_args.lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lr": "optimizer.init_args.lr",
+    "r": "init_rank",
+    "rank": "init_rank",
+}
+_OF_THE_MODEL = ("optimizer", "lr_scheduler")  # which Lightning's own command line has at the top
 
 
 @contextmanager
@@ -87,7 +105,10 @@ def _defaults_of(module_class: type) -> Any:
 
 
 class OneSentenceParser(LightningArgumentParser):
-    """A parser whose errors are one sentence, without the list of all options before it."""
+    """A parser whose errors are one sentence, without the list of all options before it, and that guesses no names."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong on stderr and leave with status 2; as the base does where errors are to be raised."""
@@ -95,7 +116,8 @@ class OneSentenceParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {as_sentence(message, settings_of(parser))}\nsee: {prog} --help\n")
+        said = printable(as_sentence(message, settings_of(parser)))
+        self.exit(2, f"error: {said}\nsee: {prog} --help\n")
 
 
 def as_sentence(message: str, options: list[str]) -> str:
@@ -127,6 +149,14 @@ def as_sentence(message: str, options: list[str]) -> str:
     if missing := _NO_ATTRIBUTE.search(message):
         module, name = missing.groups()
         return f"{key}: there is no {name} in {module}: {_nearest(name, dir(import_module(module)))}"
+    if key and (required := _REQUIRED.search(message)):
+        of_class = "".join(f"{path}: " for path in _CLASS.findall(message)[-1:])
+        return f"{key}: {of_class}{required[0]}"
+    if ambiguous := _AMBIGUOUS.search(message):
+        name, paths = ambiguous.groups()
+        return f"{key}={name} is the name of several classes: give the path of one, {paths.replace(', ', ' or ')}"
+    if key and (no_class := _NO_CLASS.search(message)):
+        return f"{key}={no_class[1]} is not a class that is known by its name: give its path, package.module.Class"
     kinds = dict.fromkeys(_kind(*found) for found in _EXPECTED.findall(message) if found[0] != "NoneType")
     if key and kinds and (value := _VALUE.search(message)):  # the first value is the innermost
         is_word = value[1] in ("False", "True") and "a string" in kinds
@@ -150,6 +180,11 @@ def _kind(type_name: str, choices: str) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str:
+    if (first := name.partition(".")[0]) in _OF_THE_MODEL and first not in known:
+        return f"did you mean 'model.init_args.{first}'?"
+    group, dot, last = name.rpartition(".")
+    if f"{group}{dot}{_OUR_NAMES.get(last, '')}".removesuffix(".init_args.lr") in known:
+        return f"did you mean '{group}{dot}{_OUR_NAMES[last]}'?"
     if near := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {near[0]!r}?"
     return f"drop it, or correct it; there are {', '.join(known)}" if len(known) <= 20 else "drop it, or correct it"

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich import get_console
 
 import geolora_pl
@@ -29,6 +29,7 @@ from geolora_pl.lightning.predictions import PredictionWriter
 from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
 from geolora_pl.storage.checkpoint import read_checkpoint
 
+_SAVED = "saved by fit, and replaced by the next fit in this folder"  # the line that tells such a configuration
 _LOOKED_UP = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint for
 
 
@@ -36,11 +37,30 @@ class SaveFitConfig(SaveConfigCallback):
     """Save the configuration of a fit beside the run; a later test in the same folder leaves it alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save for ``fit`` only, and never over the file that the configuration was read from."""
-        target = Path(trainer.log_dir or ".") / self.config_filename
+        """Save for ``fit`` only, and over no file but one that an earlier fit has saved."""
+        folder = trainer.log_dir  # of which all processes must ask
+        if stage != "fit":
+            return
+        if folder is None:
+            rank_zero_warn(f"{self.config_filename} is not saved: no logger has a folder; set its save_dir")
+            return
+        target = Path(folder) / self.config_filename
         sources = [Path(str(source)) for source in self.config.get("config") or []]
-        if stage == "fit" and not any(source.resolve() == target.resolve() for source in sources):
-            super().setup(trainer, pl_module, stage)
+        if any(source.resolve() == target.resolve() for source in sources):
+            return
+        if trainer.strategy.broadcast(_is_foreign(target)):
+            rank_zero_warn(
+                f"{target} was not saved by a fit and is kept, so that the configuration of this run is not saved: "
+                "give the run a folder of its own by save_dir of its logger, or by trainer.default_root_dir"
+            )
+            return
+        self.parser.dump_header = [*(self.parser.dump_header or []), _SAVED]
+        super().setup(trainer, pl_module, stage)
+
+
+def _is_foreign(config: Path) -> bool:
+    """Whether there is a configuration that no fit has saved."""
+    return config.exists() and f"# {_SAVED}" not in config.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 class GeoLoRACLI(CheckpointAwareCLI):
@@ -62,10 +82,17 @@ class GeoLoRACLI(CheckpointAwareCLI):
             self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Let classes keep to their own defaults, and refuse a seed out of range before anything is made."""
+        """Let classes keep to their own defaults, and give a run without a logger a folder of its own.
+
+        Raises:
+            ValueError: The seed is out of range.
+        """
         with own_defaults():
             super().parse_arguments(parser, args)
-        if (seed := self.config[self.config["subcommand"]]["seed_everything"]) is not True and not 0 <= seed < 2**32:
+        config = self.config[self.config["subcommand"]]
+        if config.trainer.logger in (False, []) and config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = "lightning_logs"  # and not the folder in which the user works
+        if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
 
     def read_ckpt_path(self) -> None:
@@ -151,7 +178,6 @@ def run(args: ArgsType = None) -> None:
     Args:
         args: What to parse instead of ``sys.argv[1:]``.
     """
-    no_abbreviations: dict[str, Any] = {"allow_abbrev": False}
     given = sys.argv[1:] if args is None else args
     cli = _cli_of(given[0] if isinstance(given, list) and given else "")
     cli(
@@ -165,11 +191,9 @@ def run(args: ArgsType = None) -> None:
         auto_configure_optimizers=False,
         parser_class=OneSentenceParser,
         parser_kwargs={
-            **no_abbreviations,
+            "prog": "python -m geolora_pl",
             "version": geolora_pl.__version__,
-            **dict.fromkeys(cli.subcommands(), no_abbreviations),
-            "description": "Train, test and predict; 'export' or 'ranks' --help for what a checkpoint holds, and "
-            "'report' --help for a page about runs.",
+            "description": "Train, validate, test and predict. 'python -m geolora_pl --help' lists all commands.",
         },
         args=args,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -19,16 +20,18 @@ from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
     check_length,
+    check_monitors,
     check_trainer,
     optimizer_of_adapters,
 )
+from geolora_pl.lightning.hyperparameters import keep_plain, say_what_is_not_plain
 from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run import Run
 from geolora_pl.lightning.run_notes import write_notes
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
-from geolora_pl.storage.checkpoint import describe_base, shrink
+from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
@@ -192,6 +195,7 @@ class GeoLoRACallback(L.Callback):
         run = self._current
         run.position.train_starts(trainer)
         write_notes(trainer, pl_module)
+        say_what_is_not_plain(pl_module, trainer.datamodule)  # type: ignore[attr-defined]  # set by the data connector
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))
@@ -254,9 +258,19 @@ class GeoLoRACallback(L.Callback):
             self._run.close()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave the base out, if asked to."""
+        """Note what the weights do not tell, keep to plain values, and leave the base out, if asked to."""
+        describe_adapters(checkpoint, pl_module)
         if self.small_checkpoints:
             shrink(checkpoint, pl_module, self._run.base_of(pl_module) if self._run else describe_base(pl_module))
+        keep_plain(checkpoint)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of which this module would make another function, before the first step."""
+        check_adapters(checkpoint, pl_module, resumes=trainer.state.fn == TrainerFn.FITTING)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, before the first step, a callback that waits for a metric that there is not."""
+        check_monitors(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The integrator's counters and the ranks so far, for a run that is resumed."""

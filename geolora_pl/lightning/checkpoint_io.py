@@ -11,13 +11,15 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import nn
 
 from geolora_pl.lightning.internals import PathLike
+from geolora_pl.storage.atomic import atomic
 from geolora_pl.storage.checkpoint import check_probes, complete, read_checkpoint
 
 
 class WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoint files, written to a temporary name beside the target, flushed and renamed.
 
-    A process that dies while it writes leaves the earlier file as it was. (Lightning writes to the system's temporary
+    A process that dies while it writes leaves the earlier file as it was, and a hidden folder ``.<file>.*`` beside it
+    that may be deleted. (Lightning writes to the system's temporary
     folder, and where that is another disk, it copies the file into place.) Remote paths are left to Lightning.
 
     Args:
@@ -39,16 +41,10 @@ class WholeFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.part")  # what a process that died left there is written over
         try:
-            with temporary.open("wb") as file:
+            with atomic(target) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:
             # Torch's own writer tells of a full disk by a RuntimeError, alone or on the way out of an OSError.
             of_disk = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
             if of_disk or "PytorchStreamWriter" in str(error):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 
 import lightning as L
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
@@ -56,6 +63,41 @@ def check_compatible(trainer: L.Trainer, small_checkpoints: bool) -> None:
             raise ValueError(
                 f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
                 "them: remove it, or merge the adapters before weights are averaged"
+            )
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                "ModelPruning puts masked weights into the layers that the adapters read, and zeros into U and V: "
+                "remove it, and prune the merged model after the fit"
+            )
+
+
+def check_monitors(trainer: L.Trainer) -> None:
+    """Refuse a callback or scheduler that waits for a metric of the validation which the validation does not log.
+
+    Called at the end of Lightning's sanity check, the first time that a run validates. What only the training logs
+    is not known by then.
+
+    Raises:
+        ValueError: There is one.
+    """
+    known = [name for name in trainer.callback_metrics if name.startswith("val")]
+    waiting = [
+        (type(callback).__name__, callback.monitor)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint))
+    ]
+    waiting += [
+        (type(config.scheduler).__name__, config.monitor)
+        for config in trainer.lr_scheduler_configs
+        if config.reduce_on_plateau
+    ]
+    for owner, monitor in waiting:
+        if known and monitor and monitor.startswith("val") and monitor not in known:
+            near = difflib.get_close_matches(monitor, known, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else "name one of these"
+            raise ValueError(
+                f"monitor={monitor!r} of {owner} is not among what the validation logs, {', '.join(known)}: {meant} "
+                "(num_sanity_val_steps=0 for one that is logged later)"
             )
 
 

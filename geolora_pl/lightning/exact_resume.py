@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed as dist
 
 from geolora_pl.errors import GeoLoRAWarning
@@ -28,26 +30,45 @@ from geolora_pl.training.distributed import processes
 RandomState = dict[str, Any]
 
 
-def random_state() -> RandomState:
-    """The states of the random numbers of torch, numpy and Python, as tensors and plain values."""
+def random_state(generators: Sequence[torch.Generator] = ()) -> RandomState:
+    """The states of the random numbers of torch, numpy and Python, as tensors and plain values.
+
+    Args:
+        generators: Further generators whose states are kept.
+    """
     state = collect_random_states(include_cuda=False)
     kind, keys, *rest = state["numpy"]
     state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)  # loads with weights_only=True
     state["device"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    state["generators"] = [generator.get_state() for generator in generators]
     return state
 
 
-def set_random_state(state: RandomState) -> None:
+def set_random_state(state: RandomState, generators: Sequence[torch.Generator] = ()) -> None:
     """Go back to what :func:`random_state` gave."""
     kind, keys, *rest = state["numpy"]
     set_random_states({**state, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)})
     if state["device"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["device"])
+    # An older checkpoint holds none, and another data loader may have more or fewer: its data differ anyway.
+    for generator, kept in zip(generators, state.get("generators", ()), strict=False):
+        generator.set_state(kept)
 
 
-def _from_state(state: RandomState, batches: Iterator[Any]) -> Iterator[Any]:
+def generators_of(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """The generators from which data loaders and their samplers draw instead of torch's own, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
+
+
+def _from_state(set_state: Callable[[], None], batches: Iterator[Any]) -> Iterator[Any]:
     """Give the same batches, and draw the first of them from a random state, whatever has happened since."""
-    set_random_state(state)
+    set_state()
     end = object()
     while (batch := next(batches, end)) is not end:  # "yield from" would start the loader again
         yield batch
@@ -61,18 +82,34 @@ def _leave_out(seen: int, fetcher: DataFetcher) -> None:
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
 
+def _say_what_persistent_workers_do(loaders: Iterable[Any]) -> None:
+    if any(getattr(loader, "persistent_workers", False) for loader in loaders):
+        rank_zero_warn(
+            "persistent_workers=True: the random numbers of the workers go on from epoch to epoch and are in no "
+            "checkpoint, so that this resumed run is exact only if the data set draws none: set persistent_workers to "
+            "false for an exact one",
+            category=GeoLoRAWarning,
+        )
+
+
 class TrainingPosition:
     """Remembers the random states of each process, and replays an epoch up to the batch that comes next.
 
     Lightning restarts the data of an epoch in whose middle a run is resumed, and knows nothing of random numbers. Here
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
-    for every data loader whose order follows from the random state and the epoch, workers and augmentation included,
-    and costs the time to read them. A loader with a ``state_dict`` of its own is left to itself, and so is a module
-    that takes its batches itself (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
+    for every data loader whose order follows from the random state (a ``generator`` of the loader or of its sampler
+    included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
+    a checkpoint was saved comes again. Persistent workers carry their random numbers from one epoch to the next where
+    nobody can read them, which is said when such a run is resumed. A loader with a ``state_dict`` of its own is left to
+    itself, and so is a module that takes its batches itself (``dataloader_iter``): of an epoch that it has begun it
+    sees the first batches again.
     """
 
     def __init__(self) -> None:
+        self._trainer: L.Trainer | None = None  # from the start of the training on
+        self._generators: list[torch.Generator] = []  # of the data loaders
         self._epoch_start: RandomState | None = None  # None where Lightning made the iterator of the epoch
+        self._after_batch: RandomState | None = None  # after the last whole batch; None before the first of an epoch
         self._before_validation: RandomState | None = None
         self._restored: RandomState | None = None
         self._stop_watching: Callable[[], None] | None = None
@@ -80,25 +117,29 @@ class TrainingPosition:
     def train_starts(self, trainer: L.Trainer) -> None:
         """Call when the data loaders are there: go to the batch that comes next."""
         self.close()
+        self._trainer = trainer
+        self._generators = generators_of(data_of_fit(trainer)[0].flattened)
         self._stop_watching = before_each_epoch(trainer, self._epoch_begins)
         now, self._restored = self._restored, None
         loaders, fetcher = data_of_fit(trainer)
         keeps_its_own_state = any(isinstance(loader, Stateful) for loader in loaders.flattened)
         epoch: Any = trainer.fit_loop.epoch_progress.current
-        batches = trainer.fit_loop.epoch_loop.batch_progress
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress
         seen = 0
         if now is None:
             # A stream of unknown length may be readable only once, and Lightning has begun with it.
-            start = None if fetcher.length is None else random_state()
-        elif batches.is_last_batch or batches.current.ready >= trainer.fit_loop.max_batches:
+            start = None if fetcher.length is None else self._random_state()
+        elif not self._in_batch and (batches.is_last_batch or batches.current.ready >= trainer.fit_loop.max_batches):
             # Where the hooks at the end of the epoch are still to come, Lightning makes the next iterator after them.
             start = now if epoch.processed == epoch.ready else None
         else:
-            start, seen = self._epoch_start, batches.current.ready
+            start, seen = self._epoch_start, batches.current.processed
+            batches.is_last_batch = False  # it was set when the batch was fetched that now comes again
 
         self._epoch_start = None if keeps_its_own_state else start
+        self._after_batch = now if seen else None
         if self._epoch_start is not None:
-            set_random_state(self._epoch_start)
+            self._set_random_state(self._epoch_start)
             for loader in loaders.flattened:
                 set_sampler_epoch(loader, epoch.processed)
             iter(fetcher)
@@ -112,13 +153,30 @@ class TrainingPosition:
         elif seen and not keeps_its_own_state:
             _leave_out(seen, fetcher)
         if now is not None:
+            _say_what_persistent_workers_do(loaders.flattened)
             if seen or self._epoch_start is None:
-                set_random_state(now)
+                self._set_random_state(now)
             assert fetcher.iterator is not None, "Lightning or the lines above have made it"
-            fetcher.iterator = _from_state(random_state(), fetcher.iterator)
+            fetcher.iterator = _from_state(partial(self._set_random_state, self._random_state()), fetcher.iterator)
+
+    def _random_state(self) -> RandomState:
+        return random_state(self._generators)
+
+    def _set_random_state(self, state: RandomState) -> None:
+        set_random_state(state, self._generators)
+
+    @property
+    def _in_batch(self) -> bool:
+        """Whether a batch has been fetched whose step is not over, where a checkpoint is being saved or was saved."""
+        if self._trainer is None:
+            return False
+        batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(batches.processed < batches.ready)
 
     def _epoch_begins(self) -> None:
-        self._epoch_start = random_state()
+        assert self._trainer is not None, "the training has started"
+        self._generators = generators_of(data_of_fit(self._trainer)[0].flattened)  # loaders may be made again
+        self._epoch_start, self._after_batch = self._random_state(), None
 
     def close(self) -> None:
         """Call at the end of a run: the trainer makes its iterators by itself again."""
@@ -127,19 +185,21 @@ class TrainingPosition:
         self._stop_watching = self._before_validation = None
 
     def batch_ended(self, trainer: L.Trainer) -> None:
-        """Call after every training batch: what follows may be a validation."""
+        """Call after every training batch: what follows may be a validation, or a batch that is not finished."""
+        self._after_batch = self._random_state()
         if validates_after_this_batch(trainer):
-            self._before_validation = random_state()
+            self._before_validation = self._after_batch
 
     def validation_ended(self) -> None:
         """Call after a validation: it leaves no trace in the random numbers of the training."""
         if self._before_validation is not None:
-            set_random_state(self._before_validation)
+            self._set_random_state(self._before_validation)
             self._before_validation = None
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes; every process must call this."""
-        mine = {"epoch_start": self._epoch_start, "now": random_state()}
+        now = self._after_batch if self._in_batch else None
+        mine = {"epoch_start": self._epoch_start, "now": now or self._random_state()}
         everyone = [mine]
         if processes() > 1:
             everyone = [mine] * processes()

@@ -7,15 +7,23 @@ that allows remote code: these come from the user's own configuration or argumen
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.storage.checkpoint import is_small
 
 _BUILDS = {"class_path", "auto_map", "trust_remote_code"}  # keys that name code
 _CODE = {"optimizer", "lr_scheduler"}  # arguments that are code
 _FOREIGN = {"lightning", "torch", "builtins"}  # whose constructors take no hyperparameters
+_LEFT_OUT = "geolora_left_out"  # the key, in a checkpoint, of hyperparameters that it does not hold
+_OF_TORCH = (torch.Tensor, torch.Size, torch.dtype, torch.device)  # which a file may hold
 _LOCATES = re.compile(r"[/\\:]")  # in every address, every path and every name on a hub that is not a library's own
 
 
@@ -35,6 +43,8 @@ def from_checkpoint(
     """
     taken: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    for name, value in checkpoint.get(_LEFT_OUT, {}).items():
+        refused[name] = f"is {value}, which is not a plain value"
     names = _argument_names(module_class, of_package=configured)
     for name, value in hyperparameters_of(checkpoint).items():
         if name in _CODE or (names is not None and name not in names):
@@ -52,6 +62,65 @@ def from_checkpoint(
         except (ValueError, RecursionError) as error:
             refused[name] = str(error)
     return taken, refused
+
+
+def keep_plain(checkpoint: dict[str, Any]) -> None:
+    """Turn the hyperparameters in a checkpoint into plain values, in place, so that the file can be loaded safely.
+
+    What has no plain value is left out, and the checkpoint says so for the error of a later load.
+    """
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if isinstance(given := checkpoint.get(key), Mapping):
+            checkpoint[key], left_out = _plain(given)
+            if left_out and key == "hyper_parameters":
+                checkpoint[_LEFT_OUT] = left_out
+
+
+def say_what_is_not_plain(*owners: Any) -> None:
+    """Say of the hyperparameters of a module and its data which ones a checkpoint does not hold.
+
+    Args:
+        *owners: Objects with ``hparams``; others are passed over.
+    """
+    for owner in owners:
+        _, left_out = _plain(getattr(owner, "hparams", {}))
+        for name, value in left_out.items():
+            rank_zero_warn(
+                f"{name}={value} of {type(owner).__name__} is not a plain value, so that checkpoints do not hold it: "
+                "give it again when one is loaded",
+                category=GeoLoRAWarning,
+            )
+
+
+def _plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Hyperparameters as plain values, and a description of those that have none."""
+    kept: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for name, value in values.items():
+        try:
+            kept[name] = _plain_value(value)
+        except TypeError:
+            left_out[name] = " ".join(repr(value).split())[:100]
+    return kept, left_out
+
+
+def _plain_value(value: Any) -> Any:
+    """A value as numbers, names, tensors and what holds them: a path as its name, and numpy's numbers as Python's.
+
+    Raises:
+        TypeError: It has no such form.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain_value(key): _plain_value(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_plain_value, value))
+    if value is None or type(value) in (bool, int, float, complex, str, bytes, *_OF_TORCH):
+        return value
+    raise TypeError(f"{type(value).__name__} is not plain")
 
 
 def hyperparameters_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

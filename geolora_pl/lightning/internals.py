@@ -20,6 +20,7 @@ from lightning.fabric.utilities.types import _Stateful as Stateful
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher as DataLoaderIterDataFetcher
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod as restricted_classmethod
 
@@ -96,6 +97,15 @@ def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[
         del loop.on_run_start
 
     return stop
+
+
+def callbacks_of_fit(module: L.LightningModule) -> list[L.Callback] | None:
+    """The callbacks of the fit that a module is in; ``None`` outside of a fit."""
+    trainer = module._trainer
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return None
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+    return callbacks
 
 
 def datamodule_of(module: L.LightningModule) -> Any:

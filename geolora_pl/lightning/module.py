@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from safetensors.torch import save_model
 from torch import nn
@@ -18,7 +19,7 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
-from geolora_pl.lightning.internals import load_anywhere, restricted_classmethod, run_length
+from geolora_pl.lightning.internals import callbacks_of_fit, load_anywhere, restricted_classmethod, run_length
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
 from geolora_pl.training.optim import RiemannianAdam, parameter_groups
 from geolora_pl.training.schedule import warmup_cosine
@@ -107,7 +108,12 @@ class GeoLoRAModule(L.LightningModule):
         return "all-linear"
 
     def configure_model(self) -> None:
-        """Build the model and put the adapters in, once."""
+        """Build the model and put the adapters in, once.
+
+        Raises:
+            ValueError: The trainer of a fit has no :class:`GeoLoRACallback`, or looks for a learning rate.
+        """
+        self._check_callbacks()
         if not hasattr(self, "model"):
             self.model = self.build_model()
         if not has_adapters(self):
@@ -122,6 +128,23 @@ class GeoLoRAModule(L.LightningModule):
                 from geolora_pl.training.fsdp import shard_model  # imports a second's worth of torch
 
                 shard_model(self.model, self.device_mesh)
+
+    def _check_callbacks(self) -> None:
+        callbacks = callbacks_of_fit(self)
+        if callbacks is None:
+            return
+        if not any(isinstance(callback, GeoLoRACallback) for callback in callbacks):
+            raise ValueError(
+                f"the trainer has no GeoLoRACallback, without which {type(self).__name__} would train without moving "
+                "its ranks: add one to its callbacks, or let configure_callbacks return that of "
+                "super().configure_callbacks() as well"
+            )
+        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+            raise ValueError(
+                "LearningRateFinder sets one learning rate for adapters and head, which need different ones, and "
+                f"writes it to a name that {type(self).__name__} does not read: remove it, and try lr of the optimizer "
+                "at 0.1, 0.3 and 1"
+            )
 
     def save_model(self, folder: Path) -> None:
         """Write ``self.model``, whose adapters have been merged, as ``model.safetensors`` into an empty folder.

@@ -51,6 +51,7 @@ _POINTS = 400
 _BARS = 20_000  # of ranks by adapter: more is a page that takes long to make and to show
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
+    "text.parse_math": False,  # a name with dollars is no formula
     "svg.fonttype": "none",  # text stays text
     "text.color": COLOURS["ink"],
     "axes.labelcolor": COLOURS["faint"],

@@ -17,6 +17,7 @@ from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, OF_THE_RUN, RAN
 Curve = Sequence[tuple[int, float]]
 _Curves = dict[str, list[tuple[int, float]]]
 _MARK = MEAN_RANK  # of a fit: it is logged from the start on, and no evaluation logs it
+_MOST_SETTINGS = 100_000
 _OF_LIGHTNING = ("epoch", "step", "hp_metric")
 
 
@@ -87,8 +88,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 def _read_run(folder: Path, name: str | None) -> Run:
     if not folder.is_dir():
         raise ValueError(f"run='{folder}' is not a folder (from {Path.cwd()}): name the one that the logger wrote to")
-    tables = sorted(folder.glob("metrics.*.csv"), key=_number) + list(folder.glob("metrics.csv"))
-    events = sorted(folder.glob("events.out.tfevents.*"))
+    tables = sorted(_files(folder, "metrics.*.csv"), key=_number) + _files(folder, "metrics.csv")
+    events = sorted(_files(folder, "events.out.tfevents.*"))
     if not tables and not events:
         inside = sorted(path.parent.name for path in folder.glob("*/*") if _is_log(path))
         hint = f"its folder {inside[-1]!r} does" if inside else "train with the logger of CSV or TensorBoard"
@@ -103,9 +104,14 @@ def _read_run(folder: Path, name: str | None) -> Run:
             curves = part
         else:
             _add(curves, ((metric, step, value) for metric, curve in part.items() for step, value in curve))
-    checkpoints = [path for path in folder.glob("checkpoints/*.ckpt") if path.is_file()]  # sharded ones are folders
+    checkpoints = _files(folder, "checkpoints/*.ckpt")  # sharded ones are folders
     checkpoints.sort(key=lambda path: (path.name.startswith("last"), path.stat().st_mtime))
     return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """The files of that name; a pipe, for which one would wait, is not a file."""
+    return [path for path in folder.glob(pattern) if path.is_file()]
 
 
 def _is_log(path: Path) -> bool:
@@ -158,9 +164,24 @@ def _settings(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_size(settings)
+        return dict(_flat(settings))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a configuration of a run: {error}") from error
+
+
+def _check_size(settings: Any) -> None:
+    """Refuse settings without an end, which a few lines of YAML make by naming a list in a list again and again."""
+    waiting, left = [settings], _MOST_SETTINGS
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left -= 1
+        if left < len(waiting):
+            raise ValueError(f"it has more than {_MOST_SETTINGS} settings")
 
 
 def _flat(settings: Any, name: str = "") -> Iterable[tuple[str, object]]:

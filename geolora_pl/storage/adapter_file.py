@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geolora_pl.adapters.config import AdapterConfig
-from geolora_pl.storage.adapter_state import AdapterState, Factors, apply, capture, check
+from geolora_pl.storage.adapter_state import (
+    AdapterState,
+    Factors,
+    alternation,
+    apply,
+    capture,
+    check,
+    config_of,
+    names_in,
+)
 from geolora_pl.storage.atomic import atomic
+from geolora_pl.storage.checkpoint import load_checkpoint, read_checkpoint
 
 _FORMAT, _VERSION = "geolora_pl.adapter", 1
 _KINDS = ("adapters", "trained", "buffers")  # a tensor's name in the file starts with one of these
@@ -58,6 +69,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         model: The base that the adapter was trained on, in any precision.
         path: The file.
 
+    A checkpoint of a run is taken as well, which is how a LightningModule that got its adapters from the callback comes
+    back from one: its ``load_from_checkpoint`` knows nothing of adapters. All weights are those of the checkpoint then.
+
     Raises:
         ValueError: The file is missing, broken, of a newer version or not an adapter, or the model is not its base;
             nothing is loaded then.
@@ -65,8 +79,12 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     Example:
         See :func:`save_adapter`.
     """
-    state = read_adapter(path)
+    is_checkpoint = Path(path).is_file() and zipfile.is_zipfile(path)
+    state = None if is_checkpoint else read_adapter(path)
     try:
+        if state is None:
+            load_checkpoint(model, read_checkpoint(path))
+            return
         check(model, state)
         apply(model, state)
     except ValueError as error:
@@ -124,7 +142,7 @@ def read_adapter(path: str | Path) -> AdapterState:
         raise ValueError(f"{path} is corrupt: its checksum does not fit its contents; fetch or save it again")
     try:
         return _state(metadata, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a well-formed adapter ({error}): save it again") from error
 
 
@@ -139,8 +157,16 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapte
     if not names or len(found["adapters"]) != 3 * len(names):
         raise ValueError("there must be at least one adapter, each with U, S and V")
     factors = {name: Factors(*(found["adapters"][f"{name}/{letter}"] for letter in "USV")) for name in names}
+    written = AdapterConfig(**json.loads(metadata["config"]))
+    # Only names and numbers are taken from the file: an expression of a stranger's is not run.
+    config = config_of(
+        {name: rank for names, rank in written.rank_pattern.items() for name in names_in(names)},
+        written.alpha,
+        written.dropout,
+        written.probes,
+    )
     state = AdapterState(
-        config=AdapterConfig(**json.loads(metadata["config"])),
+        config=replace(config, target_modules=alternation(names_in(written.target_modules))),
         factors=factors,
         trained=found["trained"],
         buffers=found["buffers"],
@@ -149,8 +175,8 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapte
     )
     for name, max_rank in state.max_ranks.items():
         U, S, V = factors[name]
-        r = U.shape[-1]
-        if not (U.dim() == V.dim() == 2 and S.shape == (r, r) and V.shape[1] == r <= max_rank):
+        r = U.shape[-1] if U.dim() == V.dim() == 2 else -1
+        if not (S.shape == (r, r) and V.shape[1] == r <= max_rank):
             raise ValueError(f"{name} has U {tuple(U.shape)}, S {tuple(S.shape)}, V {tuple(V.shape)}")
         if not all(factor.dtype in (torch.float32, torch.float64) for factor in (U, S, V)):
             raise ValueError(f"{name} has factors that are neither float32 nor float64")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from geolora_pl.adapters.base import GeoLoRALayer
+from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
 from geolora_pl.math.decomposition import decompose, without_probes
@@ -50,12 +50,30 @@ class AdapterState:
     @property
     def max_ranks(self) -> dict[str, int]:
         """The number of columns allocated for each adapter."""
-        return {name: self.config.rank_pattern[exactly(name)] for name in self.factors}
+        ranks = {name: rank for names, rank in self.config.rank_pattern.items() for name in names_in(names)}
+        return {name: ranks[name] for name in self.factors}
 
 
-def exactly(name: str) -> str:
-    """The regular expression that matches this module and no other."""
-    return f"^{re.escape(name)}$"
+def alternation(names: Iterable[str]) -> str:
+    """The regular expression that matches these modules and no others."""
+    return f"({'|'.join(map(re.escape, names))})"
+
+
+def names_in(expression: object) -> list[str]:
+    r"""The names in an expression of :func:`alternation`, which is never run: a stranger's may take for ever.
+
+    Raises:
+        ValueError: It is another expression.
+
+    Example:
+        >>> names_in(r"(0|2\.0)")
+        ['0', '2.0']
+    """
+    inner = expression[1:-1] if isinstance(expression, str) else ""
+    names = [re.sub(r"\\(.)", r"\1", name) for name in re.split(r"(?<!\\)\|", inner)]
+    if alternation(names) != expression:
+        raise ValueError(f"{expression!r} does not list names of layers")
+    return names
 
 
 def config_of(
@@ -63,17 +81,22 @@ def config_of(
 ) -> AdapterConfig:
     """The configuration that adapts exactly these layers.
 
+    Layers of one rank are in one expression: with one for each layer, a model of many layers would take minutes.
+
     Example:
         >>> config_of({"0": 4}).target_modules
         '(0)'
     """
+    of_rank: dict[int, list[str]] = {}
+    for name, rank in max_ranks.items():
+        of_rank.setdefault(rank, []).append(name)
     return AdapterConfig(
         init_rank=1,
         max_rank=1,  # rank_pattern gives each layer its own
-        target_modules=f"({'|'.join(map(re.escape, max_ranks))})",
+        target_modules=alternation(max_ranks),
         alpha=alpha,
         dropout=dropout,
-        rank_pattern={exactly(name): rank for name, rank in max_ranks.items()},
+        rank_pattern={alternation(names): rank for rank, names in of_rank.items()},
         probes=probes,
     )
 
@@ -114,19 +137,25 @@ def capture(model: nn.Module) -> AdapterState:
     if len(kinds) > 1:
         raise ValueError(f"the adapters differ in (alpha, dropout, probes), {sorted(kinds)}: give all of them the same")
     ((alpha, dropout, probes),) = kinds
+    for name, layer in adapters.items():
+        if not all(getattr(layer, factor).isfinite().all() for factor in FACTORS):
+            raise ValueError(f"{name} holds values that are not finite: go back to a checkpoint before it")
     names = trained_names(model)
     parameters = base_parameters(model)
-    # A layer that has several names, or shares its weight with others, must be adapted under each of its names.
-    everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
     config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout, probes)
     return AdapterState(
-        config=replace(config, target_modules=f"({'|'.join(map(re.escape, everywhere))})"),
+        config=replace(config, target_modules=alternation(adapted_names(model))),
         factors={name: retracted(layer) for name, layer in adapters.items()},
         trained={name: parameters[name].detach().clone() for name in names},
         buffers={name: buffer.detach().clone() for name, buffer in base_buffers(model).items()},
         base_name=base_name(model),
         base_hash=base_hash(model, names),
     )
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    """All names of adapters: a layer that has several, or shares its weight, must be adapted under each of them."""
+    return [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
 
 
 def check(model: nn.Module, state: AdapterState) -> None:

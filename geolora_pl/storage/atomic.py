@@ -15,7 +15,12 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a name in the same folder; the file or folder that is made under it becomes ``path`` at the end.
 
     The new file or folder is flushed to the disk before it is renamed. After an error it is deleted, and what was at
-    ``path`` is still there.
+    ``path`` is still there. It is made in a hidden folder of its own, with a name that no other process has, so that
+    several processes may write to one path: the last one that finishes counts. Links in ``path`` are followed, as by
+    ``open``.
+
+    A folder is replaced only by one that holds all its files again, so that nothing is deleted which was not made by
+    the same work before.
 
     Args:
         path: The path of the finished file or folder; missing folders above it are made.
@@ -31,9 +36,9 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         >>> target.read_text(), len(list(target.parent.iterdir()))
         ('whole', 1)
     """
-    path = Path(path)
     if not overwrite:
         refuse_existing(path)
+    path = Path(path).resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -42,11 +47,10 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     unfinished = room / path.name
     try:
         yield unfinished
-        if path.is_dir() and not unfinished.is_dir():
-            raise ValueError(f"{path} is a folder, but a file must be written: name a file in it")
+        _refuse_loss(path, unfinished)
         for made in (unfinished, *unfinished.rglob("*")):
             _flush(made)
-        if path.is_dir() or (path.exists() and unfinished.is_dir()):  # only a file replaces a file in one step
+        if path.is_dir():  # only a file replaces a file in one step
             path.rename(room / "before")
         unfinished.replace(path)
         _flush(path.parent)
@@ -54,6 +58,28 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         if not path.exists() and (room / "before").exists():
             (room / "before").rename(path)
         shutil.rmtree(room)
+
+
+def _refuse_loss(path: Path, unfinished: Path) -> None:
+    """Refuse to replace what the new file or folder does not stand for.
+
+    Raises:
+        ValueError: A file is in the place of a folder or the other way round, or a file would be deleted.
+    """
+    if path.is_dir() and not unfinished.is_dir():
+        raise ValueError(f"{path} is a folder, but a file must be written: name a file in it")
+    if not unfinished.is_dir() or not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file, but a folder must be written: name another folder")
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"{path} is the folder in which you work, and is not replaced: name a folder in it")
+    made = {file.relative_to(unfinished) for file in unfinished.rglob("*")}
+    if lost := sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.relative_to(path) not in made):
+        raise ValueError(
+            f"{path} holds {lost[0]}, which is no part of what is written ({len(lost)} such files): it would be "
+            "deleted, so name another folder, or move it away"
+        )
 
 
 def refuse_existing(path: str | Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.storage.adapter_state import adapted_names, alternation, config_of
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # the key, in a small checkpoint, of what describes the base that it leaves out
+_ADAPTERS = "geolora_adapters"  # the key of what the weights alone do not tell of the adapters
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -43,14 +47,18 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): fix its permissions") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"ckpt_path={str(path)!r} holds objects that are not loaded with weights_only=True: keep to plain values "
-            "in save_hyperparameters, or, if you trust the file, set weights_only to false"
+            f"ckpt_path={str(path)!r} holds objects that are not loaded with weights_only=True, because a file may run "
+            "code by them: if you trust it, replace them by plain values (torch.load(..., weights_only=False), "
+            "torch.save)"
         ) from error
     except _BROKEN as error:
         raise ValueError(
             f"ckpt_path={str(path)!r} cannot be read: it is cut short, changed, or not a checkpoint at all; go back to "
             "an earlier .ckpt file of the run"
         ) from error
+    weights = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"ckpt_path={str(path)!r} has a state_dict that is not weights by name: it was changed")
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
         names = list(checkpoint)[:3] if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
         raise ValueError(
@@ -65,7 +73,9 @@ def _load(path: Path, mmap: bool) -> object:
         if not zipfile.is_zipfile(file):  # torch has written zip files since 1.6
             raise zipfile.BadZipFile
         with zipfile.ZipFile(file) as archive:
-            if archive.testzip() is not None:
+            # Torch does not compress, so that a small file cannot become large in memory.
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            if packed or archive.testzip() is not None:
                 raise zipfile.BadZipFile
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
@@ -94,6 +104,105 @@ def check_probes(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
                 f"training cannot go on: set probes={theirs} of the adapters, as the run has it, or export the "
                 "checkpoint as an adapter and start a new run from its weights"
             )
+
+
+def describe_adapters(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Note in a checkpoint what its weights alone do not tell of the adapters, and what is trained beside them.
+
+    Args:
+        checkpoint: The checkpoint of Lightning, which is changed in place.
+        module: The module that was saved.
+    """
+    checkpoint[_ADAPTERS] = {
+        "alpha": {name: layer.scaling for name, layer in find_adapters(module).items()},
+        "dropout": max((getattr(layer.dropout, "p", 0.0) for layer in find_adapters(module).values()), default=0.0),
+        "layers": adapted_names(module),
+        "trained": trained_names(module),
+    }
+
+
+def check_adapters(checkpoint: Mapping[str, Any], module: nn.Module, resumes: bool) -> None:
+    """Refuse a checkpoint of which the module would make another function, or of which it would train another part.
+
+    Args:
+        checkpoint: The checkpoint of Lightning.
+        module: A module with adapters in it.
+        resumes: Whether a fit goes on from it, so that what is trained must be the same.
+
+    Raises:
+        ValueError: ``alpha`` differs, or what is trained beside the adapters.
+    """
+    theirs = checkpoint.get(_ADAPTERS)
+    if theirs is None:  # an older checkpoint
+        return
+    for name, layer in find_adapters(module).items():
+        if (alpha := theirs["alpha"].get(name, layer.scaling)) != layer.scaling:
+            raise ValueError(
+                f"alpha={layer.scaling} of {name} does not fit the checkpoint, which was made with {alpha}: set alpha "
+                "of the adapters to that"
+            )
+    ours = trained_names(module)
+    if resumes and (differ := sorted(set(ours) ^ set(theirs["trained"]))):
+        here, there = ("is", "is not") if differ[0] in ours else ("is not", "is")
+        raise ValueError(
+            f"{differ[0]} {here} trained in this run and {there} in that of the checkpoint ({len(differ)} such "
+            "parameters): set modules_to_save and train_bias of the adapters as they were"
+        )
+
+
+def config_of_adapters(checkpoint: Mapping[str, Any]) -> tuple[AdapterConfig, list[str]]:
+    """The configuration that puts the adapters of a checkpoint into its base, and the names of what else is trained.
+
+    Raises:
+        ValueError: The checkpoint does not say it, or its adapters differ in ``alpha``.
+    """
+    found, state_dict = checkpoint.get(_ADAPTERS), checkpoint["state_dict"]
+    if not found or not found["alpha"]:
+        raise ValueError("it says nothing of its adapters: it was made by an older version, or without adapters")
+    if len(alphas := set(found["alpha"].values())) > 1:
+        raise ValueError(f"its adapters differ in alpha, {sorted(alphas)}: inject them by hand and load its state_dict")
+    shapes = {name: (state_dict[f"{name}.S"].shape, state_dict[f"{name}.U"].shape) for name in found["alpha"]}
+    ((_, R), (_, columns)) = next(iter(shapes.values()))
+    config = config_of({name: S[1] for name, (S, _) in shapes.items()}, alphas.pop(), found["dropout"], columns - R)
+    return replace(config, target_modules=alternation(found["layers"])), list(found["trained"])
+
+
+def load_checkpoint(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Load a checkpoint into its module, plain or with the same adapters, completely or not at all.
+
+    Args:
+        model: The module whose ``state_dict`` the checkpoint holds; a plain one gets the adapters, and what was trained
+            becomes trainable again.
+        checkpoint: The content of the file; a small one is completed by the weights of the model.
+
+    Raises:
+        ValueError: They do not fit together.
+    """
+    config, trained = config_of_adapters(checkpoint)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fresh = not has_adapters(model)
+    try:
+        if fresh:
+            inject_adapters(model, config)
+            for name, parameter in base_parameters(model).items():
+                parameter.requires_grad_(name in trained)
+        check_adapters(checkpoint, model, resumes=False)
+        complete(checkpoint, model)
+        weights = checkpoint["state_dict"]
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if wrong := [name for name in shapes.keys() | weights.keys() if _shape(weights.get(name)) != shapes.get(name)]:
+            raise ValueError(f"{min(wrong)} is not the same in both ({len(wrong)} such weights)")
+    except ValueError:
+        if fresh and has_adapters(model):
+            remove_adapters(model)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+        raise
+    model.load_state_dict(weights)
+
+
+def _shape(value: object) -> torch.Size | None:
+    return value.shape if isinstance(value, torch.Tensor) else None
 
 
 def describe_base(module: nn.Module) -> dict[str, Any]:

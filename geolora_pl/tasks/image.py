@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -71,7 +72,7 @@ class ImageClassification(GeoLoRAModule):
     ) -> None:
         super().__init__(**kwargs)
         if not timm.is_model(model_name.partition(".")[0]):
-            near = ", ".join(timm.list_models(f"*{model_name.partition('.')[0].split('_')[0]}*")[:5]) or "none"
+            near = ", ".join(get_close_matches(model_name, timm.list_models(), n=5, cutoff=0.5)) or "none"
             raise ValueError(f"model_name={model_name!r} is not known to timm; similar names are: {near}")
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")

@@ -108,7 +108,12 @@ def test_an_existing_output_is_refused_before_the_work_unless_it_may_be_overwrit
         command = ["export", "--ckpt_path", ckpt, "--format", name, "--output", str(tmp_path / name)]
         fails(command, "exists already", capsys)
         assert (tmp_path / name).read_text() == "mine"
-        main([*command, "--overwrite"])
+        if name == "adapter":
+            main([*command, "--overwrite"])
+        else:
+            fails([*command, "--overwrite"], "is a file, but a folder must be written", capsys)
+            (tmp_path / name).unlink()
+            main(command)
         assert (tmp_path / name).is_file() == (name == "adapter")
         main([*command, "--overwrite"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "image.ckpt", "merged", "peft"]

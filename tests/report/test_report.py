@@ -4,6 +4,7 @@ import io
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,9 +242,10 @@ def test_what_the_system_refuses_is_one_sentence(plain, tmp_path, capfd, monkeyp
         patch.setattr("tempfile.mkdtemp", refuse)
         said = refusal(["--run", str(plain[0]), "--output", str(closed / "page.html")], capfd)
     assert said == f"error: output='{closed / 'page.html'}' cannot be written (Permission denied): name another file\n"
-    (tmp_path / "metrics.csv").mkdir()
+    (tmp_path / "metrics.csv").touch()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: refuse())
     said = refusal(["--run", str(tmp_path)], capfd)
-    what = f"({tmp_path / 'metrics.csv'}: Is a directory)"
+    what = f"({closed}: Permission denied)"
     assert said == f"error: run='{tmp_path}' cannot be read {what}: correct that, or name another folder\n"
 
 

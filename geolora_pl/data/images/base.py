@@ -188,7 +188,8 @@ class ImageDataModule(L.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=training,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            # What workers draw for augmentation must not depend on earlier epochs, which a resumed run has not seen.
+            persistent_workers=self.num_workers > 0 and not (training and self.augment),
             pin_memory=torch.cuda.is_available(),
         )
 

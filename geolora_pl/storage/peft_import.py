@@ -1,0 +1,230 @@
+"""Import a LoRA of the PEFT library as a start."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from geolora_pl.adapters.inject import has_adapters
+from geolora_pl.math.decomposition import svd_of_product
+from geolora_pl.math.precision import working_dtype
+from geolora_pl.storage.adapter_state import (
+    AdapterState,
+    Factors,
+    apply,
+    base_buffers,
+    base_name,
+    config_of,
+    leading,
+)
+from geolora_pl.storage.peft import CONFIG, PREFIX, WEIGHTS, is_linear
+
+# These settings of PEFT's LoRA change what the adapter computes, so that it is not a plain LoRA.
+_OTHER_KINDS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+    "megatron_config",
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
+
+
+def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> None:
+    r"""Start from a LoRA of PEFT: the model gets adapters that compute exactly what the LoRA computes.
+
+    .. math:: s B A = U S V^T, \qquad s = \texttt{lora\_alpha} / r \text{ or } \texttt{lora\_alpha} / \sqrt r
+
+    The factors are computed by QR of both sides and the SVD of the small core; ``alpha`` is 1. Directions that are
+    only rounding are dropped. The modules in ``modules_to_save`` are loaded and trainable.
+
+    Args:
+        model: The plain base of the LoRA.
+        folder: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        max_rank: Number of columns allocated per adapter; a LoRA of a larger rank gets as many columns as its rank.
+
+    Raises:
+        ValueError: The folder is broken, holds another kind of adapter such as DoRA, or does not fit the model; the
+            model does not change then.
+
+    Example:
+        >>> import tempfile
+        >>> from geolora_pl import export_peft, inject_adapters
+        >>> model, folder = nn.Sequential(nn.Linear(8, 8)), Path(tempfile.mkdtemp(), "lora")
+        >>> _ = inject_adapters(model)
+        >>> _ = export_peft(model, folder)
+        >>> fresh = nn.Sequential(nn.Linear(8, 8))
+        >>> import_peft(fresh, folder)
+    """
+    if has_adapters(model):
+        raise ValueError("the model already has adapters: merge_adapters(model) first, or take a fresh model")
+    if max_rank < 1:
+        raise ValueError(f"max_rank={max_rank} must be at least 1")
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    sides, others = _sides(tensors)
+    parameters, buffers = dict(model.named_parameters()), base_buffers(model)
+    others = _by_first_name(others, model, folder)
+    _refuse_misfits(others, {**buffers, **parameters}, folder)
+    modules = dict(model.named_modules())
+    factors: dict[str, Factors] = {}
+    max_ranks: dict[str, int] = {}
+    for name, pair in sides.items():
+        layer = modules.get(name)
+        if layer is None or not is_linear(layer):
+            raise ValueError(
+                f"{folder}: {name} is not a linear layer of the model: take the base that it was trained on"
+            )
+        factors[name] = _geolora(name, pair, config, folder)
+        max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *layer.weight.shape)
+    if not factors:
+        raise ValueError(f"{folder} holds no LoRA of a linear layer")
+    apply(
+        model,
+        AdapterState(
+            config=config_of(max_ranks, dropout=config.get("lora_dropout") or 0.0),
+            factors=factors,
+            trained={name: tensor for name, tensor in others.items() if name in parameters},
+            buffers={name: tensor for name, tensor in others.items() if name in buffers},
+            base_name=base_name(model),
+            base_hash="",  # PEFT stores no hash
+        ),
+    )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a LoRA, which are finite."""
+    if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS).exists():
+        raise ValueError(
+            f"{folder} holds adapter_model.bin, whose format may run code: load it with PEFT and save it again "
+            f"(save_pretrained), which writes {WEIGHTS}"
+        )
+    try:
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():  # a pipe would be waited for
+                raise ValueError(f"{name} is not a file")
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no settings by name")
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        raise ValueError(f"{folder} holds no readable {CONFIG} and {WEIGHTS}: {error}") from error
+    _refuse_other_kinds(config, folder)
+    if on_embedding := [key for key in tensors if ".lora_embedding_" in key]:
+        raise ValueError(
+            f"{folder}: {on_embedding[0]} is a LoRA on an embedding, and only those on linear layers are imported: "
+            "merge it into its base with PEFT (merge_and_unload) first"
+        )
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {key} is not finite; fetch or save it again")
+    return config, tensors
+
+
+def _sides(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The sides A and B by layer, and everything else by its name in the plain model."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, side, _ = key.removeprefix(PREFIX).partition(".lora_A.weight")
+        if not side:
+            name, side, _ = key.removeprefix(PREFIX).partition(".lora_B.weight")
+        if side:
+            sides.setdefault(name, {})[side[6]] = tensor
+        else:
+            others[name.replace(".base_layer.", ".")] = tensor
+    return sides, others
+
+
+def _refuse_misfits(others: Mapping[str, Tensor], there: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse weights that the model does not have, or has in another shape."""
+    for name, tensor in others.items():
+        if name not in there or there[name].shape != tensor.shape:
+            was = f"is {tuple(there[name].shape)} in the model" if name in there else "is not in the model"
+            raise ValueError(f"{folder}: {name} {tuple(tensor.shape)} {was}: take the base that it was trained on")
+
+
+def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The tensors by the first name of their parameter, because a shared parameter has several names."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not torch.equal(found.setdefault(names.get(name, name), tensor), tensor):
+            raise ValueError(f"{folder}: {names[name]} has two values but is one weight in the model: untie it")
+    return found
+
+
+def _geolora(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> Factors:
+    r = _by_pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    complete = pair.keys() == {"A", "B"} and pair["A"].dim() == pair["B"].dim() == 2
+    if not (complete and len(pair["A"]) == pair["B"].shape[1] == r >= 1):
+        shapes = ", ".join(f"lora_{side} {tuple(tensor.shape)}" for side, tensor in sorted(pair.items()))
+        raise ValueError(f"{folder}: {name} has {shapes}, which are not the two sides of a LoRA of rank {r}")
+    scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
+    A, B = pair["A"].double(), pair["B"].double()
+    # A direction must be larger than the rounding of the precision in which the factors are kept.
+    dtype = working_dtype(pair["A"].dtype)
+    return leading(*(tensor.to(dtype) for tensor in svd_of_product(scaling * B, A.mT, r)))
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The entry for a layer, chosen as PEFT does: the first one whose expression matches the end of the name."""
+    found = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder} holds an adapter of the type {config.get('peft_type')!r}: only LORA can be imported"
+        )
+    if other := [name for name in _OTHER_KINDS if config.get(name)]:
+        raise ValueError(
+            f"{folder} has {other[0]}={config[other[0]]!r}, which is more than a plain LoRA: merge it with PEFT"
+        )
+    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{folder} has init_lora_weights={start!r}, which also changed the base weights: convert it to a plain "
+            "LoRA with PEFT (path_initial_model_for_weight_conversion) first"
+        )
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        by_name = config.get(pattern) or {}
+        if not isinstance(by_name, dict):
+            raise ValueError(f"{folder}: {CONFIG} has {pattern}={by_name!r}, which must map names to numbers")
+        for key in by_name:
+            _refuse_slow_expression(key, folder)
+        for value in (config.get(name), *by_name.values()):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{folder}: {CONFIG} has {name}={value!r} (or so in {pattern}): it must be a number")
+
+
+def _refuse_slow_expression(expression: str, folder: Path) -> None:
+    """Refuse what is not a regular expression, or one that could take for ever to match a name.
+
+    Those repeat what repeats itself, or repeat often; the names that PEFT writes do neither.
+    """
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{folder}: {expression!r} in {CONFIG} is not a regular expression ({error})") from error
+    if re.search(r"\)[*+{]", expression) or len(re.findall(r"[*+{]", expression)) > 3:
+        raise ValueError(
+            f"{folder}: {expression!r} in {CONFIG} may take for ever to match: write the names of the layers there"
+        )
