@@ -28,7 +28,7 @@ from geolora_pl import (
 from geolora_pl.math.ranks import usual_cadence
 
 Settings = Mapping[str, Any]
-_CHANGES_NO_RESULT = ("on_nonfinite", "small_checkpoints", "adapter")  # arguments of the callback
+_CHANGES_NO_RESULT = ("on_nonfinite", "on_divergence", "small_checkpoints", "adapter")  # arguments of the callback
 
 
 @dataclass

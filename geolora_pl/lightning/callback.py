@@ -33,6 +33,7 @@ from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
+from geolora_pl.training.divergence import OnDivergence, check_on_divergence
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
 
@@ -47,10 +48,10 @@ class GeoLoRACallback(L.Callback):
     accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
 
     It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params`` (of live ranks, without probes), ``skipped_steps``,
-    ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm of what was
-    dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and Weights & Biases
-    also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. It prints a table before and after a fit, but for
-    ``enable_model_summary=False``.
+    ``rollbacks``, ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm
+    of what was dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and
+    Weights & Biases also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. It prints a table before and
+    after a fit, but for ``enable_model_summary=False``.
 
     Args:
         tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
@@ -62,6 +63,9 @@ class GeoLoRACallback(L.Callback):
             at the ranks found.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
+        on_divergence: What to do when the training loss explodes: ``rollback`` to the last good state and halve all
+            further steps, ``raise``, or ``ignore`` it. The loss is the one that ``training_step`` returns, with manual
+            optimization too; without one nothing is noticed.
         small_checkpoints: Whether checkpoints leave out the frozen weights. The module must bring the same base when
             such a one is loaded; its hash is compared.
         adapter: What to adapt in a module that has no adapters of its own; by default ``AdapterConfig()``. Name a new
@@ -70,7 +74,8 @@ class GeoLoRACallback(L.Callback):
     Raises:
         ValueError: An argument is out of range, or the run cannot work: the module's optimizers do not hold the
             adapters, weights are averaged, or the run is shorter than ``adapt_every``.
-        RuntimeError: Training ended without a single adaptation.
+        RuntimeError: Training ended without a single adaptation; or the run diverged, with ``on_divergence="raise"`` or
+            after ten rollbacks.
         FloatingPointError: A gradient is not finite, with ``on_nonfinite="raise"``.
 
     Example:
@@ -85,11 +90,13 @@ class GeoLoRACallback(L.Callback):
         adapt_every: int | None = None,
         adapt_until: float = 1.0,
         on_nonfinite: OnNonfinite = "skip",
+        on_divergence: OnDivergence = "rollback",
         small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
     ) -> None:
         RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every)  # raises here, not at the fit
         check_on_nonfinite(on_nonfinite)
+        check_on_divergence(on_divergence)
         if not 0 < adapt_until <= 1:
             raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
         self.tau = tau
@@ -98,6 +105,7 @@ class GeoLoRACallback(L.Callback):
         self.adapt_every = adapt_every
         self.adapt_until = adapt_until
         self.on_nonfinite = on_nonfinite
+        self.on_divergence = on_divergence
         self.small_checkpoints = small_checkpoints
         self.adapter = adapter
         self._run: Run | None = None  # the fit that is under way, or else the last one
@@ -169,7 +177,7 @@ class GeoLoRACallback(L.Callback):
             wrapped.find_unused_parameters or wrapped.static_graph
         ):
             integrator.require_gradients()
-        run = Run(pl_module, integrator, optimizer_of_adapters(trainer, integrator))
+        run = Run(pl_module, integrator, optimizer_of_adapters(trainer, integrator), self.on_divergence)
         if earlier:
             run.go_on_from(earlier)
         restored, self._restored = self._restored, None
@@ -194,6 +202,8 @@ class GeoLoRACallback(L.Callback):
         """Say what is adapted, and go to the batch that comes next, where a run is resumed."""
         run = self._current
         run.position.train_starts(trainer)
+        if run.guard:
+            run.guard.start()
         write_notes(trainer, pl_module)
         say_what_is_not_plain(pl_module, trainer.datamodule)  # type: ignore[attr-defined]  # set by the data connector
         show_whole_numbers(trainer.progress_bar_callback)
@@ -210,8 +220,9 @@ class GeoLoRACallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the ranks as often as the trainer logs, and at the end of an epoch, however short it is."""
+        """Go back if the run has diverged; log the ranks as often as the trainer logs, and at the end of an epoch."""
         run = self._current
+        run.batch_ended(trainer, outputs)
         stepped = not (pl_module.automatic_optimization and accumulates(trainer))
         if stepped and (logs_this_batch(trainer) or trainer.is_last_batch):
             run.monitor.log(trainer, batches_that_stepped(trainer))

@@ -76,6 +76,7 @@ class RankMonitor:
             metrics.ADAPTER_PARAMS: float(integrator.adapter_parameters()),
             metrics.ORTHONORMALITY_DEFECT: self._largest_defect(),
             metrics.SKIPPED_STEPS: float(integrator.skipped_steps),
+            metrics.ROLLBACKS: float(integrator.rollbacks),
         }
         if integrator.adaptations:
             numbers[metrics.TRUNCATION_ERROR] = integrator.truncation_error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -13,6 +15,7 @@ from geolora_pl.lightning.exact_resume import TrainingPosition
 from geolora_pl.lightning.internals import batches_that_stepped
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.storage.checkpoint import describe_base
+from geolora_pl.training.divergence import DivergenceGuard, OnDivergence
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
 
@@ -24,20 +27,32 @@ class Run:
         integrator: It moves the adapters of that module.
         optimizer: The optimizer that holds the adapters.
         monitor: The numbers and pictures of the fit.
+        guard: It notices divergence; ``None`` if that is to be ignored.
         position: The place in the data and the random numbers.
 
     Args:
         module: The module that is trained.
         integrator: It moves the adapters of that module.
         optimizer: The optimizer that holds the adapters.
+        on_divergence: What to do when the run diverges.
     """
 
-    def __init__(self, module: L.LightningModule, integrator: RankAdaptiveIntegrator, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        module: L.LightningModule,
+        integrator: RankAdaptiveIntegrator,
+        optimizer: Optimizer,
+        on_divergence: OnDivergence,
+    ) -> None:
         self.module = module
         self.integrator = integrator
         self.optimizer = optimizer
         self.monitor = RankMonitor(integrator)
+        self.guard: DivergenceGuard | None = None
+        if on_divergence != "ignore":
+            self.guard = DivergenceGuard(module, integrator, optimizer, on_divergence == "rollback")
         self.position = TrainingPosition()
+        self._last = math.inf
         self._hook: RemovableHandle | None = None
         self._base: dict[str, Any] | None = None
 
@@ -64,12 +79,24 @@ class Run:
             if trainer.global_step + 1 == last:
                 self.retract_pending()  # the last validation and checkpoint are to have the final ranks
 
+        self._last = last
         self._hook = self.optimizer.register_step_post_hook(after_step)
+
+    def batch_ended(self, trainer: L.Trainer, outputs: Any) -> None:
+        """Go back if the run has diverged, which shows in the loss that ``training_step`` returned."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if self.guard is None:
+            return
+        known = loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        if self.guard.batch_ended(known, trainer.accumulate_grad_batches) and trainer.global_step >= self._last:
+            self.retract_pending()  # as after the last step
 
     def go_on_from(self, earlier: Run) -> None:
         """Take up where an earlier fit of the same trainer and module ended."""
         self.integrator.load_state_dict(earlier.integrator.state_dict())
         self.monitor.load_state_dict(earlier.monitor.state_dict())
+        if self.guard and earlier.guard:
+            self.guard.load_state_dict(earlier.guard.state_dict())
 
     def retract_pending(self) -> bool:
         """Fold what is pending into the factors; whether there was anything to do."""
@@ -104,6 +131,7 @@ class Run:
             "optimizer": type(self.optimizer).__name__,
             "adapt_every": self.integrator.adapt_every,
             "position": self.position.state_dict(),
+            "guard": self.guard and self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], adapt_every: int | None) -> None:
@@ -128,3 +156,5 @@ class Run:
         self.integrator.load_state_dict(state["integrator"])
         self.monitor.load_state_dict(state["monitor"])
         self.position.load_state_dict(state["position"])
+        if self.guard and state.get("guard"):  # not if divergence was ignored so far
+            self.guard.load_state_dict(state["guard"])

@@ -5,6 +5,7 @@ MEAN_RANK = "rank/mean"
 ADAPTER_PARAMS = "adapter_params"
 ORTHONORMALITY_DEFECT = "orthonormality_defect"
 SKIPPED_STEPS = "skipped_steps"
+ROLLBACKS = "rollbacks"
 TRUNCATION_ERROR = "truncation_error"  # of the last retraction, as the two that follow
 ENERGY_KEPT = "energy_kept"
 ADAPTATION_TIME = "adaptation_time"
@@ -14,6 +15,7 @@ OF_THE_RUN = (
     ADAPTER_PARAMS,
     ORTHONORMALITY_DEFECT,
     SKIPPED_STEPS,
+    ROLLBACKS,
     TRUNCATION_ERROR,
     ENERGY_KEPT,
     ADAPTATION_TIME,

@@ -66,3 +66,22 @@ def anywhere(flag: Tensor) -> Tensor:
     count = flag.to(torch.int32)
     dist.all_reduce(count)
     return count > 0
+
+
+def average(values: Sequence[float], device: torch.device) -> list[float]:
+    """The averages of some numbers over the processes, in one message.
+
+    Args:
+        values: As many in every process.
+        device: Where the processes can send from.
+
+    Example:
+        >>> average([1.0, 2.0], torch.device("cpu"))  # one process
+        [1.0, 2.0]
+    """
+    if processes() == 1:
+        return list(values)
+    message = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(message)
+    averages: list[float] = (message / processes()).tolist()
+    return averages

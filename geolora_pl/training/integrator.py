@@ -23,7 +23,8 @@ from geolora_pl.training.offers import Retraction, stack
 from geolora_pl.training.plan import GroupPlan, Plan, plan_retraction
 from geolora_pl.training.steps import OnNonfinite, StepWatch
 
-_STATE = ("rank_changes", "steps", "total_steps", "adaptations", "truncation_error", "_on_trial")
+_COUNTS = ("total_steps", "adaptations", "rollbacks")
+_STATE = ("rank_changes", "steps", *_COUNTS, "truncation_error", "_on_trial")
 
 
 class RankAdaptiveIntegrator:
@@ -57,6 +58,7 @@ class RankAdaptiveIntegrator:
         steps: Optimizer steps since the last retraction.
         total_steps: Optimizer steps in all.
         adaptations: Retractions so far.
+        rollbacks: How many times the run went back to an earlier state; every time the optimizer's steps are halved.
         truncation_error: Relative Frobenius norm of what the last retraction dropped, over all adapters that it moved.
 
     Args:
@@ -108,6 +110,7 @@ class RankAdaptiveIntegrator:
         self.steps = 0
         self.total_steps = 0
         self.adaptations = 0
+        self.rollbacks = 0
         self.truncation_error = 0.0
         self._on_trial = False  # whether the last retraction may have taken in directions that nothing has judged yet
         self._reset_keys: set[str] = set()  # keys of the optimizer's state that a warning has named
@@ -200,8 +203,25 @@ class RankAdaptiveIntegrator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state.get(name, getattr(self, name)))  # without probes nothing was on trial
+            # Older states do not have all: without probes nothing was on trial, and no run had gone back.
+            setattr(self, name, state.get(name, getattr(self, name)))
         self._watch.load_state_dict(state)
+        self._watch.lr_factor = 0.5**self.rollbacks
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of an earlier time, whose factors are in the model again, and halve all further steps.
+
+        What counts for the whole run goes on: steps, adaptations and skipped steps. Learning rates are halved only
+        while the optimizer steps, so that a scheduler neither sees nor undoes it.
+
+        Args:
+            state: What :meth:`state_dict` returned at that time.
+        """
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        skipped = {"skipped_steps": self.skipped_steps}
+        self.load_state_dict({**state, **counts, **skipped, "rollbacks": self.rollbacks + 1})
+        for layer in self.adapters.values():
+            layer.read_rank()
 
     def retract(self, optimizer: Optimizer | None = None) -> None:
         """Fold every pending increment into its factors now, whatever the cadence.

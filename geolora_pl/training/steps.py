@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
@@ -45,6 +45,8 @@ class StepWatch:
         decay: For each adapter, the product of ``1 - lr * weight_decay`` since :meth:`forget_decay`, with the lr of
             each step.
         skipped_steps: Steps skipped because a gradient was not finite.
+        lr_factor: Multiplies the learning rates of all groups during each step; outside of the step they are as given,
+            so that no scheduler sees it.
         every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
 
     Args:
@@ -69,25 +71,38 @@ class StepWatch:
         self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
         self.skipped_steps = 0
+        self.lr_factor = 1.0
         self.decay: dict[str, float] = dict.fromkeys(adapters, 1.0)
         self._model = model
         self._without_gradient: set[str] = set()  # adapters that a warning has named
         self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # per step whether it was skipped, and its decay
+        self._scaled: list[tuple[dict[str, Any], Any]] = []  # groups in a step, with the learning rate given to each
         self._register()
 
     def _register(self) -> None:
         """Hook into all optimizers, since a hook on a single one would come too late for its first step."""
         reference = weakref.ref(self)
 
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             watch = reference()
             return None if watch is None else watch.before_step(optimizer, args, kwargs)
 
-        self._finalizer = weakref.finalize(self, register_optimizer_step_pre_hook(hook).remove)
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (watch := reference()) is not None:
+                watch.restore_lr()
+
+        hooks = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
+
+        def remove() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        self._finalizer = weakref.finalize(self, remove)
 
     def close(self) -> None:
         """Stop watching."""
         self._finalizer()
+        self.restore_lr()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
@@ -156,6 +171,7 @@ class StepWatch:
         """
         if not self._binding.trains_any(optimizer):
             return None
+        self._scale_lr(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._see_gradients(optimizer)
@@ -167,6 +183,19 @@ class StepWatch:
             return loss
 
         return args[:1], {**kwargs, "closure": seen_closure}
+
+    def _scale_lr(self, optimizer: Optimizer) -> None:
+        self.restore_lr()  # after a step that raised
+        if self.lr_factor != 1:
+            self._scaled = [(group, group["lr"]) for group in optimizer.param_groups]
+            for group, lr in self._scaled:
+                group["lr"] = lr * self.lr_factor
+
+    def restore_lr(self) -> None:
+        """Give the groups back the learning rates that they had before the step."""
+        for group, lr in self._scaled:
+            group["lr"] = lr
+        self._scaled = []
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
