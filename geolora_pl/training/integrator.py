@@ -260,7 +260,9 @@ class RankAdaptiveIntegrator:
             for new, old in ((group.U, U), (torch.diag_embed(group.sigma), S), (group.V, V))
         )
         if optimizer is not None:
-            self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
+            self._report_reset(
+                transport_moments(self._binding.innermost(optimizer), layers, (U, V), (U_new, V_new), group.moves)
+            )
         # The columns beyond were zero and stay so.
         width = U.shape[-1]
         foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
@@ -276,9 +278,9 @@ class RankAdaptiveIntegrator:
         if new := keys - self._reset_keys:
             self._reset_keys |= new
             warnings.warn(
-                f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: it is "
-                "set to zero for the adapters that move at a retraction; raise adapt_every, or use an optimizer of the "
-                "Adam family or SGD",
+                f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: at a "
+                "retraction it is averaged over the columns where it is nowhere negative, and set to zero elsewhere; "
+                "check_optimizer of geolora_pl.testing shows whether the optimizer bears that",
                 GeoLoRAWarning,
                 stacklevel=2,
             )

@@ -154,8 +154,8 @@ class StepWatch:
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
         """
-        if not self._binding.trains_any(optimizer):
-            return None
+        if not self._binding.trains_any(optimizer) or self._binding.innermost(optimizer) is not optimizer:
+            return None  # of a wrapper only the steps of the optimizer inside of it count
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._see_gradients(optimizer)
