@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.base import GeoLoRALayer, standard_normal
 from geolora_pl.adapters.fused import fused_linear
-from geolora_pl.adapters.internals import convolve, has_hooks
+from geolora_pl.adapters.internals import convolve, has_hooks, is_transformed
 from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast
 
 _LINEAR = nn.Linear.forward  # the forward of torch itself, in case the class is patched later
@@ -65,6 +65,7 @@ class GeoLoRALinear(GeoLoRALayer):
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
             and not self._is_quantised(base)
+            and not is_transformed()
         )
 
     @classmethod

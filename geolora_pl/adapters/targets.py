@@ -57,6 +57,10 @@ def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Mo
                 f"never calls it, so an adapter there would be ignored: add {name.rpartition('.')[2]!r} to "
                 "exclude_modules, or use attention that calls its linear layers"
             )
+        if inside := [other for other in targets if other.startswith(f"{name}.")]:
+            raise ValueError(
+                f"{inside[0]} lies inside of {name}, and only one of them can have an adapter: exclude one"
+            )
         kind = adapter_class_of(layer)
         if kind is not None and (reason := kind.refusal(layer)) is not None:
             raise ValueError(f"{name} {reason}")

@@ -64,7 +64,8 @@ class Run:
             if trainer.global_step + 1 == last:
                 self.retract_pending()  # the last validation and checkpoint are to have the final ranks
 
-        self._hook = self.optimizer.register_step_post_hook(after_step)
+        # A wrapper need not call hooks, but the optimizer inside of it does.
+        self._hook = self.integrator.innermost(self.optimizer).register_step_post_hook(after_step)
 
     def go_on_from(self, earlier: Run) -> None:
         """Take up where an earlier fit of the same trainer and module ended."""

@@ -153,6 +153,8 @@ class RankAdaptiveIntegrator:
             ValueError: The optimizer does not hold K and L of the adapters.
         """
         self.check_optimizer(optimizer)
+        if self._watch.nesting.inner:
+            return False  # a hook has called this at the end of a super().step(), before the step is over
         new_steps = self._watch.take()
         if not new_steps and not self.steps and self._anything_pending():
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
@@ -186,6 +188,10 @@ class RankAdaptiveIntegrator:
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds K or L of any adapter."""
         return self._binding.trains_any(optimizer)
+
+    def innermost(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer that moves the adapters, inside of a wrapper such as SAM; its steps are those that count."""
+        return self._binding.innermost(optimizer)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
