@@ -17,9 +17,9 @@ from geolora_pl.storage.adapter_file import save_adapter as save_adapter
 from geolora_pl.storage.library import AdapterLibrary as AdapterLibrary
 from geolora_pl.storage.peft import export_peft as export_peft
 from geolora_pl.storage.peft_import import import_peft as import_peft
+from geolora_pl.training.groups import parameter_groups as parameter_groups
 from geolora_pl.training.integrator import RankAdaptiveIntegrator as RankAdaptiveIntegrator
 from geolora_pl.training.optim import RiemannianAdam as RiemannianAdam
-from geolora_pl.training.optim import parameter_groups as parameter_groups
 from geolora_pl.training.schedule import warmup_cosine as warmup_cosine
 
 __version__: str

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.fused import tangent_factored
@@ -136,8 +137,12 @@ class GeoLoRALayer(nn.Module):
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
-        """Say why this kind of adapter cannot serve a layer, as the end of a sentence about it; ``None`` if it can."""
-        return None
+        """Say why this kind of adapter cannot serve a layer, as the end of a sentence about it; ``None`` if it can.
+
+        Here that is a layer which computes its weight or bias. A subclass with reasons of its own asks this one, too.
+        """
+        name = computed_tensor(base)
+        return None if name is None else f"computes its {name} from other tensors, {_made_permanent(base, name)}"
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
@@ -157,6 +162,14 @@ class GeoLoRALayer(nn.Module):
         """Return what the update ``A B^T``, with A (out, 2 w) and B (in, 2 w), adds to the output for an input x."""
         x = self.dropout(x)
         return F.linear(F.linear(x, B.mT.to(x.dtype)), A.to(x.dtype))
+
+    def sample_inputs(self, dtype: torch.dtype) -> Tensor:
+        """Eight inputs of the layer, on its device, on which a merge compares the outputs before and after.
+
+        Args:
+            dtype: That of the layer's weight, which the inputs have unless the layer takes integers.
+        """
+        return standard_normal((8, self.in_features), dtype).to(self.U.device)
 
     def base_weight(self) -> Tensor:
         """The frozen weight in the layout of the layer, as floating-point numbers."""
@@ -261,3 +274,28 @@ class GeoLoRALayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"max_rank={self.max_rank}, scaling={self.scaling}"
         )
+
+
+def computed_tensor(layer: nn.Module) -> str | None:
+    """The name of the first of weight and bias that a layer has, but does not store under that name; or ``None``.
+
+    Parametrizations compute it at every access, and the older weight norm, spectral norm and pruning in a hook before
+    every forward. Such a tensor has no identity by which layers that share it could be told, and cannot be assigned.
+    """
+    stored = {name for name, _ in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))}
+    names = (name for name in ("weight", "bias") if name not in stored)
+    return next((name for name in names if isinstance(getattr(layer, name, None), Tensor)), None)
+
+
+def _made_permanent(layer: nn.Module, name: str) -> str:
+    """Say how a computed tensor is made a parameter, as the end of a sentence."""
+    if is_parametrized(layer, name):
+        how = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+    else:
+        how = f"torch.nn.utils.remove_weight_norm, remove_spectral_norm, or prune.remove(layer, {name!r})"
+    return f"and a merge would have nowhere to write: make it a parameter first ({how}), or add it to exclude_modules"
+
+
+def standard_normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Numbers of the standard normal distribution, on the CPU and always the same; the user's generator stays."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)

@@ -6,9 +6,44 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import wraps
+from typing import Literal, TypeVar
+
+# What other libraries call their settings, and where they are found here.
+_ELSEWHERE = {
+    "r": "init_rank, which ranks start from, and max_rank, which they may grow to",
+    "rank": "init_rank, which ranks start from, and max_rank, which they may grow to",
+    "lora_alpha": "alpha, which is lora_alpha / r of PEFT",
+    "use_rslora": "alpha, which is lora_alpha / sqrt(r) of PEFT then",
+    "lora_dropout": "dropout",
+    "bias": "train_bias",
+    "alpha_pattern": "alpha, which is the same for all layers",
+    "layers_to_transform": "target_modules, as a regular expression",
+    "lr": "lr of the optimizer, as in RiemannianAdam(model, lr=0.3)",
+    "tau": "tau of RankAdaptiveIntegrator or GeoLoRACallback",
+    "budget": "budget of RankAdaptiveIntegrator or GeoLoRACallback",
+}
+_T = TypeVar("_T")
 
 
+def _names_of_others_refused(config: type[_T]) -> type[_T]:
+    """Let a class say by a ValueError what a setting of another library is called here."""
+    init = config.__init__
+
+    @wraps(init)
+    def checked(self: object, *args: object, **kwargs: object) -> None:
+        for name in kwargs:
+            if name in _ELSEWHERE:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} is not a setting of {config.__name__}: set {_ELSEWHERE[name]}"
+                )
+        init(self, *args, **kwargs)
+
+    config.__init__ = checked  # type: ignore[method-assign]
+    return config
+
+
+@_names_of_others_refused
 @dataclass(frozen=True)
 class AdapterConfig:
     """What is adapted, and how large the adapters may become.
@@ -34,7 +69,8 @@ class AdapterConfig:
             With 0 a rank grows only by the directions that a step itself brings, as in Algorithm 1 of GeoLoRA.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or is the name of a setting of PEFT, such as ``r``; the message says
+            what it is called here.
 
     Example:
         >>> AdapterConfig(target_modules=["query", "value"], rank_pattern={"value": 8}).init_rank

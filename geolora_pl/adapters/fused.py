@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.adapters.internals import reshaped
+from geolora_pl.adapters.internals import is_transformed, reshaped
 from geolora_pl.math.decomposition import factored, project_out
 from geolora_pl.math.precision import without_autocast
 
@@ -46,9 +46,24 @@ def tangent_factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> t
     The gradient of L gets no part in the span of V, without probes.
     """
     probes = U.shape[1] - S.shape[1]
-    K, L = _TangentGradient.apply(K, L, V, probes)  # type: ignore[no-untyped-call]
+    if is_transformed():
+        K, L = _with_tangent_gradient(K, L, V, probes)
+    else:
+        K, L = _TangentGradient.apply(K, L, V, probes)  # type: ignore[no-untyped-call]
     point = torch.addmm(K[:, probes:], U[:, probes:], S)
     return torch.cat([K[:, :probes], point, U], dim=1), torch.cat([V, L], dim=1)
+
+
+def _with_tangent_gradient(K: Tensor, L: Tensor, V: Tensor, probes: int) -> tuple[Tensor, Tensor]:
+    """The same as :class:`_TangentGradient`, of differences that are zero but have a gradient.
+
+    Every transform and mode of differentiation takes it, but an autocast around the backward pass would round it.
+    """
+    live = V[:, probes:]
+    in_span = live @ (live.mT @ L)
+    L = L + (in_span.detach() - in_span)
+    K, L = (torch.cat([x[:, :probes] - x[:, :probes].detach(), x[:, probes:]], dim=1) for x in (K, L))
+    return K, L
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, ...], alpha: float) -> Tensor:

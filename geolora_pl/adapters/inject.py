@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
@@ -35,8 +36,9 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
 
     Raises:
         ValueError: The model already has adapters, nothing matches, a name in ``modules_to_save`` matches nothing, a
-            layer belongs to ``nn.MultiheadAttention`` or cannot be adapted, layers share a weight but not their bias,
-            or an embedding shares its table with another layer.
+            parameter has no shape yet, a layer belongs to ``nn.MultiheadAttention``, computes its weight (as with
+            weight norm) or cannot be adapted for another reason, layers share a weight but not their bias, or an
+            embedding shares its table with another layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -49,6 +51,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
         raise ValueError("the model already has adapters: merge_adapters(model) first, or inject into a fresh model")
     if adapter_class_of(model) is not None:
         raise ValueError("the model is itself one layer and cannot be replaced in place: wrap it in nn.Sequential")
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise ValueError(f"{lazy[0]} of a lazy layer has no shape yet: call the model once with a batch first")
     saved = find_modules_to_save(model, config.modules_to_save)
     targets = find_targets(model, config, saved)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -13,6 +14,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp, ...) or forward-mode differentiation is under way."""
+    if torch.compiler.is_compiling():  # which looks into such transforms itself
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geolora_pl.adapters.base import GeoLoRALayer
+from geolora_pl.adapters.base import GeoLoRALayer, standard_normal
 from geolora_pl.adapters.fused import fused_linear
-from geolora_pl.adapters.internals import convolve, has_hooks
+from geolora_pl.adapters.internals import convolve, has_hooks, is_transformed
 from geolora_pl.math.precision import autocast_dtype, exact_products, without_autocast
 
 _LINEAR = nn.Linear.forward  # the forward of torch itself, in case the class is patched later
@@ -65,6 +65,7 @@ class GeoLoRALinear(GeoLoRALayer):
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
             and not self._is_quantised(base)
+            and not is_transformed()
         )
 
     @classmethod
@@ -112,7 +113,7 @@ class GeoLoRAConv1D(GeoLoRALinear):
     def refusal(cls, base: nn.Module) -> str | None:
         """Refuse a quantised one: merged, it would have to become a linear layer with the transposed weight."""
         if not cls._is_quantised(base):
-            return None
+            return super().refusal(base)
         return "is a Conv1D with a quantised weight: add it to exclude_modules, or make it an nn.Linear first"
 
     @staticmethod
@@ -157,7 +158,14 @@ class GeoLoRAConv2d(GeoLoRALayer):
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         """Refuse a subclass that convolves in its own way."""
-        return _refuse_own_forward(base, nn.Conv2d, "forward", "_conv_forward")
+        return super().refusal(base) or _refuse_own_forward(base, nn.Conv2d, "forward", "_conv_forward")
+
+    def sample_inputs(self, dtype: torch.dtype) -> Tensor:
+        """Eight images that are large enough for the kernel and for every kind of padding."""
+        base = self.base
+        padding = (0, 0) if isinstance(base.padding, str) else base.padding
+        size = (d * (k - 1) + 1 + p for d, k, p in zip(base.dilation, base.kernel_size, padding, strict=True))
+        return standard_normal((8, base.in_channels, *size), dtype).to(self.U.device)
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:
@@ -200,7 +208,11 @@ class GeoLoRAEmbedding(GeoLoRALayer):
                     f"has {name}={getattr(base, name)}, which an update beside the table cannot honour: set it to "
                     f"{off}, or leave the layer out of target_modules"
                 )
-        return _refuse_own_forward(base, nn.Embedding, "forward")
+        return super().refusal(base) or _refuse_own_forward(base, nn.Embedding, "forward")
+
+    def sample_inputs(self, dtype: torch.dtype) -> Tensor:
+        """The numbers of the first eight rows."""
+        return torch.arange(min(8, self.in_features), device=self.U.device)
 
     @staticmethod
     def matrix_shape(base: Any) -> tuple[int, int]:

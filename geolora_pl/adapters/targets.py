@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
 from torch import nn
 
+from geolora_pl.adapters.base import computed_tensor
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.registry import adapter_class_of
+from geolora_pl.errors import GeoLoRAWarning
 
 # Names that libraries give to the part of a model that is new for each task.
 _HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
@@ -54,10 +57,15 @@ def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Mo
                 f"never calls it, so an adapter there would be ignored: add {name.rpartition('.')[2]!r} to "
                 "exclude_modules, or use attention that calls its linear layers"
             )
+        if inside := [other for other in targets if other.startswith(f"{name}.")]:
+            raise ValueError(
+                f"{inside[0]} lies inside of {name}, and only one of them can have an adapter: exclude one"
+            )
         kind = adapter_class_of(layer)
         if kind is not None and (reason := kind.refusal(layer)) is not None:
             raise ValueError(f"{name} {reason}")
     suited = [name for name, module in model.named_modules() if adapter_class_of(module) is not None]
+    _report_kinds_without_adapter(model, config, targets, in_saved)
     if not targets:
         _refuse_config_without_target(model, config, suited)
     _refuse_patterns_without_match("target_modules", config.target_modules, suited)
@@ -91,6 +99,38 @@ def _layers_of_attention(model: nn.Module) -> dict[int, str]:
     }
 
 
+def _report_kinds_without_adapter(
+    model: nn.Module, config: AdapterConfig, targets: dict[str, nn.Module], in_saved: set[int]
+) -> None:
+    """Refuse an entry that means only layers of a kind without adapter; warn of such layers beside others."""
+    if config.target_modules == "all-linear":
+        return
+    entries = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    without = {
+        name: module
+        for name, module in model.named_modules()
+        if adapter_class_of(module) is None
+        and not (id(module) in in_saved or matches(name, config.exclude_modules) or any(module.children()))
+        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    }
+    for patterns in (entry if isinstance(config.target_modules, str) else [entry] for entry in entries):
+        meant = [name for name in without if matches(name, patterns)]
+        if not meant:
+            continue
+        kind = type(without[meant[0]]).__name__
+        what = f"{meant[0]} is a {kind}, a kind of layer without an adapter"
+        if not any(matches(name, patterns) for name in targets):
+            raise ValueError(
+                f"target_modules={patterns!r}: {what} (nn.Linear, Conv1D of transformers, nn.Conv2d and nn.Embedding "
+                f"have one): leave it out, or write one and register_adapter({kind}, ...)"
+            )
+        warnings.warn(
+            f"target_modules={patterns!r} also matches {len(meant)} layers that stay frozen: {what}",
+            GeoLoRAWarning,
+            stacklevel=2,
+        )
+
+
 def _refuse_config_without_target(model: nn.Module, config: AdapterConfig, suited: Sequence[str]) -> NoReturn:
     if config.target_modules == "auto":
         raise ValueError(
@@ -103,7 +143,8 @@ def _refuse_config_without_target(model: nn.Module, config: AdapterConfig, suite
         )
     raise ValueError(
         f"target_modules={config.target_modules!r} matches no layer that can be adapted (exclude_modules="
-        f"{config.exclude_modules!r}); the model has {', '.join(suited) + ': name some' if suited else 'none at all'}"
+        f"{config.exclude_modules!r}); the model has "
+        f"{', '.join(suited) + ': name some' if suited else 'none at all'}"
     )
 
 
@@ -161,9 +202,9 @@ def _refuse_what_one_adapter_cannot_serve(model: nn.Module, targets: dict[str, n
 
 
 def weight_identity(layer: nn.Module) -> int:
-    """The identity of a layer's weight, which tied layers share; a quantised layer may have no attribute ``weight``."""
+    """The identity of a layer's weight, which tied layers share; that of the layer if it stores none of that name."""
     weight = getattr(layer, "weight", None)
-    return id(layer if weight is None else weight)
+    return id(layer if weight is None or computed_tensor(layer) == "weight" else weight)
 
 
 def bias_of(layer: nn.Module) -> object:

@@ -21,7 +21,8 @@ from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
 from geolora_pl.lightning.internals import callbacks_of_fit, load_anywhere, restricted_classmethod, run_length
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
-from geolora_pl.training.optim import RiemannianAdam, parameter_groups
+from geolora_pl.training.groups import parameter_groups
+from geolora_pl.training.optim import RiemannianAdam
 from geolora_pl.training.schedule import warmup_cosine
 
 if TYPE_CHECKING:

@@ -80,7 +80,8 @@ class Run:
                 self.retract_pending()  # the last validation and checkpoint are to have the final ranks
 
         self._last = last
-        self._hook = self.optimizer.register_step_post_hook(after_step)
+        # A wrapper need not call hooks, but the optimizer inside of it does.
+        self._hook = self.integrator.innermost(self.optimizer).register_step_post_hook(after_step)
 
     def batch_ended(self, trainer: L.Trainer, outputs: Any) -> None:
         """Go back if the run has diverged, which shows in the loss that ``training_step`` returned."""

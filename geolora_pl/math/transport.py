@@ -76,7 +76,7 @@ def transport_second_moment(v: Tensor, basis: Tensor, basis_new: Tensor) -> Tens
     nor at a constant of another scale.
 
     Args:
-        v: (..., d, R), at least 0; zero in unused columns.
+        v: (..., d, R), at least 0; what it holds in unused columns does not count.
         basis: (..., e, R), old, orthonormal columns, then zeros.
         basis_new: (..., e, R).
 
@@ -85,5 +85,5 @@ def transport_second_moment(v: Tensor, basis: Tensor, basis_new: Tensor) -> Tens
     """
     inherited = (basis.mT @ basis_new).square()
     live, live_new = (b.square().sum(-2, keepdim=True) for b in (basis, basis_new))  # 1 for a live column, else 0
-    seed = v.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp_min(1)
+    seed = (v * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp_min(1)
     return v @ inherited + seed * (live_new - inherited.sum(-2, keepdim=True)).clamp_min(0)

@@ -16,7 +16,7 @@ from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapt
 from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import ranks_by_tau, resolution
-from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
 
 
 class Factors(NamedTuple):
@@ -184,10 +184,10 @@ def check(model: nn.Module, state: AdapterState) -> None:
                 f"{name} is {tuple(tensor.shape)} in the adapter and {tuple(there[name].shape)} in the model: build "
                 "the model with the same head (number of classes)"
             )
-    if base_hash(model, state.trained) != state.base_hash:
+    if not is_same_base(base_hash(model, state.trained), state.base_hash):
         raise ValueError(
             f"the adapter was trained on another base ({state.base_name or 'without a name'}): the frozen weights of "
-            "this model differ; load the base that it was trained on"
+            "this model differ; load the base that it was trained on, in float32 or in the precision of its training"
         )
 
 

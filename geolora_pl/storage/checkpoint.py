@@ -15,7 +15,7 @@ from torch import nn
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
 from geolora_pl.storage.adapter_state import adapted_names, alternation, config_of
-from geolora_pl.storage.fingerprint import base_hash, base_parameters, trained_names
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # the key, in a small checkpoint, of what describes the base that it leaves out
@@ -245,7 +245,7 @@ def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
     base = checkpoint.pop(_MARK, None)
     if base is None:
         return
-    if base_hash(module, base["trained"]) != base["hash"]:
+    if not is_same_base(base_hash(module, base["trained"]), base["hash"]):
         raise ValueError(
             "the checkpoint holds only the trained weights, and this base is not the one that they were trained on "
             "(its weights have another hash): load the same pretrained weights"

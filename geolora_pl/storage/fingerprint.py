@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.inject import find_adapters
 
 
@@ -22,16 +22,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(base_parameters(model))
         ['0.weight', '0.bias']
     """
-    factors, of_base = set(), {}
-    for adapter in find_adapters(model):
-        factors |= {f"{adapter}.{factor}" for factor in FACTORS}
-        of_base[f"{adapter}.base."] = f"{adapter}."
-    found = {}
+    found: dict[str, nn.Parameter] = {}
+    adapters = find_adapters(model)
     for name, parameter in model.named_parameters():
-        if name in factors:
-            continue
-        prefix = name[: name.rfind(".base.") + len(".base.")]
-        found[name.replace(prefix, of_base[prefix], 1) if prefix in of_base else name] = parameter
+        adapter = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in adapters), None)
+        if adapter is None:
+            found[name] = parameter
+        elif (rest := name.removeprefix(f"{adapter}.")).startswith("base."):
+            found[f"{adapter}.{rest.removeprefix('base.')}"] = parameter
     return found
 
 
@@ -41,36 +39,53 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def base_hash(model: nn.Module, trained: Collection[str]) -> str:
-    """SHA-256 of the base weights, with or without adapters around them.
+    """SHA-256 of the base weights, with or without adapters around them, in all precisions that they may be loaded in.
 
-    Weights are rounded to bfloat16 first, so that a base has the same hash in every precision in which it is loaded.
-    Buffers are left out, because running means change in training.
+    Weights are rounded to bfloat16 first, so that a base has the same hash in float32 and in bfloat16. A base in
+    float16 has been rounded twice then, which is another rounding for some weights. Hence a wide base has a second
+    hash, of its weights rounded to float16 first. Buffers are left out, because running means change in training.
 
     Args:
         model: The model; its weights must have values.
         trained: The names of :func:`trained_names`; these weights are left out.
 
     Returns:
-        64 hexadecimal digits.
+        One or two times 64 hexadecimal digits, with a space in between; :func:`is_same_base` compares them.
 
     Example:
         >>> model = nn.Linear(2, 2)
-        >>> base_hash(model, []) == base_hash(model.bfloat16(), [])
+        >>> is_same_base(base_hash(model, []), base_hash(model.half(), []))
         True
     """
-    digest = hashlib.sha256()
+    digests = [hashlib.sha256(), hashlib.sha256()]
     for name, parameter in sorted(base_parameters(model).items()):
         if name not in trained:
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            digest.update(_bytes(parameter.detach()))
-    return digest.hexdigest()
+            weight = _whole(parameter.detach())
+            wide = weight.dtype in (torch.float32, torch.float64)
+            for digest, rounded in zip(digests, (weight, weight.half() if wide else weight), strict=True):
+                digest.update(f"{name} {list(parameter.shape)}".encode())
+                digest.update(_bytes(rounded))
+    return " ".join(dict.fromkeys(digest.hexdigest() for digest in digests))
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two results of :func:`base_hash` are of one base, in whatever precision each was loaded.
+
+    A base in bfloat16 and one in float16 cannot be told to be one, for both have lost what the other has kept.
+    """
+    return not set(one.split()).isdisjoint(other.split())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The values of a parameter that is sharded, or whose class keeps fewer bits, as plain numbers."""
     if hasattr(tensor, "full_tensor"):  # sharded
         tensor = tensor.full_tensor()
     if type(tensor).dequantize is not Tensor.dequantize:  # a tensor class for quantised weights, as torchao has
         tensor = tensor.dequantize()
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> bytes:
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)
     flat: bytes = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -30,8 +30,17 @@ class Binding:
         held = _held_by(optimizer)
         return any(id(factor) in held for layer in self._adapters.values() for factor in (layer.K, layer.L))
 
+    def innermost(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer that moves the adapters: the one inside of a wrapper, such as SAM or Lookahead.
+
+        It takes the steps that count and keeps the state that moves with the bases.
+        """
+        inside = next((inner for inner in _inside(optimizer) if self.trains_any(inner)), None)
+        return optimizer if inside is None else self.innermost(inside)
+
     def check(self, optimizer: Optimizer) -> None:
         """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
+        outer, optimizer = optimizer, self.innermost(optimizer)
         if isinstance(optimizer, _REFUSED):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps a history that cannot move with the bases of the adapters: use an "
@@ -43,10 +52,21 @@ class Binding:
             if K.requires_grad != L.requires_grad:
                 raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
             if K.requires_grad and not (id(K) in held and id(L) in held):
+                if optimizer is not outer and id(K) in _held_by(outer):
+                    raise ValueError(
+                        f"{type(outer).__name__} gives only some of the adapters to the {type(optimizer).__name__} "
+                        f"inside of it, and not {name}, so nobody knows all of their state: use that without a wrapper"
+                    )
                 raise ValueError(
                     f"the optimizer does not hold the factors of the adapter {name}: make it after "
                     "inject_adapters(model), from all parameters that require gradients"
                 )
+
+
+def _inside(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that an optimizer has as attributes, one by one or in a list."""
+    found = [value if isinstance(value, (list, tuple)) else [value] for value in vars(optimizer).values()]
+    return [value for values in found for value in values if isinstance(value, Optimizer) and value is not optimizer]
 
 
 def _held_by(optimizer: Optimizer) -> frozenset[int]:

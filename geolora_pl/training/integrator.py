@@ -157,6 +157,8 @@ class RankAdaptiveIntegrator:
             ValueError: The optimizer does not hold K and L of the adapters.
         """
         self.check_optimizer(optimizer)
+        if self._watch.nesting.inner:
+            return False  # a hook has called this at the end of a super().step(), before the step is over
         new_steps = self._watch.take()
         if not new_steps and not self.steps and self._anything_pending():
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
@@ -190,6 +192,10 @@ class RankAdaptiveIntegrator:
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds K or L of any adapter."""
         return self._binding.trains_any(optimizer)
+
+    def innermost(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer that moves the adapters, inside of a wrapper such as SAM; its steps are those that count."""
+        return self._binding.innermost(optimizer)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""
@@ -281,7 +287,9 @@ class RankAdaptiveIntegrator:
             for new, old in ((group.U, U), (torch.diag_embed(group.sigma), S), (group.V, V))
         )
         if optimizer is not None:
-            self._report_reset(transport_moments(optimizer, layers, (U, V), (U_new, V_new), group.moves))
+            self._report_reset(
+                transport_moments(self._binding.innermost(optimizer), layers, (U, V), (U_new, V_new), group.moves)
+            )
         # The columns beyond were zero and stay so.
         width = U.shape[-1]
         foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
@@ -297,9 +305,9 @@ class RankAdaptiveIntegrator:
         if new := keys - self._reset_keys:
             self._reset_keys |= new
             warnings.warn(
-                f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: it is "
-                "set to zero for the adapters that move at a retraction; raise adapt_every, or use an optimizer of the "
-                "Adam family or SGD",
+                f"the optimizer's state {', '.join(sorted(new))} has no known rule for moving with the bases: at a "
+                "retraction it is averaged over the columns where it is nowhere negative, and set to zero elsewhere; "
+                "check_optimizer of geolora_pl.testing shows whether the optimizer bears that",
                 GeoLoRAWarning,
                 stacklevel=2,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,20 @@ from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.math.transport import transport_first_moment, transport_second_moment
 from geolora_pl.training.internals import foreach_copy_
 
-_FIRST = ("exp_avg", "momentum_buffer")
-_SECOND = ("exp_avg_sq", "max_exp_avg_sq")
+_FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}
+# Squares, variances and bounds by which steps are divided, of the optimizers of torch and timm and of AdaBelief.
+_SECOND = {
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "square_avg",
+    "sum",
+    "acc_delta",
+    "exp_inf",
+    "exp_avg_var",
+    "max_exp_avg_var",
+    "exp_hessian_diag_sq",
+    "col_var",
+}
 
 Bases = tuple[Tensor, Tensor]
 
@@ -23,12 +36,14 @@ def transport_moments(
 ) -> set[str]:
     """Rewrite the state that an optimizer keeps for K and L in the coordinates of the new bases, in place.
 
-    First moments (``exp_avg``, ``momentum_buffer``) are one tangent vector and are projected as such; elementwise
-    second moments (``exp_avg_sq``, ``max_exp_avg_sq``) take the squares of the rotations; a scalar, or one number per
-    row, does not depend on the basis and stays; any other state is set to zero.
+    First moments (``exp_avg``, ``momentum_buffer``, ``grad_avg``) are one tangent vector and are projected as such.
+    What steps are divided by (second moments, variances, bounds) takes the squares of the rotations: every new column
+    is a weighted mean of the old ones, so that a denominator never falls to zero while the steps go on. A scalar, or
+    one number per row, does not depend on the basis and stays. Of the state with other names what is nowhere negative
+    is taken for a denominator, and the rest is set to zero.
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer, without a wrapper.
         layers: B adapters of one shape.
         old: The leading columns of U (B, m, p + c) and V (B, n, p + c) before the retraction; the others are and stay
             zero.
@@ -36,38 +51,74 @@ def transport_moments(
         moves: (B,), bool; the state of the other adapters stays to the bit.
 
     Returns:
-        The keys of the state that is set to zero where an adapter moves.
+        The keys of the state with other names.
+
+    Raises:
+        ValueError: The optimizer keeps state that cannot move: in fewer bits than a number, or as a matrix per side.
     """
-    (U, V), (U_new, V_new) = old, new
     states = [(optimizer.state.get(layer.K, {}), optimizer.state.get(layer.L, {})) for layer in layers]
-    reset = set()
+    width, unknown = old[0].shape[-1], set()
+    _add_squared_means(states, moves, -1)
     for key in sorted({key for pair in states for state in pair for key in state}):
-        if key not in (*_FIRST, *_SECOND):
-            for pair, moves_here in zip(states, moves.unbind(), strict=True):
-                for state in pair:
-                    if _depends_on_basis(state.get(key)):
-                        state[key].masked_fill_(moves_here, 0)
-                        reset.add(key)
-            continue
-        having = [i for i, pair in enumerate(states) if all(_depends_on_basis(state.get(key)) for state in pair)]
+        having = [i for i, pair in enumerate(states) if _depends_on_basis(optimizer, key, pair, layers[i])]
         if not having:
             continue
-        of_K, of_L = ([states[i][side][key][:, : U.shape[-1]] for i in having] for side in (0, 1))
-        m_K, m_L = torch.stack(of_K), torch.stack(of_L)
-        here, U_here, V_here, U_new_here, V_new_here = (
+        if key not in _FIRST | _SECOND:
+            unknown.add(key)
+        of_K, of_L = ([states[i][side][key][:, :width] for i in having] for side in (0, 1))
+        m_K, m_L = (torch.stack(matrices).to(old[0].dtype) for matrices in (of_K, of_L))
+        here, U, V, U_new, V_new = (
             batch if len(having) == len(layers) else torch.stack([batch[i] for i in having])
-            for batch in (moves[:, None, None], U, V, U_new, V_new)
+            for batch in (moves[:, None, None], *old, *new)
         )
         if key in _FIRST:
-            new_K, new_L = transport_first_moment(m_K, m_L, U_here, V_here, U_new_here, V_new_here, layers[0].probes)
+            new_K, new_L = transport_first_moment(m_K, m_L, U, V, U_new, V_new, layers[0].probes)
         else:
-            new_K = transport_second_moment(m_K, V_here, V_new_here)
-            new_L = transport_second_moment(m_L, U_here, U_new_here)
+            new_K, new_L = transport_second_moment(m_K, V, V_new), transport_second_moment(m_L, U, U_new)
+        if key in unknown:
+            new_K, new_L = (moved * _nowhere_negative(m) for moved, m in ((new_K, m_K), (new_L, m_L)))
         for after, before in ((new_K, m_K), (new_L, m_L)):
             torch.where(here, after, before, out=after)
         foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
-    return reset
+    _add_squared_means(states, moves, 1)
+    return unknown
 
 
-def _depends_on_basis(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 1
+def _depends_on_basis(optimizer: Optimizer, key: str, states: tuple[Any, Any], layer: GeoLoRALayer) -> bool:
+    """Whether K and L have numbers per column under a key; raises a ValueError for what cannot be moved."""
+    found = False
+    for state, factor in zip(states, (layer.K, layer.L), strict=True):
+        value = state.get(key)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not any(isinstance(part, Tensor) and part.dim() > 1 for part in parts):
+            return False
+        rows, columns = factor.shape
+        shape = tuple(value.shape) if type(value) is Tensor and value.is_floating_point() else ()
+        if shape == (rows, 1) and columns > 1:
+            return False
+        if shape not in ((rows, columns), (1, columns)):
+            what = f"{shape} numbers" if shape else f"a {type(value).__name__} of other values than plain numbers"
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key} for K and L as {what}, which cannot move with the bases of "
+                "the adapters: use an optimizer that keeps full-precision numbers per entry, such as AdamW"
+            )
+        found = True
+    return found
+
+
+def _add_squared_means(states: Sequence[tuple[Any, Any]], moves: Tensor, sign: int) -> None:
+    """Turn the second moments that are kept beside the means of gradients into variances (-1), or back (1).
+
+    The mean moves as a vector does, so that only the variance is free to move on its own: the difference of the two,
+    whose root centered RMSprop divides by, would otherwise become negative.
+    """
+    for pair, moves_here in zip(states, moves.unbind(), strict=True):
+        for state in pair:
+            if "grad_avg" in state and "square_avg" in state:
+                mean = state["grad_avg"]
+                state["square_avg"].addcmul_(mean, mean * moves_here, value=sign).clamp_min_(0)
+
+
+def _nowhere_negative(values: Tensor) -> Tensor:
+    """Whether each matrix (B, rows, columns) has no entry below zero."""
+    return (values >= 0).all(-1, keepdim=True).all(-2, keepdim=True)

@@ -3,56 +3,19 @@ r"""RiemannianAdam: moments that do not depend on the basis for the adapters, Ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from geolora_pl.adapters.base import adapter_of
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import without_autocast
 from geolora_pl.math.ranks import resolution
+from geolora_pl.training.groups import Geometry, check_group, parameter_groups
 from geolora_pl.training.internals import foreach_add_, foreach_copy_, foreach_mul_, foreach_norm
 from geolora_pl.training.stacks import Stack, leading, owners, stacks
-
-Geometry = Literal["rowwise", "isotropic", "spectral", "entrywise"]
-
-
-def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float | None = 1e-3) -> list[dict[str, Any]]:
-    """Split what is trained into adapters, other matrices and other vectors.
-
-    The groups suit any torch optimizer. Adapters come first, K and L of one adapter side by side, marked with
-    ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``.
-
-    Args:
-        model: A model with adapters, or parameters of such a model; those that need no gradient are left out.
-        head_lr: Learning rate, above 0, of everything but the adapters; ``None`` means the optimizer's own.
-
-    Returns:
-        One to three groups, none of them empty.
-
-    Example:
-        >>> from geolora_pl import AdapterConfig, inject_adapters
-        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-        >>> _ = inject_adapters(model, AdapterConfig(target_modules=["0"], modules_to_save=["1"]))
-        >>> [len(group["params"]) for group in parameter_groups(model)]
-        [2, 1, 1]
-    """
-    parameters = model.parameters() if isinstance(model, nn.Module) else model
-    trained = [p for p in parameters if p.requires_grad]
-    layers = [layer for p in trained if (layer := adapter_of(p)) is not None and p is layer.K]
-    factors = [factor for layer in layers for factor in (layer.K, layer.L)]
-    of_adapters = {id(p) for p in factors}
-    rest = [p for p in trained if id(p) not in of_adapters]
-    lr = {} if head_lr is None else {"lr": head_lr}
-    groups: list[dict[str, Any]] = [
-        {"params": factors, "adapters": True},
-        {"params": [p for p in rest if p.dim() > 1], **lr},
-        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0, **lr},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class RiemannianAdam(Optimizer):
@@ -129,8 +92,19 @@ class RiemannianAdam(Optimizer):
             "adapters": False,
         }
         super().__init__(groups, defaults)
-        for group in self.param_groups:
-            _check(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; one with K and L side by side carries ``adapters: True``.
+
+        Raises:
+            ValueError: A setting of the group is out of range, or its K and L are not side by side; it is not added.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def leave_out_next_step_if(self, flag: Tensor) -> None:
         """Let the next step change neither weights nor state if ``flag`` is 1, without waiting for the device.
@@ -379,18 +353,3 @@ def _pair_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Frobenius norm of each K and L together."""
     norms: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(tensors))).view(-1, 2), dim=1)
     return norms
-
-
-def _check(group: dict[str, Any]) -> None:
-    if not group["lr"] >= 0:
-        raise ValueError(f"lr={group['lr']!r} must be at least 0")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']!r} must lie in [0, 1)")
-    if not group["eps"] > 0:
-        raise ValueError(f"eps={group['eps']!r} must be above 0")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay={group['weight_decay']!r} must be at least 0")
-    if group["geometry"] not in get_args(Geometry):
-        raise ValueError(f"geometry={group['geometry']!r} must be one of {', '.join(get_args(Geometry))}")
-    if group["adapters"] and len(group["params"]) % 2:
-        raise ValueError("a group with adapters=True must hold K and L of each adapter side by side")

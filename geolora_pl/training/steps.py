@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
+from geolora_pl.training.batch_statistics import BatchStatistics
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.distributed import anywhere, is_sharded
 from geolora_pl.training.internals import foreach_mul, foreach_norm
+from geolora_pl.training.nesting import Nesting
 from geolora_pl.training.optim import RiemannianAdam
 
 OnNonfinite = Literal["skip", "raise"]
@@ -47,6 +50,7 @@ class StepWatch:
         skipped_steps: Steps skipped because a gradient was not finite.
         lr_factor: Multiplies the learning rates of all groups during each step; outside of the step they are as given,
             so that no scheduler sees it.
+        nesting: Knows whether a step goes on inside of another.
         every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
 
     Args:
@@ -72,8 +76,10 @@ class StepWatch:
         self.new_steps = 0
         self.skipped_steps = 0
         self.lr_factor = 1.0
+        self.nesting = Nesting()
         self.decay: dict[str, float] = dict.fromkeys(adapters, 1.0)
         self._model = model
+        self._statistics = BatchStatistics(model)
         self._without_gradient: set[str] = set()  # adapters that a warning has named
         self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # per step whether it was skipped, and its decay
         self._scaled: list[tuple[dict[str, Any], Any]] = []  # groups in a step, with the learning rate given to each
@@ -89,15 +95,13 @@ class StepWatch:
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (watch := reference()) is not None:
-                watch.restore_lr()
+                outermost = not watch.nesting.inner
+                watch.nesting.leave(optimizer)
+                if outermost:
+                    watch.restore_lr()
 
-        hooks = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
-
-        def remove() -> None:
-            for hook in hooks:
-                hook.remove()
-
-        self._finalizer = weakref.finalize(self, remove)
+        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+        self._finalizer = weakref.finalize(self, _remove, *hooks)
 
     def close(self) -> None:
         """Stop watching."""
@@ -151,6 +155,7 @@ class StepWatch:
         """Restore what :meth:`state_dict` returned, and forget the steps that were seen since."""
         self.new_steps = 0
         self._unsettled = []
+        self._statistics.keep()
         self.skipped_steps = state["skipped_steps"]
         self.decay = dict(state["decay"])
 
@@ -169,8 +174,11 @@ class StepWatch:
         Returns:
             ``None``, or new ``args`` and ``kwargs`` with the closure wrapped.
         """
-        if not self._binding.trains_any(optimizer):
-            return None
+        if not self._binding.trains_any(optimizer) or self._binding.innermost(optimizer) is not optimizer:
+            return None  # of a wrapper only the steps of the optimizer inside of it count
+        self.nesting.enter(optimizer)
+        if self.nesting.inner:
+            return None  # the call around it has looked already, or will when its closure has run
         self._scale_lr(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -203,9 +211,13 @@ class StepWatch:
         if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
             broken_on_device = (~_squares_are_finite(parameters).all()).to(torch.float32)
             optimizer.leave_out_next_step_if(broken_on_device)
+            self._statistics.take_back_if(broken_on_device)
         elif (broken := _first_non_finite(parameters)) is not None:
+            self._statistics.take_back_if(True)
             self._skip(optimizer, parameters, broken)
             return
+        else:
+            self._statistics.keep()
         trained = {name: K for name, layer in self.adapters.items() if (K := layer.K).requires_grad}
         missing = {name for name, K in trained.items() if K.grad is None}
         if parameters:
@@ -281,6 +293,11 @@ class StepWatch:
                 f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
                 "exclude_modules if the model never uses these layers"
             )
+
+
+def _remove(*hooks: RemovableHandle) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _warn(message: str) -> None:

@@ -223,7 +223,7 @@ def test_merge_refuses_what_is_not_finite_before_it_changes_anything():
     adapters = inject_adapters(model)
     with torch.no_grad():
         adapters["pooler"].K[0, adapters["pooler"].probes] = float("inf")
-    with pytest.raises(ValueError, match="the merged weight of pooler is not finite"):
+    with pytest.raises(ValueError, match=r"pooler\.K is not finite"):
         merge_adapters(model)
     assert list(find_adapters(model)) == ALL
 

@@ -88,13 +88,30 @@ def backward_only(adapter, seed):
     (0.5 * (adapter.delta_weight() - target).square().sum()).backward()
 
 
-def test_state_without_a_rule_is_set_to_zero_and_named_once():
-    _, adapter, integrator = one_layer(10, 7, 2, 5)
-    optimizer = torch.optim.RMSprop([adapter.K, adapter.L], lr=0.01)
-    with pytest.warns(GeoLoRAWarning, match="the optimizer's state square_avg has no known rule"):
+class Unusual(torch.optim.SGD):
+    """SGD that keeps state under names that nobody knows: one that is nowhere negative, and one that is."""
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["size"] = self.state[p].get("size", 0) + p.grad.square()
+                self.state[p]["memory"] = p.grad.clone()
+        return super().step()
+
+
+def test_state_with_an_unknown_name_is_averaged_where_it_is_nowhere_negative_and_named_once():
+    _, adapter, integrator = one_layer(10, 7, 2, 5, tau=0.1, probes=0)
+    optimizer = Unusual([adapter.K, adapter.L], lr=0.1)
+    with pytest.warns(GeoLoRAWarning, match="the optimizer's state memory, size has no known rule"):
         step(adapter, optimizer, integrator, 0)
-    step(adapter, optimizer, integrator, 1)  # a second warning would be an error here
-    assert torch.count_nonzero(optimizer.state[adapter.K]["square_avg"]) == 0
+    U, V = adapter.U.clone(), adapter.V.clone()
+    backward_only(adapter, 1)
+    optimizer.step()
+    seen = {p: optimizer.state[p]["size"].clone() for p in (adapter.K, adapter.L)}
+    assert integrator.step(optimizer)  # a second warning would be an error here
+    for factor, old, new in ((adapter.K, V, adapter.V), (adapter.L, U, adapter.U)):
+        assert torch.count_nonzero(optimizer.state[factor]["memory"]) == 0
+        close(optimizer.state[factor]["size"], transport_second_moment(seen[factor], old, new))
 
 
 def test_plain_sgd_has_nothing_to_transport():
