@@ -149,13 +149,14 @@ def _refuse_config_without_target(model: nn.Module, config: AdapterConfig, suite
 
 
 def _endings_of_convolutions(model: nn.Module) -> list[str]:
-    """The endings of the names of the layers in numbered blocks that could be adapted, for ``target_modules``."""
-    endings = set()
-    for name, layer in model.named_modules():
-        kind = adapter_class_of(layer)
-        in_block = re.search(r"\d+\..", name) is not None
-        if in_block and kind is not None and not kind.is_linear and kind.refusal(layer) is None:
-            endings.add(name.rpartition(".")[2])
+    """The endings of the names of layers of other kinds, for ``target_modules``: those of numbered blocks, if any."""
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if (kind := adapter_class_of(layer)) is not None and not kind.is_linear and kind.refusal(layer) is None
+    ]
+    in_blocks = [name for name in names if re.search(r"\d+\..", name)]
+    endings = {name.rpartition(".")[2] for name in in_blocks or names}
     return sorted(ending for ending in endings if not ending.isdigit())
 
 

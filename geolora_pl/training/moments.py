@@ -93,7 +93,8 @@ def _depends_on_basis(optimizer: Optimizer, key: str, states: tuple[Any, Any], l
         if not any(isinstance(part, Tensor) and part.dim() > 1 for part in parts):
             return False
         rows, columns = factor.shape
-        shape = tuple(value.shape) if type(value) is Tensor and value.is_floating_point() else ()
+        plain = type(value) is type(factor.detach()) and value.is_floating_point()
+        shape = tuple(value.shape) if plain else ()
         if shape == (rows, 1) and columns > 1:
             return False
         if shape not in ((rows, columns), (1, columns)):

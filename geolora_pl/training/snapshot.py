@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.statistics import running_statistics
 from geolora_pl.training.distributed import is_sharded
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
@@ -65,10 +66,7 @@ def _changing(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Ten
     for name, parameter in model.named_parameters():
         if id(parameter) in changing:
             yield name, parameter
-    for prefix, module in model.named_modules():
-        if getattr(module, "running_mean", None) is not None:  # as batch norm has it
-            for name, buffer in module.named_buffers(recurse=False):
-                yield f"{prefix}.{name}", buffer
+    yield from running_statistics(model).items()
 
 
 def _copies(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -196,7 +196,7 @@ def test_a_kind_without_an_adapter_is_named(layer, targets):
 def test_a_convolutional_model_is_told_what_to_name():
     """A user adapts a ResNet with the default, which means linear layers alone: the error has the names to give."""
     model = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "conv2": nn.Conv2d(4, 4, 3), "head": nn.Linear(4, 2)})
-    with pytest.raises(ValueError, match=r"such as target_modules=\['conv1', 'conv2'\]"):
+    with pytest.raises(ValueError, match=r"set target_modules to \['conv1', 'conv2'\]"):
         inject_adapters(model)
 
 
