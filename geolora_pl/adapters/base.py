@@ -16,6 +16,7 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.fused import tangent_factored
 from geolora_pl.math.decomposition import Factors, computed_columns
 from geolora_pl.math.precision import without_autocast, working_dtype
+from geolora_pl.math.ranks import RankRule
 
 FACTORS = ("U", "S", "V", "K", "L")
 
@@ -66,6 +67,8 @@ class GeoLoRALayer(nn.Module):
         rank: The live rank: how many columns of U and V are in use. A plain integer, so that reading it never waits
             for the device.
         probes: The number of columns in front of the live ones.
+        rule: The rule by which an integrator chooses the rank, for files that are written between two retractions;
+            ``None`` before the first integrator.
         is_linear: Class attribute: whether ``target_modules="all-linear"`` takes this kind of layer; others are named.
 
     Args:
@@ -78,6 +81,7 @@ class GeoLoRALayer(nn.Module):
 
     is_linear: ClassVar[bool] = True
     rank: int
+    rule: RankRule | None = None
     base: Any  # a module, whose attributes depend on its kind
 
     def __init__(self, base: nn.Module, config: AdapterConfig) -> None:

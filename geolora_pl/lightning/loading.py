@@ -11,10 +11,11 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
+from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.module import GeoLoRAModule
-from geolora_pl.storage.checkpoint import read_checkpoint
+from geolora_pl.storage.checkpoint import read_checkpoint, rule_of
 
 _TASKS = "geolora_pl.tasks"  # the classes that a checkpoint may name by itself
 
@@ -48,6 +49,8 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
     except Exception as error:  # each library has errors of its own for sizes that make no sense
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {module_class.__name__}: {reason}") from error
+    for layer in find_adapters(module).values():
+        layer.rule = rule_of(checkpoint)
     module.eval()
     return module
 

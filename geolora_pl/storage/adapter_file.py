@@ -36,7 +36,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapters and whatever else was trained to one safetensors file.
 
     An adapter of rank r is stored as ``U (m, r), S (r, r), V (n, r)``, whatever ``max_rank`` is, and without its
-    probes. Pending increments are folded into the copy that is written; the model does not change. The file also holds
+    probes. Pending increments are folded into the copy that is written, and where an integrator trains the adapters its
+    ``tau`` and budget choose the ranks as in a retraction; the model does not change. The file also holds
     the configuration, the name of the base, a hash of its frozen weights and a checksum. An existing file is replaced
     in one step.
 

@@ -15,7 +15,7 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
 from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.math.precision import exact_products
-from geolora_pl.math.ranks import ranks_by_tau, resolution
+from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
 
 
@@ -102,19 +102,66 @@ def config_of(
 
 
 @torch.no_grad()
-def retracted(layer: GeoLoRALayer) -> Factors:
-    """An adapter with its pending increments folded in and without its probes; the layer stays as it is.
+def retracted(adapters: Mapping[str, GeoLoRALayer], exact: bool = False) -> dict[str, Factors]:
+    """The adapters with their pending increments folded in and without their probes; the layers stay as they are.
 
-    Without pending increments the factors are copied bit for bit. With increments the sum is decomposed again, and at
-    most ``max_rank`` leading directions are kept, as in a retraction of the integrator.
+    Without pending increments the factors are copied bit for bit. With increments the sum is decomposed again, and the
+    rule of the integrator chooses the ranks, as in a retraction; without a rule all directions are kept that are larger
+    than rounding, at most ``max_rank``. Directions that were admitted and never took a step are left out.
+
+    Args:
+        adapters: By name.
+        exact: Whether to leave the rule aside, so that the function stays the same.
     """
+    rule = None if exact else next((layer.rule for layer in adapters.values() if layer.rule is not None), None)
+    with exact_products(next(iter(adapters.values())).U.device):
+        points = {name: _point(layer) for name, layer in adapters.items()}
+        ranks = {name: _rank(layer, points[name], rule) for name, layer in adapters.items()}
+    if rule is not None and rule.budget is not None:
+        least = {name: min(rank, rule.min_rank) for name, rank in ranks.items()}
+        within = ranks_by_budget(
+            [points[name].sigma.cpu()[None] for name in adapters],
+            [torch.tensor([ranks[name]]) for name in adapters],
+            [layer.in_features + layer.out_features for layer in adapters.values()],
+            rule.budget,
+            [torch.tensor([least[name]]) for name in adapters],
+        )
+        ranks = {name: int(rank) for name, rank in zip(adapters, within, strict=True)}
+    return {
+        name: Factors(U[:, :r].clone(), S[:r, :r].clone(), V[:, :r].clone())
+        for name, (U, S, V, _, _) in points.items()
+        for r in [ranks[name]]
+    }
+
+
+class _Point(NamedTuple):
+    """One adapter at the columns that it may be written with, and the singular values of what it computes."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    sigma: Tensor
+    pending: bool
+
+
+def _point(layer: GeoLoRALayer) -> _Point:
     U, S, V, K, L = without_probes(layer.U, layer.S, layer.V, layer.K, layer.L)
     if not (K.any() or L.any()):
         r = layer.rank
-        return Factors(U[:, :r].clone(), S[:r, :r].clone(), V[:, :r].clone())
-    with exact_products(U.device):
-        step = decompose(U, S, V, K, L)
-        return leading(step.U, step.sigma, step.V)
+        return _Point(U[:, :r], S[:r, :r], V[:, :r], S.diagonal()[:r].abs(), pending=False)
+    step = decompose(U, S, V, K, L)
+    return _Point(step.U, torch.diag(step.sigma[: U.shape[1]]), step.V, step.sigma, pending=True)
+
+
+def _rank(layer: GeoLoRALayer, point: _Point, rule: RankRule | None) -> int:
+    if point.pending:
+        smallest = resolution(len(point.U), len(point.V), point.sigma.dtype)
+        tau, least = (0.0, 0) if rule is None else (rule.tau, min(rule.min_rank, layer.max_rank))
+        return int(ranks_by_tau(point.sigma, tau, smallest, least, layer.max_rank))
+    used = (point.S != 0).any(0) | (point.S != 0).any(1)
+    if rule is None or not used.any():
+        return layer.rank
+    return max(int(used.nonzero().max()) + 1, min(rule.min_rank, layer.rank))
 
 
 def leading(U: Tensor, sigma: Tensor, V: Tensor) -> Factors:
@@ -124,8 +171,12 @@ def leading(U: Tensor, sigma: Tensor, V: Tensor) -> Factors:
     return Factors(U[:, :r].contiguous(), torch.diag(sigma[:r]), V[:, :r].contiguous())
 
 
-def capture(model: nn.Module) -> AdapterState:
+def capture(model: nn.Module, exact: bool = False) -> AdapterState:
     """Copy what training has changed in a model.
+
+    Args:
+        model: A model with adapters.
+        exact: Whether all of a pending step is kept, beyond the rule of the integrator.
 
     Raises:
         ValueError: The model has no adapters, or they differ in ``alpha``, ``dropout`` or ``probes``.
@@ -145,7 +196,7 @@ def capture(model: nn.Module) -> AdapterState:
     config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout, probes)
     return AdapterState(
         config=replace(config, target_modules=alternation(adapted_names(model))),
-        factors={name: retracted(layer) for name, layer in adapters.items()},
+        factors=retracted(adapters, exact),
         trained={name: parameters[name].detach().clone() for name in names},
         buffers={name: buffer.detach().clone() for name, buffer in base_buffers(model).items()},
         base_name=base_name(model),

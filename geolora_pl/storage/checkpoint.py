@@ -14,6 +14,7 @@ from torch import nn
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.math.ranks import RankRule
 from geolora_pl.storage.adapter_state import adapted_names, alternation, config_of
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
 
@@ -66,6 +67,17 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
             "run: name a .ckpt file that the trainer saved"
         )
     return checkpoint
+
+
+def rule_of(checkpoint: Mapping[str, Any]) -> RankRule | None:
+    """The rule by which the run of a checkpoint chooses ranks; ``None`` if it gives none that makes sense."""
+    callbacks = checkpoint.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+        try:
+            return RankRule(**state["integrator"]["rule"])
+        except (KeyError, TypeError, ValueError):  # of another callback, or of an older version
+            continue
+    return None
 
 
 def _load(path: Path, mmap: bool) -> object:

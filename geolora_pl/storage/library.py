@@ -82,7 +82,7 @@ class AdapterLibrary:
         self._refuse_taken(name)
         state = read_adapter(path)
         active = self.in_use
-        current = None if active is None else capture(self.model)
+        current = None if active is None else capture(self.model, exact=True)
         self.use(None)  # the hash is that of the base alone
         try:
             check(self.model, state)

@@ -49,8 +49,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
 
     By default every adapter is padded with zeros to the largest rank, and ``lora_alpha`` equals it, so that the
     scaling is 1. This is also correct in a loader that does not support ``rank_pattern``. Pending increments are folded
-    in. Trained modules are stored like ``modules_to_save`` of PEFT, and trained biases as with ``bias="all"``; most
-    servers support neither.
+    in, at the ranks that the integrator would choose. Trained modules are stored like ``modules_to_save`` of PEFT, and
+    trained biases as with ``bias="all"``; most servers support neither.
 
     Args:
         model: A model with adapters. It must be the model into which PEFT will load them, not a module around it.

@@ -13,7 +13,7 @@ from geolora_pl.storage.checkpoint import read_checkpoint
 
 
 def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tensor]]:
-    """For each adapter in a state dict by name: out + in features, rank, and the singular values of its update.
+    """For each adapter in a state dict by name: out + in features, rank, and as many singular values of its update.
 
     The update includes pending increments, but not the factor ``alpha``.
 
@@ -29,7 +29,7 @@ def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tenso
         U, S, V, K, L = without_probes(*(state_dict[f"{name}.{factor}"] for factor in FACTORS))
         rank = int((U != 0).any(0).sum())
         sigma = decompose(U, S, V, K, L).sigma
-        found[name] = (len(U) + len(V), rank, sigma[: max(rank, int((sigma > 1e-6 * sigma[:1]).sum()))])
+        found[name] = (len(U) + len(V), rank, sigma[:rank])
     return found
 
 

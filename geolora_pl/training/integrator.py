@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,7 @@ class RankAdaptiveIntegrator:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
         for layer in self.adapters.values():
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
+            layer.rule = self.rule
         _check_floors(self.rule, self.adapters)
         self.rank_changes = True
         self.steps = 0
@@ -202,9 +203,10 @@ class RankAdaptiveIntegrator:
         self._binding.check(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and pending decay; factors and ranks are in the model's own state."""
+        """Counters, pending decay, and the rule for exports; factors and ranks are in the model's own state."""
         self.settle()
-        return {name: getattr(self, name) for name in _STATE} | self._watch.state_dict()
+        counters = {name: getattr(self, name) for name in _STATE}
+        return {**counters, "rule": asdict(self.rule), **self._watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

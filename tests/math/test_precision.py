@@ -118,7 +118,7 @@ def test_bases_are_made_by_exact_products_and_the_passes_as_fast_as_the_user_wan
             model(torch.ones(3, 12)).square().mean().backward()
         optimizer.step()
         with Products() as exact:
-            state.retracted(layer)
+            state.retracted({"0": layer})
             integrator.retract(optimizer)
             save_adapter(model, tmp_path / "adapter.safetensors")
             export_peft(model, tmp_path / "lora")

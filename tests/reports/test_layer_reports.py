@@ -17,12 +17,16 @@ from geolora_pl import (
     MergedAdapters,
     RankAdaptiveIntegrator,
     RiemannianAdam,
+    export_peft,
     inject_adapters,
     load_adapter,
     merge_adapters,
     save_adapter,
 )
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.storage.adapter_state import capture
+from geolora_pl.storage.checkpoint import rule_of
+from geolora_pl.storage.spectra import spectra
 from geolora_pl.testing import check_optimizer
 
 
@@ -485,3 +489,72 @@ def test_a_layer_inside_of_another_is_refused():
     with pytest.raises(ValueError, match=r"^0.base lies inside of 0"):
         inject_adapters(model)
     assert not find_adapters(model)
+
+
+RULES = [{"tau": 0.3}, {"tau": 0.1, "budget": 256}, {"tau": 0.0}, {"tau": 0.5, "min_rank": 3}]
+
+
+def between_retractions(**settings):
+    """A model in the middle of an interval, its integrator and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    inject_adapters(model)
+    integrator, optimizer = RankAdaptiveIntegrator(model, adapt_every=8, **settings), RiemannianAdam(model)
+    x, y = torch.randn(64, 16), torch.randn(64, 16)
+    for _ in range(28):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    assert integrator.steps == 4
+    return model, integrator, optimizer
+
+
+@pytest.mark.parametrize("settings", RULES)
+def test_an_export_between_two_retractions_has_the_ranks_of_a_retraction(settings, tmp_path):
+    """A user exports in the middle of an interval: the ranks were twice those found, and above the budget.
+
+    The exported factors are those that a retraction at this place leaves behind.
+    """
+    model, integrator, optimizer = between_retractions(**settings)
+    exported = capture(model).factors
+    rank = export_peft(model, tmp_path / "peft")
+    before = {name: layer.delta_weight().detach() for name, layer in find_adapters(model).items()}
+    whole = capture(model, exact=True).factors
+    integrator.retract(optimizer)
+    assert {name: factors.U.shape[1] for name, factors in exported.items()} == integrator.ranks()
+    assert rank == max(integrator.ranks().values())
+    if "budget" in settings:
+        assert integrator.adapter_parameters() <= settings["budget"]
+    for name, layer in find_adapters(model).items():
+        U, S, V = exported[name]
+        close(U @ S @ V.T, layer.delta_weight(), 4096)
+        U, S, V = whole[name]
+        close(U @ S @ V.T, before[name], 4096)
+
+
+def test_an_export_right_after_a_retraction_leaves_out_what_never_took_a_step():
+    """A user exports at a checkpoint that falls on a retraction: the file had directions that were just admitted."""
+    model, integrator, optimizer = between_retractions(tau=0.3)
+    while integrator.steps or integrator.total_steps < 40:
+        model(torch.randn(64, 16)).square().sum().backward()
+        optimizer.step()
+        integrator.step(optimizer)
+    layer = find_adapters(model)["0"]
+    r = layer.rank
+    with torch.no_grad():  # as a retraction does that admits one
+        layer.S[r - 1, r - 1] = 0
+    assert capture(model).factors["0"].U.shape[1] == r - 1
+    integrator.retract()
+    assert layer.rank == r - 1
+
+
+def test_ranks_and_exports_of_a_checkpoint_follow_the_rule_of_its_run():
+    """A user asks for the ranks of a checkpoint between retractions: there were ten bars for rank 5."""
+    model, integrator, _ = between_retractions(tau=0.3)
+    checkpoint = {"callbacks": {"Other": 3, "GeoLoRACallback": {"integrator": integrator.state_dict()}}}
+    assert rule_of(checkpoint) == integrator.rule
+    for nonsense in ({}, {"callbacks": []}, {"callbacks": {"a": {"integrator": {"rule": {"tau": 7}}}}}):
+        assert rule_of(nonsense) is None
+    for name, (_, rank, sigma) in spectra(model.state_dict()).items():
+        assert rank == len(sigma) == integrator.ranks()[name]
