@@ -19,8 +19,8 @@ class WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoint files, written to a temporary name beside the target, flushed and renamed.
 
     A process that dies while it writes leaves the earlier file as it was, and a hidden folder ``.<file>.*`` beside it
-    that may be deleted. (Lightning writes to the system's temporary
-    folder, and where that is another disk, it copies the file into place.) Remote paths are left to Lightning.
+    that may be deleted. (Lightning writes to the system's temporary folder, and where that is another disk, it copies
+    the file into place.) Remote paths are left to Lightning.
 
     Args:
         module: The module from which a small checkpoint that is loaded gets its base.

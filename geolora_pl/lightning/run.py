@@ -85,9 +85,9 @@ class Run:
 
     def batch_ended(self, trainer: L.Trainer, outputs: Any) -> None:
         """Go back if the run has diverged, which shows in the loss that ``training_step`` returned."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if self.guard is None:
             return
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         known = loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
         if self.guard.batch_ended(known, trainer.accumulate_grad_batches) and trainer.global_step >= self._last:
             self.retract_pending()  # as after the last step

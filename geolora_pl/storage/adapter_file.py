@@ -66,12 +66,12 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     trained with them becomes trainable again; existing adapters keep their own dropout, ``max_rank`` and number of
     probes. Load the file before the optimizer is made, because the optimizer's state does not follow the new values.
 
-    Args:
-        model: The base that the adapter was trained on, in any precision.
-        path: The file.
-
     A checkpoint of a run is taken as well, which is how a LightningModule that got its adapters from the callback comes
     back from one: its ``load_from_checkpoint`` knows nothing of adapters. All weights are those of the checkpoint then.
+
+    Args:
+        model: The base that the adapter was trained on, in any precision.
+        path: The adapter file or the checkpoint.
 
     Raises:
         ValueError: The file is missing, broken, of a newer version or not an adapter, or the model is not its base;

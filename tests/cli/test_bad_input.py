@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from flags import LIMITS
 from image_files import write_idx
 from PIL import Image
 from safetensors.torch import save_file
@@ -33,15 +34,6 @@ from geolora_pl.storage.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
-LIMITS = {
-    "max_epochs": 1,
-    "limit_train_batches": 2,
-    "log_every_n_steps": 1,
-    "limit_val_batches": 1,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-}
 # Loggers and callbacks are classes of their own to parse: without them, a command takes two thirds of the time.
 TRAINER = {"trainer": {**LIMITS, "logger": False, "default_root_dir": "lightning_logs"}, "test_after_fit": False}
 SMALL = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()) | TRAINER

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from flags import FLAGS
 from kept import Keeps
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -28,7 +29,6 @@ LIMITS = {
 }
 SMALL_BATCH = "--data.init_args.batch_size=16"
 QUICK = [SMALL_BATCH, *(f"--trainer.{name}={value}" for name, value in LIMITS.items())]
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(command, *more, quick=QUICK):
-    main([command, "--config", "configs/quickstart.yaml", *quick, *QUIET, *more])
+    main([command, "--config", "configs/quickstart.yaml", *quick, *FLAGS, *more])
 
 
 def test_fit_then_test_then_predict(folder, capfd):
@@ -62,7 +62,7 @@ def test_fit_then_test_then_predict(folder, capfd):
 
     saved = (logs / "config.yaml").read_text()
     last = str(logs / "checkpoints" / "last.ckpt")
-    main(["test", "--config", "lightning_logs/quickstart/config.yaml", "--ckpt_path", last, *QUIET])
+    main(["test", "--config", "lightning_logs/quickstart/config.yaml", "--ckpt_path", last, *FLAGS])
     assert "test_accuracy" in capfd.readouterr().out
     assert (logs / "config.yaml").read_text() == saved
 
@@ -255,7 +255,7 @@ def test_bad_input_stops_before_training_and_says_why(folder, capfd, arguments, 
 def test_the_users_own_configuration_is_never_written_over(folder):
     own = folder / "config.yaml"
     own.write_text("# mine\n" + (ROOT / "configs" / "quickstart.yaml").read_text())
-    main(["fit", "--config", "config.yaml", *QUICK, *QUIET, "--trainer.logger=false"])
+    main(["fit", "--config", "config.yaml", *QUICK, *FLAGS, "--trainer.logger=false"])
     assert own.read_text().startswith("# mine")
 
 

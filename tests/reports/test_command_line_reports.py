@@ -6,23 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flags import QUIET
+from flags import LIMITS
 
 from geolora_pl.cli import dispatch
 from geolora_pl.cli.dispatch import main
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
-LIMITS = {
-    "max_epochs": 1,
-    "limit_train_batches": 2,
-    "limit_val_batches": 1,
-    "log_every_n_steps": 1,
-    "logger": False,
-    **QUIET,
-}
 SMALL = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()) | {
-    "trainer": LIMITS,
+    "trainer": {**LIMITS, "logger": False},
     "test_after_fit": False,
 }
 

