@@ -80,10 +80,10 @@ def factored(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> tuple[Ten
         A (..., m, 2 (p + R)) and B (..., n, 2 (p + R)).
     """
     if not (probes := U.shape[-1] - S.shape[-1]):
-        return torch.cat([_plus_product(K, U, S), U], dim=-1), torch.cat([V, L], dim=-1)
+        return torch.cat([plus_product(K, U, S), U], dim=-1), torch.cat([V, L], dim=-1)
     none_K, none_L = torch.zeros_like(K[..., :probes]), torch.zeros_like(L[..., :probes])
     U_live, _, _, K_live, L_live = without_probes(U, S, V, K, L)
-    A = torch.cat([none_K, _plus_product(K_live, U_live, S), U], dim=-1)
+    A = torch.cat([none_K, plus_product(K_live, U_live, S), U], dim=-1)
     return A, torch.cat([V, none_L, L_live], dim=-1)
 
 
@@ -172,12 +172,16 @@ def first(counts: Tensor, columns: int) -> Tensor:
 
 def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
     """Remove from the columns of ``matrix`` (..., n, R) their part in the span of ``basis`` (..., n, R)."""
-    return _plus_product(matrix, basis, basis.mT @ matrix, alpha=-1)
+    return plus_product(matrix, basis, basis.mT @ matrix, alpha=-1)
 
 
-def _plus_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
-    """``matrix + alpha left right``, in one call for single matrices, which every layer forms in every step."""
-    return torch.addmm(matrix, left, right, alpha=alpha) if matrix.dim() == 2 else matrix + alpha * (left @ right)
+def plus_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+    """``matrix + alpha left right``, in one call without a sum of its own for a matrix and for a batch of them."""
+    if matrix.dim() == 2:  # every layer forms this in every step
+        return torch.addmm(matrix, left, right, alpha=alpha)
+    if matrix.dim() == left.dim() == 3:
+        return torch.baddbmm(matrix, left, right, alpha=alpha)
+    return matrix + alpha * (left @ right)
 
 
 def orthonormality_defect(basis: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from geolora_pl.math.decomposition import project_out
+from geolora_pl.math.decomposition import plus_product, project_out
 
 
 def transport_first_moment(
@@ -42,8 +42,8 @@ def transport_first_moment(
         of_L[..., :probes, :] -= L_inside.mT @ of_V
         of_L[..., probes:, :] -= K_inside @ of_V[..., :probes, :]
         of_K -= L_inside @ of_U[..., :probes, :]
-    new_K = m_K @ of_V + U @ of_L
-    new_L = m_L @ of_U + V @ of_K
+    new_K = plus_product(m_K @ of_V, U, of_L)
+    new_L = plus_product(m_L @ of_U, V, of_K)
     return new_K, project_out(new_L, V_new[..., probes:])
 
 

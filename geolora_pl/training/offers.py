@@ -133,9 +133,8 @@ def make_offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, flo
 
 
 def _any(factors: Tensor) -> Tensor:
-    """Whether each matrix (B, rows, columns) has an entry that is not zero; a norm needs no copy of a part of it."""
-    largest: Tensor = torch.linalg.vector_norm(factors, float("inf"), dim=(-2, -1))
-    return largest > 0
+    """Whether each matrix (B, rows, columns) has an entry that is not zero: (B,), bool."""
+    return factors.abs().amax((-2, -1)) > 0  # several times as fast as a norm, or as any() of booleans
 
 
 def _random(adapters: Adapters, names: Sequence[str], probes: int, seed: int) -> tuple[Tensor, Tensor]:
