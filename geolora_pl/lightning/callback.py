@@ -61,6 +61,9 @@ class GeoLoRACallback(L.Callback):
             a run of less than 100 (:func:`usual_cadence`); a run that is resumed keeps its own.
         adapt_until: The part of the run in which ranks may change, in (0, 1]; after it the retraction goes on
             at the ranks found.
+        coefficient_steps: Optimizer steps that train the coefficients alone, at least 0, between an augmentation of the
+            bases and its truncation: the schedule of the authors' code, with ``adapt_every=1`` and adapters without
+            probes.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
         on_divergence: What to do when the training loss explodes: ``rollback`` to the last good state and halve all
@@ -89,12 +92,14 @@ class GeoLoRACallback(L.Callback):
         min_rank: int = 1,
         adapt_every: int | None = None,
         adapt_until: float = 1.0,
+        coefficient_steps: int = 0,
         on_nonfinite: OnNonfinite = "skip",
         on_divergence: OnDivergence = "rollback",
         small_checkpoints: bool = False,
         adapter: AdapterConfig | None = None,
     ) -> None:
-        RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every)  # raises here, not at the fit
+        # This raises here, and not at the fit.
+        RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, coefficient_steps)
         check_on_nonfinite(on_nonfinite)
         check_on_divergence(on_divergence)
         if not 0 < adapt_until <= 1:
@@ -104,6 +109,7 @@ class GeoLoRACallback(L.Callback):
         self.min_rank = min_rank
         self.adapt_every = adapt_every
         self.adapt_until = adapt_until
+        self.coefficient_steps = coefficient_steps
         self.on_nonfinite = on_nonfinite
         self.on_divergence = on_divergence
         self.small_checkpoints = small_checkpoints
@@ -170,7 +176,7 @@ class GeoLoRACallback(L.Callback):
         steps_are_known = pl_module.automatic_optimization and not trainer.fast_dev_run  # type: ignore[attr-defined]
         check_length(steps, adapt_every if steps_are_known else 0, self.adapt_until)
         integrator = RankAdaptiveIntegrator(
-            pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.on_nonfinite
+            pl_module, self.tau, self.budget, self.min_rank, adapt_every, self.on_nonfinite, self.coefficient_steps
         )
         wrapped = trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel) and not (

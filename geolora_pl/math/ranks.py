@@ -21,26 +21,29 @@ class RankRule:
         budget: Adapter parameters allowed in all, at least 1, or ``None`` for no limit.
         min_rank: Least rank of an adapter, at least 0.
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
+        coefficient_steps: Optimizer steps on the coefficients alone, at least 0, in bases that a retraction has
+            augmented and not truncated yet.
 
     Raises:
         ValueError: An argument is out of range.
 
     Example:
         >>> RankRule(tau=0.1, adapt_every=10)
-        RankRule(tau=0.1, budget=None, min_rank=1, adapt_every=10)
+        RankRule(tau=0.1, budget=None, min_rank=1, adapt_every=10, coefficient_steps=0)
     """
 
     tau: float
     budget: int | None = None
     min_rank: int = 1
     adapt_every: int = 1
+    coefficient_steps: int = 0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tau, (int, float)) and 0 <= self.tau < 1):
             raise ValueError(
                 f"tau={self.tau!r} must lie in [0, 1): it is the relative part of an update that may be dropped"
             )
-        for name, least in (("min_rank", 0), ("adapt_every", 1)):
+        for name, least in (("min_rank", 0), ("adapt_every", 1), ("coefficient_steps", 0)):
             if not _is_whole(value := getattr(self, name), least):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         if self.budget is not None and not _is_whole(self.budget, 1):

@@ -17,6 +17,8 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.training.binding import Binding
+from geolora_pl.training.coefficients import restrict_increments
+from geolora_pl.training.distributed import is_sharded
 from geolora_pl.training.internals import foreach_copy_, foreach_zero_
 from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.offers import Retraction, stack
@@ -24,7 +26,7 @@ from geolora_pl.training.plan import GroupPlan, Plan, plan_retraction
 from geolora_pl.training.steps import OnNonfinite, StepWatch
 
 _COUNTS = ("total_steps", "adaptations", "rollbacks")
-_STATE = ("rank_changes", "steps", *_COUNTS, "truncation_error", "_on_trial")
+_STATE = ("rank_changes", "steps", *_COUNTS, "truncation_error", "_on_trial", "_augmented")
 
 
 class RankAdaptiveIntegrator:
@@ -49,6 +51,9 @@ class RankAdaptiveIntegrator:
     sends ranks and factors to the others in one message, so that all stay equal to the bit. They must hold the same
     adapters, and gradients that are already reduced, as with DDP.
 
+    ``coefficient_steps`` is the practical schedule of the authors' code: a retraction only augments, so that ranks
+    double; so many optimizer steps train S alone; then ``tau`` truncates, and ``adapt_every`` steps of K and L follow.
+
     The defaults are those of Algorithm 1; :class:`~geolora_pl.GeoLoRACallback` has the ones that measured best.
 
     Attributes:
@@ -72,10 +77,12 @@ class RankAdaptiveIntegrator:
         adapt_every: Optimizer steps from one retraction to the next, at least 1; the first ones come sooner, after 1,
             2, 4, ... steps, so that the bases of the start, which are random, do not decide which ranks are found.
         on_nonfinite: ``skip`` a step whose gradients are not all finite, or ``raise``.
+        coefficient_steps: Optimizer steps on the coefficients alone between an augmentation and its truncation, at
+            least 0; with 0 one retraction does both. It needs adapters without probes.
 
     Raises:
-        ValueError: An argument is out of range, the model has no adapters, or the budget is below what ``min_rank``
-            asks for.
+        ValueError: An argument is out of range, the model has no adapters, the budget is below what ``min_rank``
+            asks for, or ``coefficient_steps`` was asked for with probes or sharded factors.
         FloatingPointError: From the optimizer's step with ``on_nonfinite="raise"``; nothing has changed then.
 
     Example:
@@ -98,8 +105,9 @@ class RankAdaptiveIntegrator:
         min_rank: int = 1,
         adapt_every: int = 1,
         on_nonfinite: OnNonfinite = "skip",
+        coefficient_steps: int = 0,
     ) -> None:
-        self.rule = RankRule(tau, budget, min_rank, adapt_every)
+        self.rule = RankRule(tau, budget, min_rank, adapt_every, coefficient_steps)
         self.adapters = find_adapters(model)
         if not self.adapters:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
@@ -107,6 +115,7 @@ class RankAdaptiveIntegrator:
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
             layer.rule = self.rule
         _check_floors(self.rule, self.adapters)
+        _check_schedule(self.rule, self.adapters)
         self.rank_changes = True
         self.steps = 0
         self.total_steps = 0
@@ -135,7 +144,16 @@ class RankAdaptiveIntegrator:
     @property
     def unfinished(self) -> bool:
         """Whether :meth:`retract` has anything to do: increments are pending, or new directions are not judged yet."""
-        return self.steps > 0 or self._on_trial
+        return self.steps > 0 or self._on_trial or self._augmented
+
+    @property
+    def _augmented(self) -> bool:
+        """Whether the last retraction only augmented, so that the coefficients alone are trained until the next."""
+        return self._watch.coefficients_alone
+
+    @_augmented.setter
+    def _augmented(self, augmented: bool) -> None:
+        self._watch.coefficients_alone = augmented
 
     def ranks(self) -> dict[str, int]:
         """The live rank of every adapter by name."""
@@ -165,15 +183,20 @@ class RankAdaptiveIntegrator:
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps
+        if new_steps and self._augmented:
+            restrict_increments(self.adapters.values())
         if self.steps >= self._interval():
             self.settle()
         if self.steps < self._interval():
             return False
-        self._retract(optimizer, admits=self.rank_changes)
+        augments = self.rule.coefficient_steps > 0 and self.rank_changes and not self._augmented
+        self._retract(optimizer, admits=self.rank_changes, augments=augments)
         return True
 
     def _interval(self) -> int:
         """Steps from the last retraction to the next: at first as many as were taken before the last one."""
+        if self._augmented:
+            return self.rule.coefficient_steps
         return min(self.adapt_every, max(1, self.total_steps - self.steps))
 
     def settle(self) -> None:
@@ -241,12 +264,19 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
-        self._retract(optimizer, admits=False)
+        self._retract(optimizer, admits=False, augments=False)
 
     @torch.no_grad()
-    def _retract(self, optimizer: Optimizer | None, admits: bool) -> None:
+    def _retract(self, optimizer: Optimizer | None, admits: bool, augments: bool) -> None:
         self.settle()
-        what = Retraction(self.rule, self.rank_changes, admits, seed=self.adaptations)
+        what = Retraction(
+            self.rule,
+            self.rank_changes or self._augmented,  # an augmentation never stays without its truncation
+            admits,
+            seed=self.adaptations,
+            augments=augments,
+            judges_all=self._augmented and not admits,
+        )
         with exact_products(next(iter(self.adapters.values())).U.device):
             self._carry_out(plan_retraction(self.adapters, self._watch.decay, what), optimizer)
         if self._on_trial and not admits:
@@ -256,6 +286,7 @@ class RankAdaptiveIntegrator:
         self.steps = 0
         self.adaptations += 1
         self._on_trial = admits
+        self._augmented = augments
 
     def _carry_out(self, plan: Plan, optimizer: Optimizer | None) -> None:
         try:
@@ -313,6 +344,20 @@ class RankAdaptiveIntegrator:
                 GeoLoRAWarning,
                 stacklevel=2,
             )
+
+
+def _check_schedule(rule: RankRule, adapters: Mapping[str, GeoLoRALayer]) -> None:
+    """Raise a ValueError if steps on the coefficients alone cannot be taken."""
+    if not rule.coefficient_steps:
+        return
+    asked = f"coefficient_steps={rule.coefficient_steps}"
+    if any(layer.probes for layer in adapters.values()):
+        raise ValueError(
+            f"{asked} judges new directions by their coefficients, and probes judge them by their gradients: set "
+            "AdapterConfig(probes=0), or coefficient_steps=0"
+        )
+    if any(is_sharded(layer.K) for layer in adapters.values()):
+        raise ValueError(f"{asked} needs whole factors, and here they are sharded: set coefficient_steps=0, or use DDP")
 
 
 def _check_floors(rule: RankRule, adapters: Mapping[str, GeoLoRALayer]) -> None:

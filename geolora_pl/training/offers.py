@@ -28,6 +28,8 @@ class Retraction:
         rule: Chooses the ranks.
         rank_changes: Whether tau may change ranks; if not, only the budget may.
         admits: Whether directions that probes have found become columns, and new probes follow.
+        augments: Whether ranks double, as far as there are columns, and tau and the budget do not judge yet.
+        judges_all: Whether tau judges also what has nothing pending, because it was augmented and never truncated.
         seed: Of the random probes, at least 0: another one for every retraction.
     """
 
@@ -35,6 +37,8 @@ class Retraction:
     rank_changes: bool
     admits: bool
     seed: int
+    augments: bool = False
+    judges_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def make_offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, flo
     at = augment(U, S, V, K, L, _random(adapters, names, probes, what.seed) if probes else None)
     stepped = _any(K[..., layer.probes :]) | _any(L[..., layer.probes :])
     present = (U[..., layer.probes :] != 0).any(-2).sum(-1)  # counted on the device to save such a copy
-    pending = stepped | ((present == 0) & _any(K))
+    pending = stepped | ((present == 0) & _any(K)) | what.judges_all
     ranks = _ranks(layer, S, at.sigma, present, pending, what)
 
     new = directions(at, probes, ranks)
@@ -157,6 +161,8 @@ def _ranks(layer: GeoLoRALayer, S: Tensor, sigma: Tensor, present: Tensor, pendi
     """How many singular values of each point to keep, where S was the coefficients before."""
     if not what.rank_changes:
         return present
+    if what.augments:
+        return torch.where(pending, (2 * present).clamp_max(layer.max_rank), present)
     limits = _resolution(layer), min(what.rule.min_rank, layer.max_rank), layer.max_rank
     by_tau = ranks_by_tau(sigma, what.rule.tau, *limits)
     if not layer.probes:  # Algorithm 1 of GeoLoRA, in which every direction has taken a step

@@ -86,7 +86,7 @@ def plan_retraction(adapters: Adapters, decay: Mapping[str, float], what: Retrac
 def _decide(adapters: Adapters, decay: Mapping[str, float], what: Retraction) -> Plan:
     """Choose the new ranks by tau, or keep them, then apply the budget. No number is read from a device."""
     offers = [make_offer(adapters, names, decay, what) for names in group_by_shape(adapters)]
-    if what.rule.budget is not None:
+    if what.rule.budget is not None and not what.augments:
         offers = within_budget(adapters, offers, what.rule.budget, what.rule.min_rank)
     groups = [_take(adapters, offer, what) for offer in offers]
     return Plan(groups, truncation_error(offers))

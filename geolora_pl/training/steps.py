@@ -18,6 +18,7 @@ from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.precision import working_dtype
 from geolora_pl.training.batch_statistics import BatchStatistics
 from geolora_pl.training.binding import Binding
+from geolora_pl.training.coefficients import restrict_gradients
 from geolora_pl.training.distributed import anywhere, is_sharded
 from geolora_pl.training.internals import foreach_mul, foreach_norm
 from geolora_pl.training.nesting import Nesting
@@ -51,6 +52,7 @@ class StepWatch:
         lr_factor: Multiplies the learning rates of all groups during each step; outside of the step they are as given,
             so that no scheduler sees it.
         nesting: Knows whether a step goes on inside of another.
+        coefficients_alone: Whether steps are to move S alone, and not the bases.
         every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
 
     Args:
@@ -72,6 +74,7 @@ class StepWatch:
         self.adapters = adapters
         self._binding = binding
         self.on_nonfinite = on_nonfinite
+        self.coefficients_alone = False
         self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
         self.skipped_steps = 0
@@ -224,6 +227,8 @@ class StepWatch:
             self._name_missing(missing, trained.keys())
         if missing == trained.keys():
             return
+        if self.coefficients_alone:
+            restrict_gradients(self.adapters.values())
         self.new_steps += 1
         decay = self._decay_of(optimizer)
         if broken_on_device is None:
