@@ -63,7 +63,7 @@ class GeoLoRACallback(L.Callback):
             at the ranks found.
         coefficient_steps: Optimizer steps that train the coefficients alone, at least 0, between an augmentation of the
             bases and its truncation: the schedule of the authors' code, with ``adapt_every=1`` and adapters without
-            probes.
+            probes. After ``adapt_until`` the coefficients alone are trained.
         on_nonfinite: What a gradient that is not finite does: ``skip`` the step and go on, or ``raise`` before anything
             has changed.
         on_divergence: What to do when the training loss explodes: ``rollback`` to the last good state and halve all

@@ -53,6 +53,7 @@ class RankAdaptiveIntegrator:
 
     ``coefficient_steps`` is the practical schedule of the authors' code: a retraction only augments, so that ranks
     double; so many optimizer steps train S alone; then ``tau`` truncates, and ``adapt_every`` steps of K and L follow.
+    Once ranks may change no more, S alone is trained.
 
     The defaults are those of Algorithm 1; :class:`~geolora_pl.GeoLoRACallback` has the ones that measured best.
 
@@ -122,6 +123,7 @@ class RankAdaptiveIntegrator:
         self.adaptations = 0
         self.rollbacks = 0
         self.truncation_error = 0.0
+        self._augmented = False  # whether the last retraction only augmented, and the next is to truncate
         self._on_trial = False  # whether the last retraction may have taken in directions that nothing has judged yet
         self._reset_keys: set[str] = set()  # keys of the optimizer's state that a warning has named
         self._binding = Binding(self.adapters)
@@ -145,15 +147,6 @@ class RankAdaptiveIntegrator:
     def unfinished(self) -> bool:
         """Whether :meth:`retract` has anything to do: increments are pending, or new directions are not judged yet."""
         return self.steps > 0 or self._on_trial or self._augmented
-
-    @property
-    def _augmented(self) -> bool:
-        """Whether the last retraction only augmented, so that the coefficients alone are trained until the next."""
-        return self._watch.coefficients_alone
-
-    @_augmented.setter
-    def _augmented(self, augmented: bool) -> None:
-        self._watch.coefficients_alone = augmented
 
     def ranks(self) -> dict[str, int]:
         """The live rank of every adapter by name."""
@@ -183,7 +176,7 @@ class RankAdaptiveIntegrator:
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps
-        if new_steps and self._augmented:
+        if new_steps and self._watch.coefficients_alone:
             restrict_increments(self.adapters.values())
         if self.steps >= self._interval():
             self.settle()
@@ -195,7 +188,7 @@ class RankAdaptiveIntegrator:
 
     def _interval(self) -> int:
         """Steps from the last retraction to the next: at first as many as were taken before the last one."""
-        if self._augmented:
+        if self._watch.coefficients_alone:
             return self.rule.coefficient_steps
         return min(self.adapt_every, max(1, self.total_steps - self.steps))
 
@@ -287,6 +280,7 @@ class RankAdaptiveIntegrator:
         self.adaptations += 1
         self._on_trial = admits
         self._augmented = augments
+        self._watch.coefficients_alone = self.rule.coefficient_steps > 0 and (augments or not self.rank_changes)
 
     def _carry_out(self, plan: Plan, optimizer: Optimizer | None) -> None:
         try:

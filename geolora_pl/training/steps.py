@@ -151,8 +151,12 @@ class StepWatch:
         return count - not_yet_taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Skipped steps and pending decay, of steps that are settled."""
-        return {"skipped_steps": self.skipped_steps, "decay": dict(self.decay)}
+        """Skipped steps and pending decay, of steps that are settled, and what the next ones are to move."""
+        return {
+            "skipped_steps": self.skipped_steps,
+            "decay": dict(self.decay),
+            "coefficients_alone": self.coefficients_alone,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, and forget the steps that were seen since."""
@@ -161,6 +165,7 @@ class StepWatch:
         self._statistics.keep()
         self.skipped_steps = state["skipped_steps"]
         self.decay = dict(state["decay"])
+        self.coefficients_alone = state.get("coefficients_alone", False)
 
     def forget_decay(self, names: Iterable[str]) -> None:
         """Set the decay of these adapters back to one."""

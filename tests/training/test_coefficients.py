@@ -82,16 +82,20 @@ def test_the_last_retraction_truncates_what_was_only_augmented():
     close(adapter.delta_weight(), best_within_tau(W, TAU, cap=6))
 
 
-def test_ranks_that_may_change_no_more_are_truncated_once_and_then_stay():
+def test_once_ranks_may_change_no_more_they_are_truncated_and_the_coefficients_alone_are_trained():
+    """The authors' last epoch: no augmentation follows, and the bases turn within their spans only."""
     target, adapter, integrator, optimizer = started()
     take_step(target, adapter, integrator, optimizer)
     integrator.rank_changes = False
     for _ in range(3):
         take_step(target, adapter, integrator, optimizer)
-    found = adapter.rank
-    for _ in range(4):
-        assert take_step(target, adapter, integrator, optimizer), "the cadence is that of adapt_every again"
-        assert adapter.rank == found
+    found, (U, V), before = adapter.rank, (adapter.U.clone(), adapter.V.clone()), adapter.delta_weight().detach()
+    retractions = [take_step(target, adapter, integrator, optimizer) for _ in range(6)]
+    assert retractions == [False, False, True, False, False, True]
+    assert adapter.rank == found
+    moved = adapter.delta_weight().detach() - before
+    assert moved.norm() > 0
+    close(U @ (U.T @ moved @ V) @ V.T, moved)
 
 
 def test_the_budget_holds_at_every_truncation():
