@@ -14,6 +14,7 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
@@ -44,6 +45,9 @@ class ImageClassification(GeoLoRAModule):
         num_classes: Number of classes; by default that of the data module.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
         class_names: Names of the classes; by default those of the data module.
+        mixup: Parameter of the Beta distribution by which each training batch is mixed with itself (Zhang et al. 2018),
+            at least 0; 0 is off. With ``cutmix`` each batch gets one of the two, at random.
+        cutmix: The same for parts of images that are exchanged (Yun et al. 2019).
         **kwargs: Arguments of :class:`GeoLoRAModule`.
 
     Raises:
@@ -68,6 +72,8 @@ class ImageClassification(GeoLoRAModule):
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
         class_names: list[str] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,12 +84,17 @@ class ImageClassification(GeoLoRAModule):
             raise ValueError(f"num_classes={num_classes} must be at least 1")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if not alpha >= 0:
+                raise ValueError(f"{name}={alpha} must be at least 0, which is off")
         self.model_name = model_name
         self.pretrained = pretrained
         self.checkpoint_path = checkpoint_path
         self.model_args = model_args or {}
         self.num_classes = num_classes
         self.class_names = class_names
+        self.mixup = mixup
+        self.cutmix = cutmix
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     @classmethod
@@ -177,11 +188,21 @@ class ImageClassification(GeoLoRAModule):
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy loss."""
-        images, labels = batch
+        """Return the cross-entropy loss, of mixed images if that is asked for."""
+        images, labels = self._mix(batch)
         loss: Tensor = self.loss(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def _mix(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mix a batch with itself; the labels become probabilities (batch, classes)."""
+        # Those of torchvision take their random numbers from torch, and timm's refuse the odd batch that ends an epoch.
+        kinds = (v2.MixUp, self.mixup), (v2.CutMix, self.cutmix)
+        ways = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha]
+        if not ways:
+            return batch
+        mixed: tuple[Tensor, Tensor] = v2.RandomChoice(ways)(*batch)
+        return mixed
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Log loss and accuracy on the validation images."""

@@ -47,16 +47,21 @@ IMAGES = {
     "model.init_args.optimizer.class_path": "torch.optim.AdamW",
     "model.init_args.optimizer.init_args.lr": 1e-3,
     "model.init_args.head_lr": None,
-    "model.init_args.warmup": 0.06,
-    "model.init_args.head_warmup": 0.06,
+    "model.init_args.lr_scheduler.class_path": "torch.optim.lr_scheduler.ConstantLR",
+    "model.init_args.lr_scheduler.init_args.factor": 0.8,
+    "model.init_args.lr_scheduler.init_args.total_iters": 10,
     "model.init_args.adapter.train_bias": "all",
+    "model.init_args.adapter.probes": 0,
     "data.init_args.batch_size": 256,
     "geolora.tau": 0.15,
+    "geolora.adapt_every": 1,
+    "geolora.coefficient_steps": 37,
+    "geolora.adapt_until": 0.8,
     "trainer.max_epochs": 5,
 }
 
-# Task, lr, epochs, weight decay, warm-up, length, rank at the start and at most, alpha over that rank, tau, steps from
-# one retraction to the next, dropout.
+# Task, lr, epochs, weight decay, warm-up, length, rank at the start and at most, alpha over that rank, tau, coefficient
+# steps, dropout.
 GLUE = """
     cola  8e-4   25  0    100   null  8   16  0.125  0.15  20   0.1
     mnli  5e-4   7   0.01 1000  256   10  32  1.6    0.1   10   0.2
@@ -71,7 +76,7 @@ TARGETS = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output
 
 
 def glue_settings(row: str) -> tuple[str, dict[str, Any]]:
-    task, lr, epochs, decay, warmup, length, start, most, alpha, tau, every, dropout = row.split()
+    task, lr, epochs, decay, warmup, length, start, most, alpha, tau, coefficients, dropout = row.split()
     return f"text/glue_{task}", {
         "model.init_args.model_name": "microsoft/deberta-v3-base",
         "model.init_args.optimizer.class_path": "torch.optim.AdamW",
@@ -89,14 +94,17 @@ def glue_settings(row: str) -> tuple[str, dict[str, Any]]:
         "data.init_args.batch_size": 32,
         "data.init_args.max_length": None if length == "null" else int(length),
         "geolora.tau": float(tau),
-        "geolora.adapt_every": int(every),
+        "model.init_args.adapter.probes": 0,
+        "geolora.adapt_every": 1,
+        "geolora.coefficient_steps": int(coefficients),
         "trainer.max_epochs": int(epochs),
         "trainer.precision": "32-true" if task == "sst2" else "16-mixed",
     }
 
 
 SETTINGS = {
-    **{f"image/{name}": IMAGES for name in ("cifar10", "cifar100", "tiny_imagenet")},
+    "image/tiny_imagenet": IMAGES,
+    **{f"image/{name}": IMAGES | {"data.init_args.crop_padding": 4} for name in ("cifar10", "cifar100")},
     **dict(glue_settings(row) for row in GLUE.strip().splitlines()),
 }
 

@@ -9,7 +9,7 @@ from image_files import write_cifar, write_idx, write_tiny_imagenet
 from PIL import Image
 
 from geolora_pl.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageDataModule, ImageFolder, TinyImageNet
-from geolora_pl.data.images.base import ArrayImages
+from geolora_pl.data.images.base import ArrayImages, _Transformed
 from geolora_pl.data.images.fashion_mnist import read_idx
 
 GREY = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
@@ -83,6 +83,30 @@ def test_augmentation_touches_the_training_images_alone():
     assert "Flip" in repr(data.train_dataloader().dataset.transform)
     assert "Flip" not in repr(data.val_dataloader().dataset.transform)
     assert "Flip" not in repr(attach(Digits()).train_dataloader().dataset.transform)
+
+
+def test_crops_of_padded_training_images_are_shifts_that_reflect_at_the_border():
+    """What the authors' code does with CIFAR: padding 4, reflected, and a random crop of the old size."""
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    padded = np.pad(image, 2, mode="reflect")
+    shifts = {padded[y : y + 8, x : x + 8].tobytes() for y in range(5) for x in range(5)}
+
+    def as_bytes(image):
+        return np.asarray(image).tobytes()
+
+    crops = _Transformed(ArrayImages(image[None], [0]), "L", as_bytes, crop_padding=2)
+    seen = {crops[0][0] for _ in range(200)}
+    assert len(seen) > 10
+    assert seen <= shifts
+
+
+def test_only_training_images_are_cropped_and_workers_start_anew_for_each_epoch():
+    data = attach(Digits(crop_padding=2, num_workers=1))
+    assert data.train_dataloader().dataset.crop_padding == 2
+    assert data.val_dataloader().dataset.crop_padding == 0
+    assert not data.train_dataloader().persistent_workers
+    with pytest.raises(ValueError, match="crop_padding=-1"):
+        Digits(crop_padding=-1)
 
 
 def test_training_images_are_shuffled_and_the_others_are_not():

@@ -41,6 +41,31 @@ def test_fit_and_test_on_digits(weights):
     close(predictions[0].sum(1), torch.ones(64))
 
 
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_training_images_and_their_labels_are_mixed_alike(settings):
+    """Of images that are one colour each, the mean over a mixed image says how much of each label there must be."""
+    module = task(num_classes=3, **settings)
+    batch = torch.arange(3.0)[:, None, None, None].expand(3, 1, 16, 16), torch.arange(3)
+    mixes = [module._mix(batch) for _ in range(30)]
+    assert len({labels[0].tolist()[0] for _, labels in mixes}) > 10, "another part each time"
+    parts_exchanged = 0
+    for images, labels in mixes:
+        close(labels.sum(1), torch.ones(3))
+        close(images.mean((1, 2, 3)), labels @ torch.arange(3.0), within=1e-5)
+        parts_exchanged += images[0].unique().numel() > 1
+    assert (parts_exchanged > 0) == ("cutmix" in settings)
+    assert (parts_exchanged < 30) == ("mixup" in settings)
+
+
+def test_a_run_with_mixed_images_trains_and_one_without_leaves_the_batch_alone():
+    module = task(mixup=0.2, cutmix=1.0, label_smoothing=0.1)
+    runs = trainer(GeoLoRACallback(), max_steps=2)
+    runs.fit(module, Digits(batch_size=7))
+    assert runs.callback_metrics["train_loss"].isfinite()
+    batch = torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)
+    assert task(num_classes=3)._mix(batch) is batch
+
+
 def test_the_backbone_is_loaded_and_the_head_is_new_and_trained(weights):
     module = task(checkpoint_path=str(weights), num_classes=3)
     module.configure_model()
@@ -129,6 +154,8 @@ def test_a_broken_file_of_weights_is_refused(tmp_path):
     [
         ({"num_classes": 0}, "num_classes=0"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"mixup": -0.1}, "mixup=-0.1"),
+        ({"cutmix": float("nan")}, "cutmix=nan"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):

@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
+from torchvision.transforms import RandomCrop
 
 from geolora_pl.data.images.reader import Sample, plain
 from geolora_pl.data.settings import settle_num_workers
@@ -49,15 +50,21 @@ class ArrayImages(Dataset[Sample]):
 
 
 class _Transformed(Dataset[tuple[Tensor, int]]):
-    def __init__(self, samples: Dataset[Sample], mode: str, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.samples, self.mode, self.transform = samples, mode, transform
+    def __init__(
+        self, samples: Dataset[Sample], mode: str, transform: Callable[[Image.Image], Tensor], crop_padding: int = 0
+    ) -> None:
+        self.samples, self.mode, self.transform, self.crop_padding = samples, mode, transform, crop_padding
 
     def __len__(self) -> int:
         return len(self.samples)  # type: ignore[arg-type]  # every source here is a sized data set
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.samples[index]
-        return self.transform(plain(image, self.mode)), label
+        image = plain(image, self.mode)
+        if self.crop_padding:
+            crop = RandomCrop((image.height, image.width), self.crop_padding, padding_mode="reflect")
+            image = crop(image)
+        return self.transform(image), label
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -75,6 +82,8 @@ class ImageDataModule(L.LightningDataModule):
             that they do not slow the training down on a small machine.
         augment: Arguments of ``timm.data.create_transform`` for the training images, such as
             ``{hflip: 0.5, scale: [0.8, 1.0]}``; by default the training images are not augmented.
+        crop_padding: Pixels by which every training image is padded with its own reflection before a random part of
+            its old size is taken, at least 0: the usual augmentation of CIFAR is 4 with ``hflip``.
 
     Raises:
         ValueError: An argument is out of range.
@@ -87,13 +96,17 @@ class ImageDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int | None = None,
         augment: dict[str, Any] | None = None,
+        crop_padding: int = 0,
     ) -> None:
         super().__init__()
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding={crop_padding} must be at least 0 pixels")
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
         self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
         self.augment = augment
+        self.crop_padding = crop_padding
         self.splits: dict[str, Dataset[Sample]] = {}
         self.notes: list[str] = []  # what the user is told about the data
 
@@ -183,13 +196,14 @@ class ImageDataModule(L.LightningDataModule):
             transform = create_transform(**config, is_training=training, **augment)
         except TypeError as error:
             raise ValueError(f"augment={augment!r} does not suit timm's create_transform: {error}") from error
+        mode = self._mode(config["input_size"][0], self.splits[split])
         return DataLoader(
-            _Transformed(self.splits[split], self._mode(config["input_size"][0], self.splits[split]), transform),
+            _Transformed(self.splits[split], mode, transform, self.crop_padding if training else 0),
             batch_size=self.batch_size,
             shuffle=training,
             num_workers=self.num_workers,
             # What workers draw for augmentation must not depend on earlier epochs, which a resumed run has not seen.
-            persistent_workers=self.num_workers > 0 and not (training and self.augment),
+            persistent_workers=self.num_workers > 0 and not (training and (self.augment or self.crop_padding)),
             pin_memory=torch.cuda.is_available(),
         )
 
