@@ -15,9 +15,19 @@ from benchmarks.shared.task import Batch, Samples, Task
 from geolora_pl import AdapterConfig, inject_adapters
 from geolora_pl.tasks.text_models import block_linears, head_names
 
-BERTS = {"bert_tiny": (128, 2, 2), "minilm": (384, 6, 12), "bert_base": (768, 12, 12)}  # width, depth, heads
+BERTS = {
+    "bert_tiny": (128, 2, 2),
+    "minilm": (384, 6, 12),
+    "bert_768x6": (768, 6, 12),
+    "bert_base": (768, 12, 12),
+}  # width, depth, heads
 GPT2S = {"gpt2_mini": (384, 6, 12), "gpt2": (768, 12, 12)}  # width, depth, heads
-VITS = tuple(f"vit_{size}" for size in ("tiny", "small", "base"))
+VITS: dict[str, dict[str, int]] = {  # what is not as in timm's model of that size, for images of 224 pixels
+    "vit_tiny": {},
+    "vit_small": {},
+    "vit_base": {},
+    "vit_384x6": {"embed_dim": 384, "depth": 6, "num_heads": 6, "img_size": 96},  # 37 tokens per image
+}
 VOCABULARY = 30522
 CLASSES = 8
 BATCHES = 8  # the data, which is trained on again and again
@@ -127,13 +137,17 @@ def _texts(setup: Setup, steps: int, config: PreTrainedConfig) -> Task:
 
 
 def _vit(setup: Setup, steps: int) -> Task:
+    sizes = VITS[setup.name]
+    pixels = sizes.get("img_size", 224)
+
     def make_model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return WithLoss(timm.create_model(f"{setup.name}_patch16_224", num_classes=CLASSES))
+        size = "vit_small" if sizes else setup.name
+        return WithLoss(timm.create_model(f"{size}_patch16_224", num_classes=CLASSES, **sizes))
 
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(BATCHES * setup.batch_size) % CLASSES
-    images = torch.randn(len(labels), 3, 224, 224, generator=generator)
+    images = torch.randn(len(labels), 3, pixels, pixels, generator=generator)
     images += torch.randn(CLASSES, 3, 1, 1, generator=generator)[labels]  # the colour reveals the class
     heads = ["model.head"]
     targets = list(inject_adapters(make_model(0), AdapterConfig(modules_to_save=heads)))

@@ -11,6 +11,9 @@ What can be measured:
 *   ``loss``: the time until a given loss is reached.
 *   ``event``: one adaptation of the 72 adapters of a BERT-base, batched and one by one.
 *   ``growth``: how the cost of a step grows with width, depth, rank and batch.
+*   ``map``: rows by width on one thread and on two; where a step is cheaper than LoRA's.
+*   ``guard``: whether a small step has become slower than the committed one, which ``--update`` replaces; the exit
+    status is 1 if it has.
 
 Results go to ``benchmarks/results/throughput_*.json`` and ``docs/figures``, and to the terminal, which also shows
 whether they meet their targets.
@@ -34,11 +37,11 @@ from rich.table import Table
 
 from benchmarks.shared import figures, results
 from benchmarks.shared.results import Record
-from benchmarks.speed import adaptation_event, growth, memory, random_models, timing
+from benchmarks.speed import adaptation_event, growth, guard, memory, random_models, rows_by_width, timing
 from benchmarks.speed.random_models import BERTS, GPT2S, VITS, Setup
 from geolora_pl.math.ranks import usual_cadence
 
-WHAT = ("step", "memory", "loss", "event", "growth")
+WHAT = ("step", "memory", "loss", "event", "growth", "map", "guard")
 OVER = {"bound": "frozen", "lora": "LoRA", "adalora": "AdaLoRA"}
 HEADER = ["method", "ms per step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "throughput", "peak MB"]
 # The largest values allowed, on a CPU in float32 and on a GPU in bf16-mixed.
@@ -151,6 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss", type=float, default=0.5, help="the loss to reach")
     parser.add_argument("--steps", type=int, default=200, help="the most steps to reach it in")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--update", action="store_true", help="commit to what guard measures")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("32", "bf16-mixed"), help="by default 32 on a CPU, bf16-mixed on a GPU")
     return parser
@@ -218,6 +222,28 @@ def measure_growth(args: argparse.Namespace, command: str) -> None:
     growth.draw(found)
 
 
+def measure_map(args: argparse.Namespace, command: str) -> None:
+    """Measure, save and draw rows by width, on one thread and on two."""
+    found = []
+    for threads in rows_by_width.THREADS:
+        torch.set_num_threads(threads)
+        setup = Setup("bert", device=args.device, precision=args.precision, threads=threads)
+        found += rows_by_width.measure(setup, CADENCE)
+        results.write("throughput_map", command, found)
+    rows_by_width.draw(found)
+
+
+def compare_with_committed(args: argparse.Namespace, command: str) -> bool:
+    """Show the ratios of a small step beside the committed ones; whether none is slower."""
+    torch.set_num_threads(1)
+    now, before = guard.measure(args.rounds), guard.committed()
+    if args.update or before is None:
+        results.write(guard.NAME, command, now)
+    lines = guard.rows(now, before or now)
+    show(["step", "now", "committed", ""], lines, "a BERT of two blocks, 256 wide, 8 x 64 tokens, one thread")
+    return not any(line[-1] == "slower" for line in lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     args = parse(given)
@@ -229,6 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_event(args, command)
     if "growth" in args.what:
         measure_growth(args, command)
+    if "map" in args.what:
+        measure_map(args, command)
+    if "guard" in args.what and not compare_with_committed(args, command):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

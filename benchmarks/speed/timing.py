@@ -43,14 +43,14 @@ class Bound(Full):
 
 
 def compared_at(rank: int) -> dict[str, Method]:
-    """The methods with ``rank`` columns per adapter, all of them live; ours have their probes beside them.
+    """The methods with ``rank`` columns per adapter, all of them live; ours find directions by their probes as ever.
 
     ``defaults`` is this package with its default ``max_rank``. ``room`` has 64 columns of which 6 stay live, to show
     what unused columns cost. AdaLoRA ends at the given rank and starts at one and a half times as much, as its
     authors do.
     """
     return {
-        "geolora": GeoLoRA(adapter={"init_rank": rank, "max_rank": rank}, callback={"adapt_until": 1e-9}),
+        "geolora": GeoLoRA(adapter={"init_rank": rank, "max_rank": rank}, callback={"min_rank": rank}),
         "defaults": METHODS["geolora"],
         "room": GeoLoRA(adapter={"init_rank": 6, "max_rank": 64}, callback={"adapt_until": 1e-9}),
         "lora": LoRA({"r": rank, "lora_alpha": rank}),

@@ -12,10 +12,11 @@ pytest.importorskip("matplotlib")
 from benchmarks.shared import figures, harness, results
 from benchmarks.shared.methods import LoRA
 from benchmarks.shared.task import to_device
-from benchmarks.speed import adaptation_event, growth, memory, random_models, throughput, timing
+from benchmarks.speed import adaptation_event, growth, guard, memory, random_models, rows_by_width, throughput, timing
 from benchmarks.speed.random_models import BERTS, Setup
 from geolora_pl import AdapterConfig
 
+REPOSITORY = results.RESULTS  # where what is committed lies
 TINY = Setup("bert", rank=2, batch_size=8, length=8, sizes=(32, 2, 2))
 
 
@@ -204,3 +205,63 @@ def test_what_grows_is_drawn(tmp_path, monkeypatch):
     ]
     growth.draw(records)
     assert (tmp_path / "throughput.svg").stat().st_size > 10_000
+
+
+def test_a_vit_of_other_sizes_has_the_tokens_it_is_measured_for():
+    task = random_models.load(Setup("vit_384x6", batch_size=1))
+    assert len(task.targets) == 4 * 6
+    model = task.make_model(0).model
+    assert model.pos_embed.shape == (1, 37, 384)
+    assert next(task.batches(0))["images"].shape == (1, 3, 96, 96)
+
+
+def test_the_map_has_a_value_for_every_width_and_number_of_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows_by_width, "WIDTHS", (64, 128))
+    monkeypatch.setattr(rows_by_width, "ROWS", (64, 128))
+    monkeypatch.setattr(rows_by_width, "DEPTH", 1)
+    monkeypatch.setattr(rows_by_width, "THREADS", (1,))
+    throughput.main(["map"])
+    assert len(results.read("throughput_map")) == 4
+    assert (tmp_path / "rows_by_width.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "slower"),
+    [
+        ([1.1, 1.2, 1.3], [1.0, 1.1, 1.2], False),  # quartiles overlap
+        ([1.25, 1.3, 1.32], [1.0, 1.1, 1.2], False),  # apart by less than they spread
+        ([1.45, 1.5, 1.55], [1.0, 1.1, 1.2], True),
+        ([0.5, 0.6, 0.7], [1.0, 1.1, 1.2], False),  # quicker
+    ],
+)
+def test_slower_is_what_is_apart_by_more_than_both_spread(now, before, slower):
+    assert guard.is_slower(now, before) is slower
+
+
+def test_the_guard_compares_with_what_is_committed_and_replaces_it_only_if_asked_to(monkeypatch):
+    monkeypatch.setattr(guard, "SETUP", TINY)
+    monkeypatch.setattr(guard, "RESULTS", results.RESULTS)
+    found = {"bound": [2.0, 2.0, 2.0], "lora": [1.5, 1.5, 1.5]}
+    monkeypatch.setattr(guard, "measure", lambda rounds: found)
+    throughput.main(["guard"])
+    assert guard.committed() == found, "the first one is committed"
+    slower = {"bound": [3.0, 3.0, 3.0], "lora": [1.5, 1.5, 1.5]}
+    monkeypatch.setattr(guard, "measure", lambda rounds: slower)
+    with pytest.raises(SystemExit, match="1"):
+        throughput.main(["guard"])
+    assert guard.committed() == found
+    with pytest.raises(SystemExit):
+        throughput.main(["guard", "--update"])
+    assert guard.committed() == slower
+    throughput.main(["guard"])
+
+
+@pytest.mark.slow
+def test_the_guard_measures(monkeypatch):
+    """CI shows its verdict; on a machine that others use it may be wrong, and so it fails nothing."""
+    monkeypatch.setattr(random_models, "VOCABULARY", 30522)
+    now = guard.measure(10)
+    for line in guard.rows(now, json.loads((REPOSITORY / f"{guard.NAME}.json").read_text())["results"]):
+        print(*line)
+    assert set(now) == {"bound", "lora"}
+    assert all(0 < low <= middle <= high for low, middle, high in now.values())
