@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.metadata
 import os
 import sys
 
@@ -14,6 +16,9 @@ torch.set_num_threads(THREADS)
 
 # Lightning warns of commands in Python while the process has arguments: those are pytest's.
 del sys.argv[1:]
+
+# Every Trainer reads the metadata of all packages for callbacks among them. No package comes or goes during the tests.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 # The libraries stay until the end: to look for garbage among them while they are imported is in vain.
 gc.disable()

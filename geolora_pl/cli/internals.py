@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningCLI
 
@@ -40,6 +41,12 @@ def settings_of(parser: ArgumentParser) -> list[str]:
 
 class CheckpointAwareCLI(LightningCLI):
     """Lightning's command line, which asks a checkpoint before it makes the classes."""
+
+    def _dump_config(self) -> None:
+        """Keep the settings for checkpoints without a second check of what was parsed just now, which takes longest."""
+        if not hasattr(self, "config_dump"):
+            said = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(said)[self.config["subcommand"]]
 
     def _parse_ckpt_path(self) -> None:
         self.read_ckpt_path()

@@ -19,6 +19,7 @@ from geolora_pl.cli.train import GeoLoRACLI
 from geolora_pl.data import TextFiles
 from geolora_pl.loggers import CSVLogger
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
 LIMITS = {
     "max_epochs": 1,

@@ -11,6 +11,7 @@ import torch
 from geolora_pl.cli.dispatch import main
 from geolora_pl.tasks import ImageClassification
 
+pytestmark = pytest.mark.usefixtures("one_parser")
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 RUN = Path(__file__).parent / "run_before_folders"
 

@@ -22,6 +22,8 @@ from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.loading import load_module
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 
 @pytest.fixture(autouse=True)
 def stranger(tmp_path, monkeypatch):

@@ -65,29 +65,32 @@ def test_one_sgd_step_is_the_truncated_projected_gradient_step(m, n, r, R, zero_
 SPECTRUM = torch.tensor([10, 5, 2, 1, 0.5, 0.1]).double()
 
 
-def recover(seed, init_rank, probes, steps):
-    torch.manual_seed(seed)
-    target = (orthonormal(128, 6) * SPECTRUM) @ orthonormal(128, 6).T
-    _, adapter, integrator = one_layer(128, 128, init_rank, 16, tau=1e-3, probes=probes)
-    optimizer = torch.optim.SGD([adapter.K, adapter.L], lr=0.5)
+def recover(count, init_rank, probes, steps):
+    """Loss and rank of as many adapters, each with a random start and target: a model of many is retracted at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(128, 128, bias=False, dtype=torch.float64) for _ in range(count)))
+    config = AdapterConfig(init_rank=init_rank, max_rank=16, probes=probes)
+    adapters = list(inject_adapters(model, config).values())
+    integrator = RankAdaptiveIntegrator(model, tau=1e-3)
+    targets = [(orthonormal(128, 6) * SPECTRUM) @ orthonormal(128, 6).T for _ in adapters]
+    optimizer = torch.optim.SGD([p for a in adapters for p in (a.K, a.L)], lr=0.5)
     for _ in range(steps):
-        sgd_step([adapter], [lambda a: quadratic(a, target)], integrator, optimizer)
+        sgd_step(adapters, [lambda a, t=t: quadratic(a, t) for t in targets], integrator, optimizer)
     integrator.retract(optimizer)
-    return float(quadratic(adapter, target).detach()), adapter.rank
+    return [(float(quadratic(a, t).detach()), a.rank) for a, t in zip(adapters, targets, strict=True)]
 
 
 @pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("init_rank", [4, 8, 16])
 def test_matrix_recovery(init_rank, probes):
-    for seed in range(20):
-        loss, rank = recover(seed, init_rank, probes, steps=40)
+    for loss, rank in recover(20, init_rank, probes, steps=40):
         assert loss < 1e-9
         assert rank == 6
 
 
 def test_matrix_recovery_from_rank_1_needs_probes():
     """Without them the rank doubles at most, and directions outside of both bases are not seen at all."""
-    ends = {probes: [recover(seed, 1, probes, steps=60) for seed in range(20)] for probes in (0, 2)}
+    ends = {probes: recover(20, 1, probes, steps=60) for probes in (0, 2)}
     assert all(loss < 1e-9 and rank == 6 for loss, rank in ends[2])
     assert sum(loss < 1e-9 for loss, _ in ends[0]) < 15
 
