@@ -24,6 +24,7 @@ from geolora_pl.training.moments import transport_moments
 from geolora_pl.training.offers import Retraction, stack
 from geolora_pl.training.plan import GroupPlan, Plan, plan_retraction
 from geolora_pl.training.steps import OnNonfinite, StepWatch
+from geolora_pl.training.threads import one_thread
 
 _COUNTS = ("total_steps", "adaptations", "rollbacks")
 _STATE = ("rank_changes", "steps", *_COUNTS, "truncation_error", "_on_trial", "_augmented")
@@ -257,10 +258,10 @@ class RankAdaptiveIntegrator:
         Args:
             optimizer: Whose moments are carried along; ``None`` if there is none any more.
         """
-        self._retract(optimizer, admits=False, augments=False)
+        self._retract(optimizer, admits=False)
 
     @torch.no_grad()
-    def _retract(self, optimizer: Optimizer | None, admits: bool, augments: bool) -> None:
+    def _retract(self, optimizer: Optimizer | None, admits: bool, augments: bool = False) -> None:
         self.settle()
         what = Retraction(
             self.rule,
@@ -270,7 +271,8 @@ class RankAdaptiveIntegrator:
             augments=augments,
             judges_all=self._augmented and not admits,
         )
-        with exact_products(next(iter(self.adapters.values())).U.device):
+        device = next(iter(self.adapters.values())).U.device
+        with exact_products(device), one_thread(device):
             self._carry_out(plan_retraction(self.adapters, self._watch.decay, what), optimizer)
         if self._on_trial and not admits:
             for layer in self.adapters.values():  # also those that did not move

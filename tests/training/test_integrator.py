@@ -19,6 +19,7 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
+from geolora_pl.training import integrator as integrator_module
 from geolora_pl.training.plan import Plan
 from geolora_pl.training.stacks import owners
 
@@ -715,3 +716,26 @@ def test_min_rank_may_ask_for_more_columns_than_are_live(probes):
     assert adapter.rank == 20
     for basis in (adapter.U, adapter.V):
         assert is_orthonormal(basis)
+
+
+def test_a_retraction_uses_one_thread_and_gives_the_others_back(monkeypatch):
+    """On a busy machine two threads that wait for each other made an event of thin matrices many times as long."""
+    seen = []
+    plan = integrator_module.plan_retraction
+
+    def seeing(*args):
+        seen.append(torch.get_num_threads())
+        return plan(*args)
+
+    monkeypatch.setattr(integrator_module, "plan_retraction", seeing)
+    _, adapter, integrator = one_layer(6, 5, 1, 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            adapter.K.fill_(1.0)
+        integrator.retract()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1]
