@@ -65,6 +65,12 @@ def overview() -> str:
     return markdown(["method", *LEARNT, "mean", "parameters relative to LoRA's"], comparison.overview(records, LEARNT))
 
 
+def paired() -> str:
+    """Differences to LoRA, seed by seed."""
+    records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
+    return markdown(["method", *LEARNT, "all"], comparison.paired(records, LEARNT))
+
+
 def rank_adaptation_table() -> str:
     """Parameters and scores by start rank."""
     records = current(read(RESULTS / "rank_adaptation.jsonl"), rank_adaptation.METHODS)
@@ -109,6 +115,7 @@ def products_table(name: str, columns: Sequence[str]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
+    "paired": paired,
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
     "speed": speed,

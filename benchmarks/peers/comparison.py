@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from statistics import mean
 
 from rich.table import Table
+from scipy.stats import ttest_1samp
 
 from benchmarks.shared.summary import Records, Summary, reach, spread, summaries
 
@@ -73,6 +75,33 @@ def overview(records: Records, tasks: Sequence[str]) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def paired(records: Records, tasks: Sequence[str]) -> list[list[str]]:
+    """One row per method: the differences of its scores to LoRA's with the same seed, and their 95% intervals.
+
+    The last column has the mean over all tasks and seeds. Its interval is that of a paired t-test over all pairs, which
+    takes the differences of one task for as independent as those of several.
+    """
+    found = summaries(records)
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        pairs = [
+            [of_ours - lora.scores[seed] for seed, of_ours in sorted(ours.scores.items()) if seed in lora.scores]
+            for name in tasks
+            if (ours := found.get((name, method))) and (lora := found.get((name, "lora")))
+        ]
+        if method != "lora" and len(pairs) == len(tasks):
+            lines.append([method, *(_interval(of_task) for of_task in pairs), _interval(list(chain(*pairs)))])
+    return lines
+
+
+def _interval(differences: Sequence[float]) -> str:
+    """The mean, and the interval of 95% of Student's t, as a cell; without an interval if there is but one."""
+    if len(differences) < 2:
+        return f"{mean(differences):+.3f}"
+    low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return f"{mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _part_of_lora(method: Summary | None, lora: Summary | None, axis: int) -> str:

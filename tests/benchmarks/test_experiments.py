@@ -52,6 +52,21 @@ def test_a_method_without_a_task_leaves_its_place_empty_and_seeds_are_matched():
     assert dora[1:5] == ["-", "0.700", "-", "- / 100"]
 
 
+def test_differences_are_paired_by_seed_and_have_the_interval_of_student():
+    """Differences .01 and .03: the mean is .02, and t(.975, 1) = 12.706 times .01 is .127."""
+    scores = {"lora": {0: 0.5, 1: 0.7, 2: 0.6}, "geolora": {1: 0.71, 0: 0.53}, "full": {0: 0.6}}
+    records = [
+        record(method, seed=seed, score=score, task="a")
+        for method, of_seed in scores.items()
+        for seed, score in of_seed.items()
+    ]
+    assert comparison.paired(records, ["a"]) == [
+        ["geolora", "+0.020 (-0.107 to +0.147)", "+0.020 (-0.107 to +0.147)"],
+        ["full", "+0.100", "+0.100"],
+    ]
+    assert comparison.paired(records, ["a", "b"]) == []
+
+
 def test_a_rate_is_alive_only_without_a_gap():
     assert summary.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91, 1.0: 0.3}) == "10"
     assert summary.alive({0.001: 0.9, 0.003: 0.2, 0.01: 0.88, 0.1: 0.91}) == "≥ 10"
