@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
-from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
 from geolora_pl.lightning.internals import callbacks_of_fit, load_anywhere, restricted_classmethod, run_length
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
+from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.training.groups import parameter_groups
 from geolora_pl.training.optim import RiemannianAdam
 from geolora_pl.training.schedule import warmup_cosine
@@ -152,7 +152,7 @@ class GeoLoRAModule(L.LightningModule):
 
         A task overrides it to write what the library of its model loads.
         """
-        save_model(self.model, str(folder / "model.safetensors"))
+        write_weights(self.model, folder / "model.safetensors")
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""

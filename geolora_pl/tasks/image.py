@@ -19,8 +19,9 @@ from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
-from geolora_pl.tasks.internals import save_for_hf
+from geolora_pl.tasks.internals import save_config_for_hf
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
@@ -154,7 +155,8 @@ class ImageClassification(GeoLoRAModule):
         """
         names = {} if self.class_names is None else {"label_names": self.class_names}
         arguments = {name: value for name, value in self.model_args.items() if name != "pretrained_cfg_overlay"}
-        save_for_hf(self.model, str(folder), names, arguments, safe_serialization=True)
+        write_weights(self.model, folder / "model.safetensors")
+        save_config_for_hf(self.model, str(folder / "config.json"), names, arguments)
 
     def new_modules(self) -> Sequence[str]:
         """Return the names of the head, which is new."""
