@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from torch import nn
 
@@ -82,12 +81,7 @@ def plain_name(name: str, wrappers: list[str]) -> str:
 
 def _attribute(module: nn.Module) -> str | None:
     """The attribute in which a module keeps the one that it wraps; ``None`` if it is not a wrapper."""
-    return _attribute_of(type(module))
-
-
-@cache
-def _attribute_of(kind: type) -> str | None:
-    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
     return next((_INSIDE[name] for name in names if name in _INSIDE), None)
 
 
