@@ -170,7 +170,7 @@ def _flat(row: Row) -> Row:
 
 
 def _harmless(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet runs as a formula: text that looks like one gets an apostrophe before it.
+    """A cell of a CSV file that no spreadsheet runs: a text that looks like a formula gets an apostrophe before it.
 
     OWASP names the signs; a text that is a number, such as the class -1, is not a formula.
     """

@@ -41,8 +41,8 @@ def transport_moments(
     is a weighted mean of the old ones, so that a denominator never falls to zero while the steps go on. A scalar, or
     one number per row, does not depend on the basis and stays. Of the state with other names what is nowhere negative
     is taken for a denominator, and the rest is set to zero. Where the means of gradients are kept beside the means of
-    their squares, as by centered RMSprop, the squares move as means and variances: the difference of the two, whose root
-    steps are divided by, would otherwise become negative.
+    their squares, as by centered RMSprop, the squares move as means and variances: the difference of the two, whose
+    root steps are divided by, would otherwise become negative.
 
     Args:
         optimizer: Any torch optimizer, without a wrapper.

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from timm.optim import Lookahead
-from tolerance import EXACT, close
+from tolerance import EXACT, NETWORK, close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -559,6 +559,38 @@ def test_ranks_and_exports_of_a_checkpoint_follow_the_rule_of_its_run():
         assert rule_of(nonsense) is None
     for name, (_, rank, sigma) in spectra(model.state_dict()).items():
         assert rank == len(sigma) == integrator.ranks()[name]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Embedding(8, 8)], ids=repr)
+def test_jit_script_is_refused_with_what_works(layer, tmp_path):
+    """A user scripts an adapted model: torch ended in a long text on the annotation Any.
+
+    What works is named, and does; of convolutions and embeddings torch.jit.trace failed as well.
+    """
+    model = nn.Sequential(layer)
+    (adapter,) = inject_adapters(model, AdapterConfig(target_modules=["0"])).values()
+    adapter.S.data.fill_diagonal_(1.0)
+    for module in (model, adapter):
+        with pytest.raises(
+            ValueError, match=r"merge_adapters\(model\) first, or use torch\.export\.export or torch\.jit\."
+        ):
+            script(module)
+    x = adapter.sample_inputs(torch.float32)
+    expected = model(x)
+    close(torch.export.export(model, (x,)).module()(x), expected, NETWORK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates its jit
+        traced = torch.jit.trace(model, (x,))
+        torch.jit.save(traced, tmp_path / "model.pt")
+        close(torch.jit.load(tmp_path / "model.pt")(x), expected, NETWORK)
+    merge_adapters(model)
+    close(script(model)(x), expected, NETWORK)
+
+
+def script(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates its jit
+        return torch.jit.script(module)
 
 
 # Interrupts
