@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -30,9 +31,15 @@ class _WarnsFirst:
             )
         return getattr(type(self.module), _NAME)(self.module, *args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WarnsFirst:
+        return _WarnsFirst(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, _NAME)  # a model that is pickled, maybe merged, needs nothing of this package
+
 
 def warn_at_save_pretrained(model: nn.Module) -> None:
     """Let every module of a model that has a method ``save_pretrained`` warn in it, while it has adapters."""
     for module in model.modules():
-        if callable(getattr(type(module), _NAME, None)):
+        if callable(getattr(type(module), _NAME, None)) and _NAME not in vars(module):
             setattr(module, _NAME, _WarnsFirst(module))

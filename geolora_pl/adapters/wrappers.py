@@ -7,15 +7,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-# Where a wrapper keeps the module inside of it, by the class of the wrapper; a class is imported by nobody else then.
+# Where a wrapper keeps the module inside of it, by the name of its class, which need not be imported for that.
 _INSIDE = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.optim.swa_utils.AveragedModel": "module",
-    "timm.utils.model_ema.ModelEmaV2": "module",
-    "timm.utils.model_ema.ModelEmaV3": "module",
 }
 
 

@@ -137,7 +137,9 @@ def describe_adapters(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 def plain_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a checkpoint by the names that they have in a module without wrappers."""
-    wrappers = checkpoint.get(_ADAPTERS, {}).get("wrappers", [])
+    found = checkpoint.get(_ADAPTERS)
+    listed = found.get("wrappers") if isinstance(found, Mapping) else None
+    wrappers = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return {plain_name(name, wrappers): value for name, value in checkpoint.get("state_dict", {}).items()}
 
 

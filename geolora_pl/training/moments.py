@@ -61,7 +61,7 @@ def transport_moments(
     states = [(optimizer.state.get(layer.K, {}), optimizer.state.get(layer.L, {})) for layer in layers]
     width, unknown = old[0].shape[-1], set()
     moved: Moved = []
-    means: tuple[Bases, Bases] | None = None  # of gradients, before and after
+    means: dict[int, tuple[Tensor, ...]] = {}  # of gradients, by layer: of K and L, before and after
     for key in sorted({key for pair in states for state in pair for key in state}):  # grad_avg before square_avg
         having = [i for i, pair in enumerate(states) if _depends_on_basis(optimizer, key, pair, layers[i])]
         if not having:
@@ -77,11 +77,13 @@ def transport_moments(
         if key in _FIRST:
             new_K, new_L = transport_first_moment(m_K, m_L, U, V, U_new, V_new, layers[0].probes)
             if key == "grad_avg":
-                means = (m_K, m_L), (new_K, new_L)
-        elif key == "square_avg" and means is not None:
-            spread = [(m - mean.square()).clamp_min(0) for m, mean in zip((m_K, m_L), means[0], strict=True)]
-            new_K, new_L = transport_second_moment(spread[0], V, V_new), transport_second_moment(spread[1], U, U_new)
-            new_K, new_L = (new + mean.square() for new, mean in zip((new_K, new_L), means[1], strict=True))
+                means = dict(zip(having, zip(m_K, m_L, new_K, new_L, strict=True), strict=True))
+        elif key == "square_avg" and means:
+            none = tuple(torch.zeros_like(m[0]) for m in (m_K, m_L, m_K, m_L))
+            squares = [torch.stack(parts).square() for parts in zip(*(means.get(i, none) for i in having), strict=True)]
+            of_spread = (m_K - squares[0]).clamp_min(0), (m_L - squares[1]).clamp_min(0)
+            new_K = transport_second_moment(of_spread[0], V, V_new) + squares[2]
+            new_L = transport_second_moment(of_spread[1], U, U_new) + squares[3]
         else:
             new_K, new_L = transport_second_moment(m_K, V, V_new), transport_second_moment(m_L, U, U_new)
         if key in unknown:

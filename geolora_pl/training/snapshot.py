@@ -40,15 +40,16 @@ class Snapshot(NamedTuple):
     @torch.no_grad()
     def put_back(self, model: nn.Module, optimizer: Optimizer, integrator: RankAdaptiveIntegrator) -> None:
         """Write this state over the present one, and halve all further steps; learning rates stay as scheduled."""
+        values = [(tensor, _like(tensor, self.tensors[name])) for name, tensor in _changing(model, optimizer)]
+        moments = _copies(self.moments)
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        for number, parameter in enumerate(parameters):
+            now = optimizer.state.get(parameter, {})
+            moments |= {number: {k: _like(now.get(k, parameter), v) for k, v in moments.get(number, {}).items()}}
 
-        def write() -> None:
-            for name, tensor in _changing(model, optimizer):
-                tensor.copy_(_like(tensor, self.tensors[name]))
-            moments = _copies(self.moments)
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            for number, parameter in enumerate(parameters):
-                now = optimizer.state.get(parameter, {})
-                moments |= {number: {k: _like(now.get(k, parameter), v) for k, v in moments.get(number, {}).items()}}
+        def write() -> None:  # which waits for no other process
+            for tensor, value in values:
+                tensor.copy_(value)
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
             optimizer.zero_grad()  # gradients that still accumulate belong to other weights
 

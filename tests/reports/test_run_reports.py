@@ -5,6 +5,7 @@ import copy
 import enum
 import json
 import os
+import pickle
 import threading
 import types
 import zipfile
@@ -384,7 +385,9 @@ def test_saving_a_model_of_transformers_with_adapters_warns_of_what_comes_back(t
     for adapted in (model, copy.deepcopy(model)):
         with pytest.warns(GeoLoRAWarning, match=r"would come back random: merge_adapters\(model\) first"):
             adapted.save_pretrained(tmp_path / "adapted")
+    model = pickle.loads(pickle.dumps(model))
     merge_adapters(model)
+    assert b"geolora_pl" not in pickle.dumps(model)
     model.save_pretrained(tmp_path / "merged")
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(6)[None]
