@@ -168,8 +168,10 @@ class GeoLoRAModule(L.LightningModule):
     @trainer.setter
     def trainer(self, trainer: L.Trainer | None) -> None:
         L.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]  # a property
-        if trainer is not None and is_part_in_fit(self, trainer) and not _has_callback(trainer.callbacks):
-            trainer.callbacks.insert(0, GeoLoRACallback())
+        if trainer is not None and is_part_in_fit(self, trainer):
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+            if not _has_callback(callbacks):
+                callbacks.insert(0, GeoLoRACallback())
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""
