@@ -87,20 +87,21 @@ def checksum(path):
         return file.metadata()["checksum"]
 
 
+@torch.no_grad()
 def moved(model):
     """A model with adapters as after some training."""
-    with torch.no_grad():
-        for layer in find_adapters(model).values():
-            trained(layer)
-        for name, parameter in model.named_parameters():
-            if "head" in name:
-                parameter.normal_()
+    for layer in find_adapters(model).values():
+        trained(layer)
+    for name, parameter in model.named_parameters():
+        if "head" in name:
+            parameter.normal_()
     model(torch.randn(4, 8))  # which moves running statistics
     return model.eval()
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("first", [True, False], ids=["wrapped before", "wrapped after"])
+@torch.no_grad()  # between two graphs, torch.compile asks tensors for a .grad that none has, and warns
 def test_an_adapter_of_a_wrapped_model_is_that_of_the_plain_one_and_back(wrap, first, tmp_path):
     """A user compiles a model, or puts it into DataParallel, and saves: the plain model refused the file.
 
@@ -130,6 +131,7 @@ def test_an_adapter_of_a_wrapped_model_is_that_of_the_plain_one_and_back(wrap, f
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@torch.no_grad()
 def test_adapters_of_a_wrapped_model_compute_and_are_merged_and_taken_out(wrap):
     """A user adapts a layer that is compiled by itself: the adapter was never called, without a word."""
     x, wrapped = torch.randn(4, 8), wrap(Net()).eval()
@@ -154,6 +156,7 @@ def test_adapters_of_a_wrapped_model_compute_and_are_merged_and_taken_out(wrap):
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@torch.no_grad()
 def test_a_lora_of_a_wrapped_model_is_read_by_peft_and_back(wrap, tmp_path):
     """A user exports a compiled model: PEFT found no layer of the names in the file."""
     wrapped = wrap(Net(norm=False))
@@ -163,11 +166,11 @@ def test_a_lora_of_a_wrapped_model_is_read_by_peft_and_back(wrap, tmp_path):
     x = torch.randn(4, 8)
     theirs, again = peft.PeftModel.from_pretrained(Net(norm=False), tmp_path / "lora"), wrap(Net(norm=False))
     import_peft(again, tmp_path / "lora")
-    with torch.no_grad():
-        close(theirs.eval()(x), wrapped(x), NETWORK)
-        close(again.eval()(x), wrapped(x), NETWORK)
+    close(theirs.eval()(x), wrapped(x), NETWORK)
+    close(again.eval()(x), wrapped(x), NETWORK)
 
 
+@torch.no_grad()
 def test_a_library_on_a_compiled_model(tmp_path):
     """A user serves several adapters on a compiled model; they were trained without."""
     trained_one = Net()
@@ -357,6 +360,7 @@ class CompiledSmall(Small):
 
 
 @pytest.mark.parametrize("form", ["adapter", "peft", "merged"])
+@torch.no_grad()
 def test_exports_of_a_module_that_compiles_itself_have_plain_names(form, tmp_path, monkeypatch):
     """A user's module compiles its model and a layer of it: every export is one of the plain model."""
     module = CompiledSmall()
