@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -271,6 +271,13 @@ class GeoLoRALayer(nn.Module):
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
         self._mark_factors()  # which torch may have replaced
         return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which calls this and could not compile the layer."""
+        raise ValueError(
+            "torch.jit.script cannot compile a layer with an adapter: merge_adapters(model) first, or use "
+            "torch.export.export or torch.jit.trace"
+        )
 
     def extra_repr(self) -> str:
         """Shapes and rank, for ``print(model)``."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.registry import adapter_class_of
+from geolora_pl.adapters.savers import warn_at_save_pretrained
+from geolora_pl.adapters.statistics import remember_buffers
 from geolora_pl.adapters.targets import (
     all_names,
     bias_of,
@@ -19,13 +22,14 @@ from geolora_pl.adapters.targets import (
     find_targets,
     weight_identity,
 )
+from geolora_pl.adapters.wrappers import unwrapped
 
 
 def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> dict[str, GeoLoRALayer]:
     """Put adapters on the chosen layers, in place, and freeze everything else but ``modules_to_save``.
 
     The output of the model does not change. A module that the model holds under several names is adapted once, and so
-    is a weight that several layers share.
+    is a weight that several layers share. Wrappers, such as that of ``torch.compile``, are no part of a name.
 
     Args:
         model: Any module; its layers are replaced inside their parents.
@@ -35,10 +39,10 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
         The adapters by the names of the layers they replaced.
 
     Raises:
-        ValueError: The model already has adapters, nothing matches, a name in ``modules_to_save`` matches nothing, a
-            parameter has no shape yet, a layer belongs to ``nn.MultiheadAttention``, computes its weight (as with
-            weight norm) or cannot be adapted for another reason, layers share a weight but not their bias, or an
-            embedding shares its table with another layer.
+        ValueError: The model already has adapters or is in ``DistributedDataParallel``, nothing matches, a name in
+            ``modules_to_save`` matches nothing, a parameter has no shape yet, a layer belongs to
+            ``nn.MultiheadAttention``, computes its weight (as with weight norm) or cannot be adapted for another
+            reason, layers share a weight but not their bias, or an embedding shares its table with another layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -46,7 +50,16 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
         >>> list(adapters), sum(p.numel() for p in model[2].parameters() if p.requires_grad)
         (['0'], 18)
     """
-    config = config or AdapterConfig()
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which would not send the gradients of new adapters: inject first "
+            "and wrap the model then"
+        )
+    with unwrapped(model) as plain:
+        return _inject(plain, config or AdapterConfig())
+
+
+def _inject(model: nn.Module, config: AdapterConfig) -> dict[str, GeoLoRALayer]:
     if has_adapters(model):
         raise ValueError("the model already has adapters: merge_adapters(model) first, or inject into a fresh model")
     if adapter_class_of(model) is not None:
@@ -70,6 +83,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
             of_weight[weight_identity(layer)] = shared
         assert shared.bias is bias_of(layer), "tied weights with two biases are refused before anything is replaced"
         model.set_submodule(name, shared)
+    remember_buffers(model)
+    warn_at_save_pretrained(model)
     for module in saved.values():
         module.requires_grad_(True)
     if config.train_bias == "all":
@@ -80,8 +95,9 @@ def inject_adapters(model: nn.Module, config: AdapterConfig | None = None) -> di
 
 
 def find_adapters(model: nn.Module) -> dict[str, GeoLoRALayer]:
-    """The adapters of a model by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GeoLoRALayer)}
+    """The adapters of a model by the names that they have without wrappers, each once."""
+    with unwrapped(model) as plain:
+        return {name: module for name, module in plain.named_modules() if isinstance(module, GeoLoRALayer)}
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -115,7 +131,8 @@ def remove_adapters(model: nn.Module) -> None:
     adapters = find_adapters(model)
     if not adapters or isinstance(model, GeoLoRALayer):
         raise ValueError("the model holds no adapters: there is nothing to remove from it")
-    names = all_names(model)
-    for layer in adapters.values():
-        for alias in names[id(layer)]:
-            model.set_submodule(alias, layer.base)
+    with unwrapped(model) as plain:
+        names = all_names(plain)
+        for layer in adapters.values():
+            for alias in names[id(layer)]:
+                plain.set_submodule(alias, layer.base)

@@ -17,10 +17,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` (vmap, grad, jvp, ...) or forward-mode differentiation is under way."""
+    """Whether ``torch.func`` (vmap, grad, ...), forward-mode differentiation or ``torch.jit.trace`` is under way."""
     if torch.compiler.is_compiling():  # which looks into such transforms itself
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:

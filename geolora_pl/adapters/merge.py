@@ -9,6 +9,7 @@ from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.statistics import running_statistics
 from geolora_pl.adapters.targets import all_names
+from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.precision import exact_products
 
 # Part of the update's own output by which merging may change an output: 8-bit activations of quantised layers take less
@@ -50,11 +51,12 @@ class MergedAdapters:
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layers = {
-            name: layer
-            for name, layer in model.named_modules(remove_duplicate=False)
-            if isinstance(layer, GeoLoRALayer)
-        }
+        with unwrapped(model) as plain:
+            self._layers = {
+                name: layer
+                for name, layer in plain.named_modules(remove_duplicate=False)
+                if isinstance(layer, GeoLoRALayer)
+            }
         self._weights = [(layer, getattr(layer.base, "weight", None)) for layer in find_adapters(model).values()]
         self.changes, self.differences = _merge(model)
 
@@ -69,8 +71,9 @@ class MergedAdapters:
         for layer, weight in self._weights:
             if weight is not None:  # a quantised layer may keep its weight under other names, which have not changed
                 layer.base.weight = weight
-        for name, layer in self._layers.items():
-            self._model.set_submodule(name, layer)
+        with unwrapped(self._model) as plain:
+            for name, layer in self._layers.items():
+                plain.set_submodule(name, layer)
         self._layers, self._weights = {}, []
 
     def __enter__(self) -> MergedAdapters:
@@ -120,11 +123,12 @@ def _merge(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
     merged, changes, differences = {}, {}, {}
     for name, layer in adapters.items():
         merged[name], changes[name], differences[name] = _merged(name, layer)
-    names = all_names(model)
-    for name, layer in adapters.items():
-        plain = layer.plain(merged[name])
-        for alias in names[id(layer)]:
-            model.set_submodule(alias, plain)
+    with unwrapped(model) as plain:
+        names = all_names(plain)
+        for name, layer in adapters.items():
+            merged_layer = layer.plain(merged[name])
+            for alias in names[id(layer)]:
+                plain.set_submodule(alias, merged_layer)
     return changes, differences
 
 

@@ -210,8 +210,8 @@ class GeoLoRACallback(L.Callback):
         run.position.train_starts(trainer)
         if run.guard:
             run.guard.start()
-        write_notes(trainer, pl_module)
-        say_what_is_not_plain(pl_module, trainer.datamodule)  # type: ignore[attr-defined]  # set by the data connector
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
+        write_notes(trainer, pl_module, say_what_is_not_plain(pl_module, data))
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from geolora_pl.adapters.merge import MergedAdapters
+from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.storage.adapter_file import save_adapter
 from geolora_pl.storage.atomic import atomic, refuse_existing
 from geolora_pl.storage.peft import export_peft
@@ -56,7 +57,7 @@ def export(
         rank = export_peft(module.model, output, compact=compact, overwrite=overwrite)
         return f"{output}: a server must allow rank {rank} (vLLM: --max-lora-rank, the next it offers)"
     merged = MergedAdapters(module.model)
-    with atomic(output, overwrite=overwrite) as unfinished:
+    with unwrapped(module), atomic(output, overwrite=overwrite) as unfinished:
         unfinished.mkdir()
         module.save_model(unfinished)
     return f"{output}: merged; outputs of single layers differ by at most {max(merged.differences.values()):.1e}"

@@ -76,20 +76,26 @@ def keep_plain(checkpoint: dict[str, Any]) -> None:
                 checkpoint[_LEFT_OUT] = left_out
 
 
-def say_what_is_not_plain(*owners: Any) -> None:
+def say_what_is_not_plain(*owners: Any) -> list[str]:
     """Say of the hyperparameters of a module and its data which ones a checkpoint does not hold.
 
     Args:
         *owners: Objects with ``hparams``; others are passed over.
+
+    Returns:
+        What was said, for the notes of the run.
     """
+    said: list[str] = []
     for owner in owners:
         _, left_out = _plain(getattr(owner, "hparams", {}))
         for name, value in left_out.items():
-            rank_zero_warn(
+            text = (
                 f"{name}={value} of {type(owner).__name__} is not a plain value, so that checkpoints do not hold it: "
-                "give it again when one is loaded",
-                category=GeoLoRAWarning,
+                "give it again when one is loaded"
             )
+            rank_zero_warn(text, category=GeoLoRAWarning)
+            said.append(text)
+    return said
 
 
 def _plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -111,3 +111,8 @@ def callbacks_of_fit(module: L.LightningModule) -> list[L.Callback] | None:
 def datamodule_of(module: L.LightningModule) -> Any:
     """The data module of the trainer that a module belongs to; ``None`` without the one or the other."""
     return getattr(module._trainer, "datamodule", None)
+
+
+def is_part_in_fit(module: L.LightningModule, trainer: L.Trainer) -> bool:
+    """Whether a module is a part of the one that a trainer fits."""
+    return trainer.state.fn is TrainerFn.FITTING and trainer.lightning_module is not module

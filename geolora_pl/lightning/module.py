@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
-from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,8 +18,15 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
-from geolora_pl.lightning.internals import callbacks_of_fit, load_anywhere, restricted_classmethod, run_length
+from geolora_pl.lightning.internals import (
+    callbacks_of_fit,
+    is_part_in_fit,
+    load_anywhere,
+    restricted_classmethod,
+    run_length,
+)
 from geolora_pl.storage.checkpoint import complete, read_checkpoint
+from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.training.groups import parameter_groups
 from geolora_pl.training.optim import RiemannianAdam
 from geolora_pl.training.schedule import warmup_cosine
@@ -134,7 +140,7 @@ class GeoLoRAModule(L.LightningModule):
         callbacks = callbacks_of_fit(self)
         if callbacks is None:
             return
-        if not any(isinstance(callback, GeoLoRACallback) for callback in callbacks):
+        if not _has_callback(callbacks):
             raise ValueError(
                 f"the trainer has no GeoLoRACallback, without which {type(self).__name__} would train without moving "
                 "its ranks: add one to its callbacks, or let configure_callbacks return that of "
@@ -152,12 +158,25 @@ class GeoLoRAModule(L.LightningModule):
 
         A task overrides it to write what the library of its model loads.
         """
-        save_model(self.model, str(folder / "model.safetensors"))
+        write_weights(self.model, folder / "model.safetensors")
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The trainer, which brings a :class:`GeoLoRACallback` also where this is a part of another LightningModule."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        L.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]  # a property
+        if trainer is not None and is_part_in_fit(self, trainer):
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+            if not _has_callback(callbacks):
+                callbacks.insert(0, GeoLoRACallback())
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-        return [] if any(isinstance(callback, GeoLoRACallback) for callback in callbacks) else [GeoLoRACallback()]
+        return [] if _has_callback(callbacks) else [GeoLoRACallback()]
 
     def configure_gradient_clipping(
         self,
@@ -321,6 +340,10 @@ class GeoLoRAModule(L.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _has_callback(callbacks: Iterable[object]) -> bool:
+    return any(isinstance(callback, GeoLoRACallback) for callback in callbacks)
 
 
 def _plain(value: object) -> object:

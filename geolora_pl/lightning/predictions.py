@@ -21,6 +21,7 @@ from geolora_pl.storage.atomic import atomic
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".jsonl")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet begins a formula
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -29,7 +30,8 @@ class PredictionWriter(BasePredictionWriter):
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
     file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
     in a regression. Label and numbers are empty where they are not finite, which a warning says. The classes are named
-    by the module's ``class_names``, else by the data's, else by their index.
+    by the module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would
+    run as a formula gets an apostrophe before it; JSON lines are exact.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
@@ -164,4 +166,18 @@ def _write(rows: list[Row], output: Path) -> None:
 def _flat(row: Row) -> Row:
     probabilities: dict[str, float] = row.get("probabilities", {})
     single = {column: value for column, value in row.items() if column != "probabilities"}
-    return single | {f"p_{name}": value for name, value in probabilities.items()}
+    return {_harmless(k): _harmless(v) for k, v in (single | {f"p_{n}": p for n, p in probabilities.items()}).items()}
+
+
+def _harmless(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet runs: a text that looks like a formula gets an apostrophe before it.
+
+    OWASP names the signs; a text that is a number, such as the class -1, is not a formula.
+    """
+    if not isinstance(cell, str) or not cell.startswith(_FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -12,15 +13,16 @@ from geolora_pl.storage.atomic import atomic
 NAME = "notes.txt"
 
 
-def write_notes(trainer: L.Trainer, module: L.LightningModule) -> None:
+def write_notes(trainer: L.Trainer, module: L.LightningModule, more: Iterable[str] = ()) -> None:
     """Write the notes of the data module and the module as ``notes.txt``, if a logger gives the run its own folder.
 
     Args:
         trainer: The trainer of a fit that starts.
         module: The module that is trained.
+        more: What was said beside the notes of both.
     """
     data = getattr(trainer, "datamodule", None)
-    notes = [*getattr(data, "notes", ()), *getattr(module, "notes", ())]
+    notes = [*getattr(data, "notes", ()), *getattr(module, "notes", ()), *more]
     folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
     if notes and trainer.is_global_zero and folders and "://" not in folders[0]:
         with atomic(Path(folders[0], NAME)) as unfinished:

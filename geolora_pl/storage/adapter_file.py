@@ -96,12 +96,14 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
     """Write a state to a file.
 
     Raises:
-        ValueError: A value is not finite.
+        ValueError: A value is not finite, or a tensor is sparse.
     """
     tensors = {f"trained/{name}": tensor for name, tensor in state.trained.items()}
     tensors |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
     for name, factors in state.factors.items():
         tensors |= {f"adapters/{name}/{letter}": factor for letter, factor in factors._asdict().items()}
+    if sparse := [name for name, tensor in tensors.items() if tensor.layout is not torch.strided]:
+        raise ValueError(f"{sparse[0]} is sparse, and a file cannot hold that: register it with persistent=False")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if problem := _not_finite(tensors):
         raise ValueError(f"{problem} is not finite, so the adapter is not saved: go back to a checkpoint before it")
@@ -187,7 +189,10 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapte
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    """The first tensor with a value that is not finite; a buffer, such as a mask, may be infinite."""
+    return next(
+        (n for n, t in tensors.items() if (t.isnan() if n.startswith("buffers/") else ~t.isfinite()).any()), None
+    )
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

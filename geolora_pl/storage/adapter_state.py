@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.adapters.statistics import changed_buffers, running_statistics
+from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
@@ -35,7 +37,7 @@ class AdapterState:
         config: The configuration that puts the same adapters into the base; it names each layer with its ``max_rank``.
         factors: The adapters by name.
         trained: Whatever else was trained, by its name in the base.
-        buffers: The base's own buffers, such as running means, because training changes them, too.
+        buffers: The base's buffers that training has changed, such as running means.
         base_name: The name of the base, if it has one.
         base_hash: The hash of :func:`geolora_pl.storage.fingerprint.base_hash`, without ``trained``.
     """
@@ -191,6 +193,11 @@ def capture(model: nn.Module, exact: bool = False) -> AdapterState:
     for name, layer in adapters.items():
         if not all(getattr(layer, factor).isfinite().all() for factor in FACTORS):
             raise ValueError(f"{name} holds values that are not finite: go back to a checkpoint before it")
+    with unwrapped(model) as plain:
+        buffers = changed_buffers(plain)
+        statistics = running_statistics(plain)
+    if broken := [name for name, buffer in statistics.items() if not buffer.isfinite().all()]:
+        raise ValueError(f"{broken[0]} holds values that are not finite: go back to a checkpoint before it")
     names = trained_names(model)
     parameters = base_parameters(model)
     config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout, probes)
@@ -198,7 +205,7 @@ def capture(model: nn.Module, exact: bool = False) -> AdapterState:
         config=replace(config, target_modules=alternation(adapted_names(model))),
         factors=retracted(adapters, exact),
         trained={name: parameters[name].detach().clone() for name in names},
-        buffers={name: buffer.detach().clone() for name, buffer in base_buffers(model).items()},
+        buffers={name: buffer.detach().clone() for name, buffer in buffers.items()},
         base_name=base_name(model),
         base_hash=base_hash(model, names),
     )
@@ -206,7 +213,8 @@ def capture(model: nn.Module, exact: bool = False) -> AdapterState:
 
 def adapted_names(model: nn.Module) -> list[str]:
     """All names of adapters: a layer that has several, or shares its weight, must be adapted under each of them."""
-    return [n for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
+    with unwrapped(model) as plain:
+        return [n for n, module in plain.named_modules(remove_duplicate=False) if isinstance(module, GeoLoRALayer)]
 
 
 def check(model: nn.Module, state: AdapterState) -> None:
@@ -219,7 +227,8 @@ def check(model: nn.Module, state: AdapterState) -> None:
         if problem := misfit(model, state):
             raise ValueError(problem)
     else:
-        modules = dict(model.named_modules())
+        with unwrapped(model) as plain:
+            modules = dict(plain.named_modules())
         if absent := [name for name in state.factors if name not in modules]:
             raise ValueError(
                 f"the model has no layer {absent[0]}, which the adapter is for: take the base that it was trained on"
@@ -306,15 +315,16 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def base_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers outside the adapters that a state dict holds, by name."""
     within = tuple(f"{name}." for name in find_adapters(model))
-    saved = model.state_dict()
-    return {
-        name: buffer for name, buffer in model.named_buffers() if name in saved and not name.startswith(within or "\0")
-    }
+    with unwrapped(model) as plain:
+        saved, buffers = plain.state_dict(), dict(plain.named_buffers())
+    return {name: buffer for name, buffer in buffers.items() if name in saved and not name.startswith(within or "\0")}
 
 
 def base_name(model: nn.Module) -> str | None:
     """The name that transformers or timm give a model, or the model inside a wrapper."""
-    for module in (model, *model.children()):
+    with unwrapped(model) as plain:
+        candidates = (plain, *plain.children())
+    for module in candidates:
         if isinstance(name := getattr(module, "name_or_path", None), str) and name:
             return name
         config = getattr(module, "pretrained_cfg", None)

@@ -14,6 +14,7 @@ from torch import nn
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.adapters.wrappers import plain_name, unwrapped, wrapper_names
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.storage.adapter_state import adapted_names, alternation, config_of
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
@@ -105,7 +106,7 @@ def check_probes(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
     Raises:
         ValueError: The numbers differ.
     """
-    factors = checkpoint.get("state_dict", {})
+    factors = plain_weights(checkpoint)
     for name, layer in find_adapters(module).items():
         U, S = factors.get(f"{name}.U"), factors.get(f"{name}.S")
         if U is None or S is None or U.dim() != 2 or S.dim() != 2:
@@ -130,7 +131,16 @@ def describe_adapters(checkpoint: dict[str, Any], module: nn.Module) -> None:
         "dropout": max((getattr(layer.dropout, "p", 0.0) for layer in find_adapters(module).values()), default=0.0),
         "layers": adapted_names(module),
         "trained": trained_names(module),
+        "wrappers": wrapper_names(module),
     }
+
+
+def plain_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a checkpoint by the names that they have in a module without wrappers."""
+    found = checkpoint.get(_ADAPTERS)
+    listed = found.get("wrappers") if isinstance(found, Mapping) else None
+    wrappers = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return {plain_name(name, wrappers): value for name, value in checkpoint.get("state_dict", {}).items()}
 
 
 def check_adapters(checkpoint: Mapping[str, Any], module: nn.Module, resumes: bool) -> None:
@@ -168,7 +178,7 @@ def config_of_adapters(checkpoint: Mapping[str, Any]) -> tuple[AdapterConfig, li
     Raises:
         ValueError: The checkpoint does not say it, or its adapters differ in ``alpha``.
     """
-    found, state_dict = checkpoint.get(_ADAPTERS), checkpoint["state_dict"]
+    found, state_dict = checkpoint.get(_ADAPTERS), plain_weights(checkpoint)
     if not found or not found["alpha"]:
         raise ValueError("it says nothing of its adapters: it was made by an older version, or without adapters")
     if len(alphas := set(found["alpha"].values())) > 1:
@@ -191,6 +201,12 @@ def load_checkpoint(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         ValueError: They do not fit together.
     """
     config, trained = config_of_adapters(checkpoint)
+    with unwrapped(model) as plain:
+        _load_into(plain, {**checkpoint, "state_dict": plain_weights(checkpoint)}, config, trained)
+
+
+def _load_into(model: nn.Module, checkpoint: dict[str, Any], config: AdapterConfig, trained: Collection[str]) -> None:
+    """Load a checkpoint whose weights have the names of this plain model."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     fresh = not has_adapters(model)
     try:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.statistics import whole_values
+from geolora_pl.adapters.wrappers import unwrapped
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the model, by the names that they have without its adapters.
+    """The parameters of the model, by the names that they have without its adapters and wrappers.
 
     Example:
         >>> from geolora_pl import inject_adapters
@@ -24,7 +26,9 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found: dict[str, nn.Parameter] = {}
     adapters = find_adapters(model)
-    for name, parameter in model.named_parameters():
+    with unwrapped(model) as plain:
+        parameters = list(plain.named_parameters())
+    for name, parameter in parameters:
         adapter = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in adapters), None)
         if adapter is None:
             found[name] = parameter
@@ -60,7 +64,7 @@ def base_hash(model: nn.Module, trained: Collection[str]) -> str:
     digests = [hashlib.sha256(), hashlib.sha256()]
     for name, parameter in sorted(base_parameters(model).items()):
         if name not in trained:
-            weight = _whole(parameter.detach())
+            weight = whole_values(parameter.detach())
             wide = weight.dtype in (torch.float32, torch.float64)
             for digest, rounded in zip(digests, (weight, weight.half() if wide else weight), strict=True):
                 digest.update(f"{name} {list(parameter.shape)}".encode())
@@ -74,15 +78,6 @@ def is_same_base(one: str, other: str) -> bool:
     A base in bfloat16 and one in float16 cannot be told to be one, for both have lost what the other has kept.
     """
     return not set(one.split()).isdisjoint(other.split())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The values of a parameter that is sharded, or whose class keeps fewer bits, as plain numbers."""
-    if hasattr(tensor, "full_tensor"):  # sharded
-        tensor = tensor.full_tensor()
-    if type(tensor).dequantize is not Tensor.dequantize:  # a tensor class for quantised weights, as torchao has
-        tensor = tensor.dequantize()
-    return tensor
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.kinds import GeoLoRAConv1D
 from geolora_pl.adapters.registry import adapter_class_of
+from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import exact_products
 from geolora_pl.storage.adapter_state import (
@@ -53,7 +54,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     trained biases as with ``bias="all"``; most servers support neither.
 
     Args:
-        model: A model with adapters. It must be the model into which PEFT will load them, not a module around it.
+        model: A model with adapters. It must be the model into which PEFT will load them, not a module around it;
+            wrappers such as that of ``torch.compile`` are no part of the names in the file.
         out_dir: The folder to make.
         compact: Whether to store each adapter at its own rank, with ``rank_pattern`` and ``alpha_pattern``, and to
             leave out adapters of rank 0.
@@ -73,6 +75,12 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
         >>> export_peft(model, Path(tempfile.mkdtemp(), "lora"))
         2
     """
+    with unwrapped(model) as plain:
+        return _export(plain, Path(out_dir), compact, overwrite)
+
+
+def _export(model: nn.Module, out_dir: Path, compact: bool, overwrite: bool) -> int:
+    """Write the folder of a plain model."""
     state = capture(model)
     adapters = find_adapters(model)
     if odd := [name for name, layer in adapters.items() if not is_linear(layer.base)]:

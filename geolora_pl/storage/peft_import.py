@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from geolora_pl.adapters.inject import has_adapters
+from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd_of_product
 from geolora_pl.math.precision import working_dtype
 from geolora_pl.storage.adapter_state import (
@@ -75,7 +76,12 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
         raise ValueError("the model already has adapters: merge_adapters(model) first, or take a fresh model")
     if max_rank < 1:
         raise ValueError(f"max_rank={max_rank} must be at least 1")
-    folder = Path(folder)
+    with unwrapped(model) as plain:
+        _import(plain, Path(folder), max_rank)
+
+
+def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
+    """Put a LoRA into a plain model."""
     config, tensors = _read(folder)
     sides, others = _sides(tensors)
     parameters, buffers = dict(model.named_parameters()), base_buffers(model)

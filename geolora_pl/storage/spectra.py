@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.math.decomposition import decompose, without_probes
-from geolora_pl.storage.checkpoint import read_checkpoint
+from geolora_pl.storage.checkpoint import plain_weights, read_checkpoint
 
 
 def spectra(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int, Tensor]]:
@@ -54,5 +54,5 @@ def checkpoint_spectra(ckpt_path: str | Path) -> dict[str, list[float]]:
     Raises:
         ValueError: The checkpoint cannot be read.
     """
-    found = spectra(read_checkpoint(ckpt_path, mmap=True).get("state_dict", {}))
+    found = spectra(plain_weights(read_checkpoint(ckpt_path, mmap=True)))
     return {name: sigma.tolist() for name, (_, _, sigma) in found.items()}

@@ -20,8 +20,11 @@ from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.notes import keep_notes
+from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
-from geolora_pl.tasks.internals import save_for_hf
+from geolora_pl.tasks.internals import save_config_for_hf
+from geolora_pl.tasks.trained import note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
@@ -96,6 +99,7 @@ class ImageClassification(GeoLoRAModule):
         self.mixup = mixup
         self.cutmix = cutmix
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.notes: list[str] = []  # what the user is told about the model
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
@@ -129,6 +133,12 @@ class ImageClassification(GeoLoRAModule):
             self.metrics = nn.ModuleDict(
                 {split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")}
             )
+
+    def setup(self, stage: str) -> None:
+        """Say what is trained in full."""
+        if stage == "fit" and hasattr(self, "model"):
+            with keep_notes(self.notes):
+                note_trained_in_full(self.model, self.new_modules())
 
     def build_model(self) -> nn.Module:
         """Create the timm model with a new head and pretrained weights in the rest."""
@@ -165,7 +175,8 @@ class ImageClassification(GeoLoRAModule):
         """
         names = {} if self.class_names is None else {"label_names": self.class_names}
         arguments = {name: value for name, value in self.model_args.items() if name != "pretrained_cfg_overlay"}
-        save_for_hf(self.model, str(folder), names, arguments, safe_serialization=True)
+        write_weights(self.model, folder / "model.safetensors")
+        save_config_for_hf(self.model, str(folder / "config.json"), names, arguments)
 
     def new_modules(self) -> Sequence[str]:
         """Return the names of the head, which is new."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from geolora_pl.notes import keep_notes, note
+from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.classes import (
     check_class_weights,
     settle_class_names,
@@ -20,6 +20,7 @@ from geolora_pl.tasks.classes import (
 )
 from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
+from geolora_pl.tasks.trained import note_trained_in_full
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 
@@ -136,7 +137,7 @@ class TextClassification(TransformerTask):
         """Make the metrics, one collection per set of texts, and say what is trained in full."""
         if stage == "fit" and hasattr(self, "model"):
             with keep_notes(self.notes):
-                self._note_trained_in_full()
+                note_trained_in_full(self.model, self.new_modules())
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
         of_data = getattr(data, "metrics", None)
@@ -147,13 +148,6 @@ class TextClassification(TransformerTask):
         self.metrics = nn.ModuleDict(
             {split: make_metrics(self.metric_names, self.num_classes) for split in (*self.val_splits, "test")}
         )
-
-    def _note_trained_in_full(self) -> None:
-        sizes = {
-            name: sum(parameter.numel() for parameter in self.model.get_submodule(name).parameters())
-            for name in self.new_modules()
-        }
-        note("trained in full beside the adapters: " + ", ".join(f"{name} ({size:,})" for name, size in sizes.items()))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""

@@ -122,7 +122,13 @@ class TransformerTask(GeoLoRAModule):
         """Write the model and its tokenizer for ``from_pretrained``."""
         assert isinstance(self.model, PreTrainedModel)
         self.tokenizer.save_pretrained(folder)
-        self.model.save_pretrained(folder)
+        weights, seen = self.model.state_dict(), set()
+        for name, tensor in weights.items():
+            # What the class of the model does not declare as tied must have a storage of its own in the file.
+            if tensor.data_ptr() in seen and name not in self.model.all_tied_weights_keys:
+                weights[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        self.model.save_pretrained(folder, state_dict=weights)
 
     def default_targets(self) -> str | Sequence[str]:
         """Return the linear layers of the transformer's blocks, or every linear layer if there are no such blocks."""

@@ -20,11 +20,12 @@ from geolora_pl.training.binding import Binding
 from geolora_pl.training.coefficients import restrict_increments
 from geolora_pl.training.distributed import is_sharded
 from geolora_pl.training.internals import foreach_copy_, foreach_zero_
-from geolora_pl.training.moments import transport_moments
+from geolora_pl.training.moments import Moved, transport_moments
 from geolora_pl.training.offers import Retraction, stack
 from geolora_pl.training.plan import GroupPlan, Plan, plan_retraction
 from geolora_pl.training.steps import OnNonfinite, StepWatch
 from geolora_pl.training.threads import one_thread
+from geolora_pl.training.uninterrupted import finish
 
 _COUNTS = ("total_steps", "adaptations", "rollbacks")
 _STATE = ("rank_changes", "steps", *_COUNTS, "truncation_error", "_on_trial", "_augmented")
@@ -288,7 +289,6 @@ class RankAdaptiveIntegrator:
         try:
             for group in plan.groups:
                 self._move(group, optimizer)
-                self._watch.forget_decay(group.names)
             ranks, self.truncation_error = plan.on_host()
         except BaseException:  # keep the ranks true to the factors, however many of them have moved
             for layer in self.adapters.values():
@@ -306,7 +306,7 @@ class RankAdaptiveIntegrator:
         )
 
     def _move(self, group: GroupPlan, optimizer: Optimizer | None) -> None:
-        """Write the truncated factors of adapters of one shape and carry their moments along."""
+        """Write the truncated factors of adapters of one shape and carry their moments along, all or nothing."""
         layers = [self.adapters[name] for name in group.names]
         columns = group.sigma.shape[-1]
         U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
@@ -315,20 +315,27 @@ class RankAdaptiveIntegrator:
             torch.where(moves, new, old)
             for new, old in ((group.U, U), (torch.diag_embed(group.sigma), S), (group.V, V))
         )
+        moved: Moved = []
         if optimizer is not None:
-            self._report_reset(
-                transport_moments(self._binding.innermost(optimizer), layers, (U, V), (U_new, V_new), group.moves)
-            )
-        # The columns beyond were zero and stay so.
-        width = U.shape[-1]
-        foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
-        foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
-        foreach_copy_([layer.V[:, :width] for layer in layers], list(V_new.unbind()))
-        probes = layers[0].probes
+            innermost = self._binding.innermost(optimizer)
+            moved, unknown = transport_moments(innermost, layers, (U, V), (U_new, V_new), group.moves)
+            self._report_reset(unknown)
+        width, probes = U.shape[-1], layers[0].probes
         remembered = torch.stack([layer.K[:, :probes] for layer in layers])
         remembered = torch.where(moves, group.U[..., :probes] * group.gathered[:, None], remembered)
-        foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
-        foreach_copy_([layer.K[:, :probes] for layer in layers], list(remembered.unbind()))
+
+        def write() -> None:
+            # The columns beyond were zero and stay so.
+            foreach_copy_([layer.U[:, :width] for layer in layers], list(U_new.unbind()))
+            foreach_copy_([layer.S[:columns, :columns] for layer in layers], list(S_new.unbind()))
+            foreach_copy_([layer.V[:, :width] for layer in layers], list(V_new.unbind()))
+            foreach_zero_([factor for layer in layers for factor in (layer.K, layer.L)])
+            foreach_copy_([layer.K[:, :probes] for layer in layers], list(remembered.unbind()))
+            for state, after in moved:
+                foreach_copy_(state, after)
+            self._watch.forget_decay(group.names)
+
+        finish(write)
 
     def _report_reset(self, keys: set[str]) -> None:
         if new := keys - self._reset_keys:

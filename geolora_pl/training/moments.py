@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.math.transport import transport_first_moment, transport_second_moment
-from geolora_pl.training.internals import foreach_copy_
 
 _FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}
 # Squares, variances and bounds by which steps are divided, of the optimizers of torch and timm and of AdaBelief.
@@ -29,18 +28,21 @@ _SECOND = {
 }
 
 Bases = tuple[Tensor, Tensor]
+Moved = list[tuple[list[Tensor], list[Tensor]]]  # parts of an optimizer's state, and what they become
 
 
 def transport_moments(
     optimizer: Optimizer, layers: Sequence[GeoLoRALayer], old: Bases, new: Bases, moves: Tensor
-) -> set[str]:
-    """Rewrite the state that an optimizer keeps for K and L in the coordinates of the new bases, in place.
+) -> tuple[Moved, set[str]]:
+    """Work out the state that an optimizer keeps for K and L in the coordinates of the new bases; nothing changes yet.
 
     First moments (``exp_avg``, ``momentum_buffer``, ``grad_avg``) are one tangent vector and are projected as such.
     What steps are divided by (second moments, variances, bounds) takes the squares of the rotations: every new column
     is a weighted mean of the old ones, so that a denominator never falls to zero while the steps go on. A scalar, or
     one number per row, does not depend on the basis and stays. Of the state with other names what is nowhere negative
-    is taken for a denominator, and the rest is set to zero.
+    is taken for a denominator, and the rest is set to zero. Where the means of gradients are kept beside the means of
+    their squares, as by centered RMSprop, the squares move as means and variances: the difference of the two, whose
+    root steps are divided by, would otherwise become negative.
 
     Args:
         optimizer: Any torch optimizer, without a wrapper.
@@ -51,15 +53,16 @@ def transport_moments(
         moves: (B,), bool; the state of the other adapters stays to the bit.
 
     Returns:
-        The keys of the state with other names.
+        What is to be copied where, and the keys of the state with other names.
 
     Raises:
         ValueError: The optimizer keeps state that cannot move: in fewer bits than a number, or as a matrix per side.
     """
     states = [(optimizer.state.get(layer.K, {}), optimizer.state.get(layer.L, {})) for layer in layers]
     width, unknown = old[0].shape[-1], set()
-    _add_squared_means(states, moves, -1)
-    for key in sorted({key for pair in states for state in pair for key in state}):
+    moved: Moved = []
+    means: dict[int, tuple[Tensor, ...]] = {}  # of gradients, by layer: of K and L, before and after
+    for key in sorted({key for pair in states for state in pair for key in state}):  # grad_avg before square_avg
         having = [i for i, pair in enumerate(states) if _depends_on_basis(optimizer, key, pair, layers[i])]
         if not having:
             continue
@@ -73,15 +76,21 @@ def transport_moments(
         )
         if key in _FIRST:
             new_K, new_L = transport_first_moment(m_K, m_L, U, V, U_new, V_new, layers[0].probes)
+            if key == "grad_avg":
+                means = dict(zip(having, zip(m_K, m_L, new_K, new_L, strict=True), strict=True))
+        elif key == "square_avg" and means:
+            none = tuple(torch.zeros_like(m[0]) for m in (m_K, m_L, m_K, m_L))
+            squares = [torch.stack(parts).square() for parts in zip(*(means.get(i, none) for i in having), strict=True)]
+            of_spread = (m_K - squares[0]).clamp_min(0), (m_L - squares[1]).clamp_min(0)
+            new_K = transport_second_moment(of_spread[0], V, V_new) + squares[2]
+            new_L = transport_second_moment(of_spread[1], U, U_new) + squares[3]
         else:
             new_K, new_L = transport_second_moment(m_K, V, V_new), transport_second_moment(m_L, U, U_new)
         if key in unknown:
-            new_K, new_L = (moved * _nowhere_negative(m) for moved, m in ((new_K, m_K), (new_L, m_L)))
-        for after, before in ((new_K, m_K), (new_L, m_L)):
-            torch.where(here, after, before, out=after)
-        foreach_copy_(of_K + of_L, [*new_K.unbind(), *new_L.unbind()])
-    _add_squared_means(states, moves, 1)
-    return unknown
+            new_K, new_L = (new * _nowhere_negative(m) for new, m in ((new_K, m_K), (new_L, m_L)))
+        after = [torch.where(here, new, m) for new, m in ((new_K, m_K), (new_L, m_L))]
+        moved.append((of_K + of_L, [*after[0].unbind(), *after[1].unbind()]))
+    return moved, unknown
 
 
 def _depends_on_basis(optimizer: Optimizer, key: str, states: tuple[Any, Any], layer: GeoLoRALayer) -> bool:
@@ -105,19 +114,6 @@ def _depends_on_basis(optimizer: Optimizer, key: str, states: tuple[Any, Any], l
             )
         found = True
     return found
-
-
-def _add_squared_means(states: Sequence[tuple[Any, Any]], moves: Tensor, sign: int) -> None:
-    """Turn the second moments that are kept beside the means of gradients into variances (-1), or back (1).
-
-    The mean moves as a vector does, so that only the variance is free to move on its own: the difference of the two,
-    whose root centered RMSprop divides by, would otherwise become negative.
-    """
-    for pair, moves_here in zip(states, moves.unbind(), strict=True):
-        for state in pair:
-            if "grad_avg" in state and "square_avg" in state:
-                mean = state["grad_avg"]
-                state["square_avg"].addcmul_(mean, mean * moves_here, value=sign).clamp_min_(0)
 
 
 def _nowhere_negative(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.statistics import running_statistics
 from geolora_pl.training.distributed import is_sharded
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
+from geolora_pl.training.uninterrupted import finish
 
 
 class Snapshot(NamedTuple):
@@ -39,15 +40,20 @@ class Snapshot(NamedTuple):
     @torch.no_grad()
     def put_back(self, model: nn.Module, optimizer: Optimizer, integrator: RankAdaptiveIntegrator) -> None:
         """Write this state over the present one, and halve all further steps; learning rates stay as scheduled."""
-        for name, tensor in _changing(model, optimizer):
-            tensor.copy_(_like(tensor, self.tensors[name]))
+        values = [(tensor, _like(tensor, self.tensors[name])) for name, tensor in _changing(model, optimizer)]
         moments = _copies(self.moments)
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         for number, parameter in enumerate(parameters):
             now = optimizer.state.get(parameter, {})
             moments |= {number: {k: _like(now.get(k, parameter), v) for k, v in moments.get(number, {}).items()}}
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        optimizer.zero_grad()  # gradients that still accumulate belong to other weights
+
+        def write() -> None:  # which waits for no other process
+            for tensor, value in values:
+                tensor.copy_(value)
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.zero_grad()  # gradients that still accumulate belong to other weights
+
+        finish(write)
         integrator.go_back(self.integrator)
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,6 +62,20 @@ def test_an_image_of_16_bits_or_floats_keeps_its_shades(tmp_path, ending, dtype,
     assert abs(seen(image, tmp_path, ending) - shades * 255).max() <= 0.51  # rounded once
 
 
+@pytest.mark.parametrize(("bits", "said"), [(12, True), (14, True), (16, False)])
+def test_few_bits_in_images_of_16_are_said(tmp_path, messages, bits, said):
+    """A microscope stored 12 bits in files of 16: every image was almost black, and nothing said why."""
+    for index in range(3):
+        values = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
+        Image.fromarray(values // (index + 1)).save(tmp_path / f"{index}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    messages()
+    UnlabelledImages(str(tmp_path)).setup("predict")
+    text = messages()
+    assert (f"is above {2**bits - 1}" in text) == said
+    assert (f"multiply them by {65535 // (2**bits - 1)} first" in text) == said
+
+
 def test_a_black_shape_on_a_transparent_ground_is_seen_on_white(tmp_path):
     """An icon, black on a transparent ground whose hidden colour is black, too, was black all over."""
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from timm.optim import Lookahead
-from tolerance import EXACT, close
+from tolerance import EXACT, NETWORK, close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -28,6 +28,7 @@ from geolora_pl.storage.adapter_state import capture
 from geolora_pl.storage.checkpoint import rule_of
 from geolora_pl.storage.spectra import spectra
 from geolora_pl.testing import check_optimizer
+from geolora_pl.training import integrator as integrator_module
 
 
 def old_weight_norm(layer):
@@ -558,3 +559,93 @@ def test_ranks_and_exports_of_a_checkpoint_follow_the_rule_of_its_run():
         assert rule_of(nonsense) is None
     for name, (_, rank, sigma) in spectra(model.state_dict()).items():
         assert rank == len(sigma) == integrator.ranks()[name]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Embedding(8, 8)], ids=repr)
+def test_jit_script_is_refused_with_what_works(layer, tmp_path):
+    """A user scripts an adapted model: torch ended in a long text on the annotation Any.
+
+    What works is named, and does; of convolutions and embeddings torch.jit.trace failed as well.
+    """
+    model = nn.Sequential(layer)
+    (adapter,) = inject_adapters(model, AdapterConfig(target_modules=["0"])).values()
+    adapter.S.data.fill_diagonal_(1.0)
+    for module in (model, adapter):
+        with pytest.raises(
+            ValueError, match=r"merge_adapters\(model\) first, or use torch\.export\.export or torch\.jit\."
+        ):
+            script(module)
+    x = adapter.sample_inputs(torch.float32)
+    expected = model(x)
+    close(torch.export.export(model, (x,)).module()(x), expected, NETWORK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates its jit
+        traced = torch.jit.trace(model, (x,))
+        torch.jit.save(traced, tmp_path / "model.pt")
+        close(torch.jit.load(tmp_path / "model.pt")(x), expected, NETWORK)
+    merge_adapters(model)
+    close(script(model)(x), expected, NETWORK)
+
+
+def script(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates its jit
+        return torch.jit.script(module)
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.RMSprop(p, centered=True)])
+@pytest.mark.parametrize("at", range(12))
+def test_an_interrupt_in_the_middle_of_a_retraction_leaves_whole_adapters(at, make, monkeypatch):
+    """A user presses Ctrl-C (twice) while factors are swapped: U was new, S was old, and moments were of neither.
+
+    A retraction of adapters of one shape is finished first, so that each adapter is before or after its own.
+    """
+
+    def stepped():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6)).double()
+        inject_adapters(model, AdapterConfig(target_modules=["0", "1", "2"]))
+        integrator = RankAdaptiveIntegrator(model, adapt_every=100)
+        optimizer = make([p for p in model.parameters() if p.requires_grad])
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8).double()).square().sum().backward()
+            optimizer.step()
+            integrator.step(optimizer)
+        integrator.adapt_every = 1
+        return model, integrator, optimizer
+
+    def state(layer, optimizer):
+        tensors = [layer.U, layer.S, layer.V, layer.K, layer.L, torch.tensor(layer.rank)]
+        return tensors + [optimizer.state[p][key] for p in (layer.K, layer.L) for key in sorted(optimizer.state[p])]
+
+    _, integrator, optimizer = stepped()
+    layers = list(integrator.adapters.values())
+    before = [[tensor.detach().clone() for tensor in state(layer, optimizer)] for layer in layers]
+    left, interrupts = [at], [2]
+    copy_ = integrator_module.foreach_copy_
+
+    def interrupted(targets, values):
+        left[0] -= 1
+        copy_(targets[:1], values[:1])
+        if left[0] < 0 and interrupts[0]:
+            interrupts[0] -= 1
+            raise KeyboardInterrupt
+        copy_(targets, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(integrator_module, "foreach_copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            integrator.step(optimizer)
+    _, unbroken, of_twin = stepped()
+    unbroken.step(of_twin)
+    done = 0
+    for layer, earlier, other in zip(layers, before, unbroken.adapters.values(), strict=True):
+        now, after = state(layer, optimizer), state(other, of_twin)
+        same = [all(map(torch.equal, now, there)) for there in (earlier, after)]
+        assert any(same)
+        done += same[1]
+    assert done  # the group in which the interrupt came was finished

@@ -5,6 +5,7 @@ import copy
 import enum
 import json
 import os
+import pickle
 import threading
 import types
 import zipfile
@@ -44,6 +45,7 @@ from geolora_pl import (
     import_peft,
     inject_adapters,
     load_adapter,
+    merge_adapters,
     save_adapter,
 )
 from geolora_pl.adapters.inject import find_adapters, has_adapters
@@ -340,7 +342,56 @@ def test_a_module_whose_callback_was_lost_does_not_train():
         L.Trainer(**QUIET, logger=False, enable_checkpointing=False, max_epochs=1).fit(Lost(), loader())
 
 
+class Whole(L.LightningModule):
+    """A module of which one with adapters is a part."""
+
+    def __init__(self, lazy=False):
+        super().__init__()
+        self.part = Small()
+        if not lazy:
+            self.part.configure_model()
+
+    def configure_model(self):
+        self.part.configure_model()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.part.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_module_with_adapters_inside_of_another_is_adapted(lazy, given):
+    """A user makes a GeoLoRAModule a part of a module: it was trained, and no rank ever moved, without a word."""
+    module = Whole(lazy)
+    callbacks = [GeoLoRACallback(adapt_every=2)] if given else []
+    runs = L.Trainer(**QUIET, logger=False, enable_checkpointing=False, max_epochs=1, callbacks=callbacks)
+    runs.fit(module, loader())
+    (callback,) = (callback for callback in runs.callbacks if isinstance(callback, GeoLoRACallback))
+    assert callback.integrator.adaptations > 1
+    assert list(callback.integrator.adapters) == ["part.model.0", "part.model.2"]
+    runs.validate(Small(), loader())
+
+
 # Ways out
+
+
+def test_saving_a_model_of_transformers_with_adapters_warns_of_what_comes_back(tmp_path):
+    """A user calls save_pretrained of an adapted model, and from_pretrained makes a random one of the file."""
+    model = BertForSequenceClassification(BertConfig(**BERT))
+    inject_adapters(model)
+    for adapted in (model, copy.deepcopy(model)):
+        with pytest.warns(GeoLoRAWarning, match=r"would come back random: merge_adapters\(model\) first"):
+            adapted.save_pretrained(tmp_path / "adapted")
+    model = pickle.loads(pickle.dumps(model))
+    merge_adapters(model)
+    assert b"geolora_pl" not in pickle.dumps(model)
+    model.save_pretrained(tmp_path / "merged")
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(6)[None]
+    close(loaded(ids).logits, model.eval()(ids).logits, NETWORK)
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -388,9 +439,11 @@ def test_paths_and_numpy_numbers_among_hyperparameters_come_back_as_plain_values
 
 def test_what_is_no_plain_value_is_said_to_be_missing_from_checkpoints(tmp_path):
     """A module had an Enum among its arguments. It is said at the start, and a load asks for it."""
-    runs = L.Trainer(**QUIET, logger=False, enable_checkpointing=False, max_epochs=1)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, name="run", version="")
+    runs = L.Trainer(**QUIET, logger=logger, enable_checkpointing=False, max_epochs=1, log_every_n_steps=1)
     with pytest.warns(GeoLoRAWarning, match=r"mode=<Mode\.FAST: 1> of Own is not a plain value"):
         runs.fit(Own(), loader())
+    assert (tmp_path / "run" / "notes.txt").read_text().startswith("mode=<Mode.FAST: 1> of Own is not a plain value")
     runs.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"mode of the checkpoint is not taken from a file: it is <Mode\.FAST: 1>"):
         Own.load_from_checkpoint(tmp_path / "a.ckpt")

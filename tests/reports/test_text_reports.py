@@ -397,6 +397,31 @@ def test_a_prediction_that_is_not_a_number_has_no_label(tmp_path):
     assert (first["label"], first["p_cat"]) == ("", "")
 
 
+def test_a_text_that_is_a_formula_is_not_run_by_a_spreadsheet(tmp_path):
+    """A text to predict began with an equals sign, and a spreadsheet ran it when the CSV file was opened."""
+    texts = ["=HYPERLINK(1)", "+1 is more", "@SUM(A1)", "-- a dash", "-1.5", "fine = good", '"=quoted"']
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
+
+    class OfTexts(Echo):
+        class_names = ("-1", "=dog")
+
+        def predict_step(self, batch):
+            return self.outputs[: len(batch["input_ids"])]
+
+    module = OfTexts([[0.25, 0.75]] * len(texts))
+    module.tokenizer = make_tokenizer()
+    data = UnlabelledTexts(str(tmp_path / "texts.txt"), max_length=8, cache_dir=str(tmp_path / "cache"))
+    predict(module, data, tmp_path / "out.jsonl", **QUIET)
+    exact = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in exact] == texts
+    predict(module, data, tmp_path / "out.csv", **QUIET)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == [f"'{text}" for text in texts[:4]] + texts[4:]
+    assert set(rows[0]) == {"index", "text", "label", "p_-1", "p_=dog"}
+    assert rows[0]["label"] == "'=dog"
+
+
 def test_what_predictions_cannot_be_written_with_is_refused_before_the_work(tmp_path):
     """A folder as output, or two classes with one name, was refused after all images had been predicted."""
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")

@@ -79,6 +79,12 @@ def test_the_backbone_is_loaded_and_the_head_is_new_and_trained(weights):
     assert module.model.blocks[0].attn.qkv.K.requires_grad
 
 
+def test_the_head_is_said_to_be_trained_in_full():
+    module = task()
+    trainer(GeoLoRACallback(), max_steps=1).fit(module, Digits())
+    assert module.notes == ["trained in full beside the adapters: head (250)"]
+
+
 def test_the_data_config_is_the_models_own():
     module = task(num_classes=2)
     module.configure_model()

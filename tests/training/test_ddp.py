@@ -1,6 +1,9 @@
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from geolora_pl import GeoLoRACallback, inject_adapters
+from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.math import decomposition
@@ -236,3 +239,43 @@ def test_the_command_line_with_two_processes(tmp_path, launcher):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("adapter parameters:") == 1
     assert "sync_dist" not in done.stderr
+
+
+def zero_redundancy(rank, port, wide):
+    """Ten steps of one process, with and without ZeroRedundancyOptimizer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, when torch itself imports it
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    weights = []
+    for zero in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, wide)).double()
+        inject_adapters(model, AdapterConfig(target_modules=["0"], modules_to_save=["1"]))
+        integrator, wrapped = RankAdaptiveIntegrator(model, adapt_every=3), nn.parallel.DistributedDataParallel(model)
+        params = [p for p in model.parameters() if p.requires_grad]
+        kind = torch.optim.AdamW
+        optimizer = ZeroRedundancyOptimizer(params, kind, lr=0.01) if zero else kind(params, lr=0.01)
+        torch.manual_seed(rank)
+        for _ in range(10):
+            optimizer.zero_grad()
+            wrapped(torch.randn(4, 8).double()).square().sum().backward()
+            optimizer.step()
+            integrator.step(optimizer)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    if not torch.equal(*weights):
+        raise AssertionError("the weights differ")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_the_optimizer_that_torch_divides_among_processes(divided):
+    """With all adapters in one process the result is the same to the bit; divided, they are refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    refused = pytest.raises(ProcessRaisedException, match="ZeroRedundancyOptimizer gives only some of the adapters")
+    with refused if divided else contextlib.nullcontext():
+        # Parameters go to the process that has the fewest so far: a wide head has one for itself.
+        torch.multiprocessing.start_processes(zero_redundancy, (port, 2 if divided else 100), 2, start_method="fork")

@@ -23,6 +23,9 @@ GROUND = "white"  # what shows through transparent pixels, as in a browser
 # Pillow knows more formats, but some of them start other programs or hold no pixels.
 _FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 _GREY = {"1", "L", "LA", "La", "I", "F"}
+_DEEP = "have more than 8 bits per channel (0 to 65535 becomes 0 to 255)"
+_LOOKED_AT = 32  # images whose values are read to see how many of the 16 bits are used
+_DARK = 2**14  # a value that images of 10, 12 or 14 bits never have
 _PLAIN = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"}  # 8 bits per channel at most, grey or RGB
 
 
@@ -186,9 +189,12 @@ def note_conversions(source: object, paths: Sequence[Path]) -> None:
     """
     counts: Counter[str] = Counter()
     broken: list[ValueError] = []
+    deep: list[Path] = []
     for path in paths:
         try:
-            counts.update(_conversions(path))
+            found = list(_conversions(path))
+            counts.update(found)
+            deep += [path] if _DEEP in found else []
         except ValueError as error:
             broken.append(error)
     if broken:
@@ -197,6 +203,16 @@ def note_conversions(source: object, paths: Sequence[Path]) -> None:
     if counts:
         said = ", ".join(f"{count} {how}" for how, count in sorted(counts.items()))
         note(f"{source}: of {len(paths)} images {said}")
+    if deep and 0 < (highest := max(map(_highest, deep[:_LOOKED_AT]))) < _DARK:
+        note(
+            f"{source}: no value of the images of more than 8 bits is above {highest}, as where 12 bits are stored in "
+            f"16, so that they become almost black: multiply them by {65535 // highest} first"
+        )
+
+
+def _highest(path: Path) -> int:
+    with _opened(path) as image:
+        return int(np.asarray(image).max())
 
 
 def _conversions(path: Path) -> Iterator[str]:
@@ -208,7 +224,7 @@ def _conversions(path: Path) -> Iterator[str]:
         if image.has_transparency_data:
             yield f"have transparency (laid over {GROUND})"
         if image.mode.startswith("I"):
-            yield "have more than 8 bits per channel (0 to 65535 becomes 0 to 255)"
+            yield _DEEP
         elif image.mode == "F":
             yield "have floats (0 to 1 becomes 0 to 255)"
         elif image.mode not in _PLAIN:

@@ -1,0 +1,108 @@
+"""The plain model inside of wrappers such as those of torch.compile and DataParallel, whose names do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+# Where a wrapper keeps the module inside of it, by the name of its class, which need not be imported for that.
+_INSIDE = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+}
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """Give the plain model, with the names that its modules have without wrappers, around it and inside of it.
+
+    Wrappers inside of the model are taken out for the block, and are back after it, also around a layer that was
+    replaced in the meantime.
+
+    Args:
+        model: Any module, such as the result of ``torch.compile``, or one with compiled modules in it.
+
+    Example:
+        >>> model = nn.DataParallel(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))))
+        >>> with unwrapped(model) as plain:
+        ...     print([name for name, _ in plain.named_parameters()])
+        ['0.weight', '0.bias']
+        >>> [name for name, _ in model.named_parameters()]
+        ['module.0.module.weight', 'module.0.module.bias']
+    """
+    plain = _opened(model)
+    taken_out: list[tuple[str, nn.Module]] = []
+    try:
+        while found := _first_wrapper(plain):
+            name, wrapper = found
+            plain.set_submodule(name, _opened(wrapper))
+            taken_out.append((name, wrapper))
+        yield plain
+    finally:
+        for name, wrapper in reversed(taken_out):
+            plain.set_submodule(name, _around(wrapper, plain.get_submodule(name)))
+
+
+def wrapper_names(model: nn.Module) -> list[str]:
+    """The names of the modules inside of wrappers, each of which ends with a part that the plain model does not have.
+
+    Example:
+        >>> wrapper_names(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))))
+        ['0.module']
+    """
+    inside = {name: _attribute(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return [f"{name}.{attribute}".lstrip(".") for name, attribute in inside.items() if attribute is not None]
+
+
+def plain_name(name: str, wrappers: list[str]) -> str:
+    """The name that a tensor has in the plain model.
+
+    Args:
+        name: Its name in the model with wrappers.
+        wrappers: What :func:`wrapper_names` says of that model.
+
+    Example:
+        >>> plain_name("0.module.weight", ["0.module"])
+        '0.weight'
+    """
+    for wrapper in sorted(wrappers, key=len, reverse=True):
+        if name.startswith(f"{wrapper}."):
+            outer = wrapper.rpartition(".")[0]
+            name = f"{outer}{name.removeprefix(wrapper)}".removeprefix(".")
+    return name
+
+
+def _attribute(module: nn.Module) -> str | None:
+    """The attribute in which a module keeps the one that it wraps; ``None`` if it is not a wrapper."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+    return next((_INSIDE[name] for name in names if name in _INSIDE), None)
+
+
+def _opened(module: nn.Module) -> nn.Module:
+    """The module inside of all wrappers around it."""
+    while (attribute := _attribute(module)) is not None:
+        module = getattr(module, attribute)
+    return module
+
+
+def _first_wrapper(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The first wrapper in a model, outside before inside, and its name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return next(((name, module) for name, module in modules if _attribute(module) is not None), None)
+
+
+def _around(wrapper: nn.Module, inside: nn.Module) -> nn.Module:
+    """A wrapper, or several, around a module, which is a new one if a layer was replaced."""
+    attribute = _attribute(wrapper)
+    if attribute is None or _opened(wrapper) is inside:
+        return inside if attribute is None else wrapper
+    around = _around(getattr(wrapper, attribute), inside)
+    if attribute == "_orig_mod":
+        return wrapper.dynamo_ctx(around)  # type: ignore[no-any-return, operator]  # what compiled the old one
+    setattr(wrapper, attribute, around)
+    return wrapper
