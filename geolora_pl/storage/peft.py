@@ -139,8 +139,8 @@ def as_lora(model: nn.Module, *, compact: bool = False) -> Lora:
     for name in saved:
         tensors |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
     for name in biases:
-        layer = name.rpartition(".")[0]
-        tensors[f"{layer}.base_layer.bias" if layer in kept else name] = state.trained[name]
+        owner = name.rpartition(".")[0]
+        tensors[f"{owner}.base_layer.bias" if owner in kept else name] = state.trained[name]
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")

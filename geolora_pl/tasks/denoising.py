@@ -45,7 +45,8 @@ def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Te
     """
     snr = compute_snr(scheduler, timesteps)
     scale = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr
-    return snr.clamp_max(gamma) / scale
+    weights: Tensor = snr.clamp_max(gamma) / scale
+    return weights
 
 
 def mean_with_prior(losses: Tensor, is_prior: Tensor, prior_weight: float) -> Tensor:

@@ -14,8 +14,8 @@ Moments = tuple[Tensor, Tensor]
 class Latents:
     """Keeps the mean and the deviation of each image's latents in main memory; the sample is drawn anew every time.
 
-    Images that are kept are encoded one by one, so that the latents of an image do not depend on what is in its batch: a resumed run
-    encodes them in another order and gets the same bits.
+    Images that are kept are encoded one by one, so that their latents do not depend on what else is in the batch: a
+    resumed run encodes them in another order and gets the same bits.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,7 @@ def _refuse_others(name: str, lora: Lora) -> None:
     embeddings = [key for key in lora.tensors if ".lora_embedding_" in key]
     if others := [*lora.extra, *embeddings]:
         raise ValueError(
-            f"{name}.{others[0]} was trained, which a LoRA file of diffusers cannot hold: take the format peft or merged"
+            f"{name}.{others[0]} was trained, which a LoRA file of diffusers cannot hold: take peft or merged"
         )
 
 

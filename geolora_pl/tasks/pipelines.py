@@ -22,8 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as of_transformers
 
 from geolora_pl.lightning.hyperparameters import check_sizes
@@ -84,7 +83,7 @@ class Parts:
     kind: Kind
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    encoders: Mapping[str, nn.Module]
+    encoders: Mapping[str, PreTrainedModel]
     scheduler: DDPMScheduler
 
     @property
@@ -148,7 +147,7 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
     dtype = torch.get_default_dtype()  # not that of the file, because the trainer sets the precision of a run
     absent: list[str] = []
 
-    def of_diffusers(name: str) -> Any:
+    def part_of(name: str) -> Any:
         model, report = _DIFFUSERS[name].from_pretrained(
             source,
             subfolder=name,
@@ -162,7 +161,7 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
         absent.extend(f"{name}.{key}" for key in report["missing_keys"])
         return model
 
-    def of_transformers(name: str) -> nn.Module:
+    def encoder_of(name: str) -> Any:
         model, report = kind.encoders[name].from_pretrained(
             source,
             subfolder=name,
@@ -178,9 +177,9 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
     with _from(model_name), torch.device("cpu"):
         parts = Parts(
             kind,
-            of_diffusers("unet"),
-            of_diffusers("vae"),
-            {name: of_transformers(name) for name in kind.encoders},
+            part_of("unet"),
+            part_of("vae"),
+            {name: encoder_of(name) for name in kind.encoders},
             DDPMScheduler.from_pretrained(
                 source, subfolder="scheduler", local_files_only=local, **model_args.get("scheduler", {})
             ),
@@ -191,7 +190,7 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
 
 
 def _build(kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> Parts:
-    def encoder(name: str) -> nn.Module:
+    def encoder(name: str) -> Any:
         config = {key: value for key, value in configs[name].items() if key != "model_type"}
         return kind.encoders[name](CLIPTextConfig(**config))
 
@@ -213,7 +212,7 @@ def _refuse_other_inputs(parts: Parts, model_name: str) -> None:
         raise ValueError(f"model_name={model_name!r}: the UNet needs class labels, which this task does not give it")
     if (predicted := parts.scheduler.config.prediction_type) not in _PREDICTED:
         raise ValueError(
-            f"model_name={model_name!r}: the model predicts {predicted!r}, and only {' and '.join(_PREDICTED)} are known"
+            f"model_name={model_name!r}: it predicts {predicted!r}, and only {' and '.join(_PREDICTED)} are known"
         )
 
 

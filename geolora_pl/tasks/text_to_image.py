@@ -50,7 +50,7 @@ class TextToImage(GeoLoRAModule):
         min_snr_gamma: Gamma of the min-SNR weights, above 0; ``None`` for no weights.
         prior_weight: The weight of the class images in the loss, at least 0.
         caption_dropout: The probability that an image is trained without its prompt, in [0, 1], for guidance.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        gradient_checkpointing: Whether the UNet computes its activations again in the backward pass, to save memory.
         cache_latents: Whether the latents of images that never change are kept in main memory.
         prompts: What is drawn after each validation.
         seed: The seed of the first drawn image, at least 0; the next has the next.
@@ -169,11 +169,9 @@ class TextToImage(GeoLoRAModule):
             )
         if self.gradient_checkpointing:
             parts.unet.enable_gradient_checkpointing()
-            for encoder in parts.encoders.values():
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
         adapted = {"unet": parts.unet, **(parts.encoders if self.train_text_encoder else {})}
         frozen = {"vae": parts.vae, **({} if self.train_text_encoder else parts.encoders)}
-        self.frozen = nn.ModuleDict(frozen).requires_grad_(False).eval()
+        self.frozen = nn.ModuleDict(frozen).requires_grad_(False).train()  # they have no dropout
         return nn.ModuleDict(adapted).train()
 
     def default_targets(self) -> Sequence[str]:
@@ -200,7 +198,8 @@ class TextToImage(GeoLoRAModule):
         """Refuse prompts that are too long, and draw the class images that are missing."""
         data = datamodule_of(self)
         self.check_prompts([*self.prompts, *getattr(data, "prompts", [])])
-        if missing := getattr(data, "missing_class_images", list)():
+        missing: list[Path] = getattr(data, "missing_class_images", list)()
+        if missing:
             with base_alone(self.model):
                 mine = slice(self.global_rank, None, self.trainer.world_size)
                 draw_files(self.draw, missing[mine], data.class_prompt, range(len(missing))[mine])
@@ -261,7 +260,7 @@ class TextToImage(GeoLoRAModule):
         """Return the squared error of each image (batch,), in float32."""
         scheduler = self.parts.scheduler
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        error = self(noisy, timesteps, condition).float() - target(scheduler, latents, noise, timesteps).float()
+        error: Tensor = self(noisy, timesteps, condition).float() - target(scheduler, latents, noise, timesteps).float()
         return error.square().flatten(1).mean(1)
 
     def training_step(self, batch: Batch) -> Tensor:

@@ -7,7 +7,14 @@ import torch
 from PIL import Image, ImageDraw
 
 WORDS = ["a", "photo", "of", "sks", "dog", "red", "green", "square", "disc", "on", "white"]
-LENGTH = 12  # tokens that the text encoder takes
+LENGTH = 16  # tokens that the text encoder takes
+SCHEDULE = {  # that of Stable Diffusion
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 SIZE = 16  # pixels of an image, 8 of its latents
 
 
@@ -91,13 +98,7 @@ def save_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", xl: bool 
             **blocks,
         ),
         "text_encoder": CLIPTextModel(config),
-        "scheduler": DDPMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            clip_sample=False,
-            prediction_type=prediction_type,
-        ),
+        "scheduler": DDPMScheduler(**SCHEDULE, prediction_type=prediction_type),
     }
     if xl:
         pipeline = StableDiffusionXLPipeline(
