@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils import convert_state_dict_to_diffusers
-from torch import Tensor, nn
+from torch import nn
 
 from geolora_pl.adapters.inject import has_adapters
 from geolora_pl.storage.peft import Lora, as_lora
@@ -37,8 +36,9 @@ def save_lora(pipeline_class: Any, parts: Mapping[str, nn.Module], folder: Path,
         _refuse_others(name, lora)
         # Such files call a layer of a text encoder as it was called before its model lost the outer wrapper.
         prefix = "" if name == "unet" or hasattr(parts[name], "text_model") else "text_model."
-        sides: dict[str, Tensor] = {f"{prefix}{key}": tensor for key, tensor in lora.tensors.items()}
-        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(sides)
+        # The names are those of PEFT throughout: diffusers tells by the first one how all others are to be read, and
+        # its own converter would leave convolutions as they are beside renamed attention layers.
+        layers[f"{name}_lora_layers"] = {f"{prefix}{key}": tensor for key, tensor in lora.tensors.items()}
         if compact:
             layers[f"{name}_lora_adapter_metadata"] = _metadata(lora)
     pipeline_class.save_lora_weights(folder, **layers)

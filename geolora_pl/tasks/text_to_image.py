@@ -175,13 +175,20 @@ class TextToImage(GeoLoRAModule):
         return nn.ModuleDict(adapted).train()
 
     def default_targets(self) -> Sequence[str]:
-        """Return the attention and feed-forward layers of the UNet and of the adapted text encoders."""
+        """Return the attention and feed-forward layers of the UNet and of the adapted text encoders.
+
+        The last block of the first encoder of SDXL is left out, because its output is not used.
+        """
         endings = {"unet": _OF_UNET}
-        return [
+        names = [
             name
             for name, layer in self.model.named_modules()
             if isinstance(layer, nn.Linear) and name.endswith(endings.get(name.partition(".")[0], _OF_ENCODER))
         ]
+        if "text_encoder_2" not in self.model:  # type: ignore[operator]  # a ModuleDict
+            return names
+        unused = f".layers.{self.parts.encoders['text_encoder'].config.num_hidden_layers - 1}."
+        return [name for name in names if not (name.startswith("text_encoder.") and unused in name)]
 
     @cached_property
     def pipeline(self) -> Any:

@@ -62,6 +62,11 @@ def with_class(folders, **settings):
     return dogs(folders, class_folder=class_folder, class_prompt="a photo of a dog", num_class_images=3, **settings)
 
 
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def batch_of(module, data):
     """The first batch of a fit."""
     runs = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -293,7 +298,7 @@ def test_class_images_are_drawn_once_by_the_base_model(folders, tmp_path):
     assert len(set(content)) == 3
     with base_alone(module.model):
         again = module.draw(["a photo of a dog"] * 3, [0, 1, 2])
-    assert all(np.array_equal(np.asarray(Image.open(p)), np.asarray(q)) for p, q in zip(drawn, again, strict=True))
+    assert all(np.array_equal(pixels(path), np.asarray(image)) for path, image in zip(drawn, again, strict=True))
     drawn[1].unlink()
     trainer(GeoLoRACallback(adapt_every=1), max_steps=2).fit(
         task(folders, guidance_scale=3.0), with_class(folders, class_folder=str(class_folder))
@@ -314,7 +319,7 @@ def test_prompts_are_drawn_while_it_trains_and_a_report_shows_them(folders, tmp_
     steps = sorted((tmp_path / "run" / "drawn").iterdir())
     assert [step.name for step in steps] == ["step_00000003", "step_00000006"]
     assert sorted(path.name for path in steps[0].iterdir()) == ["00000.png", "00001.png", "metadata.jsonl"]
-    assert Image.open(steps[0] / "00000.png").size == (SIZE, SIZE)
+    assert pixels(steps[0] / "00000.png").shape == (SIZE, SIZE, 3)
     assert "similarity" not in " ".join(module.state_dict())
     page = write_report(tmp_path / "run").read_text()
     assert page.count('<img src="data:image/png') == 4
@@ -326,8 +331,8 @@ def test_predict_draws_an_image_per_prompt_with_the_seed_of_its_number(folders, 
     module = task(folders)
     rows = predict(module, PromptFile(str(tmp_path / "prompts.txt"), 2), tmp_path / "out", accelerator="cpu")
     assert rows == [{"index": 0, "prompt": "a dog"}, {"index": 1, "prompt": "a red disc"}]
-    second = np.asarray(Image.open(tmp_path / "out" / "00001.png"))
-    assert np.array_equal(second, np.asarray(module.draw(["a red disc"], [1])[0]))
+    second = np.asarray(module.draw(["a red disc"], [1])[0])
+    assert np.array_equal(pixels(tmp_path / "out" / "00001.png"), second)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert lines[0] == {"file_name": "00000.png", "text": "a dog"}
     with pytest.raises(ValueError, match="a folder that is not empty"):
