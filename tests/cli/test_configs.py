@@ -26,7 +26,14 @@ ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
 LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
-NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli", "diffusion/dreambooth", "diffusion/captions", *LANGUAGE}
+NOT_OF_THE_PAPER = {
+    "quickstart",
+    "text/quickstart",
+    "text/glue_wnli",
+    "diffusion/dreambooth",
+    "diffusion/captions",
+    *LANGUAGE,
+}
 DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
 
 TWO_STEPS = {

@@ -267,9 +267,7 @@ def test_a_small_checkpoint_is_resumed_and_loaded_with_the_folder(folders, tmp_p
     runs.fit(module, dogs(folders))
     runs.save_checkpoint(tmp_path / "small.ckpt")
     assert not any(name.startswith("frozen") for name in torch.load(tmp_path / "small.ckpt")["state_dict"])
-    loaded = TextToImage.load_from_checkpoint(
-        tmp_path / "small.ckpt", model_name=str(folders / "sd"), pretrained=True
-    )
+    loaded = TextToImage.load_from_checkpoint(tmp_path / "small.ckpt", model_name=str(folders / "sd"), pretrained=True)
     for name, tensor in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
