@@ -311,7 +311,7 @@ class TextToImage(GeoLoRAModule):
 
     def on_predict_start(self) -> None:
         """Refuse prompts that are too long."""
-        self.check_prompts(datamodule_of(self).prompts)
+        self.check_prompts(getattr(datamodule_of(self), "prompts", []))
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Return the drawn images (batch, 3, height, width), of uint8; the seed of an image follows from its number."""

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from glue_files import write_glue, write_tsv
 from image_files import write_cifar, write_tiny_imagenet
-from tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
+from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
 from tiny_text import save_tiny_decoder, save_tiny_model
 
 from geolora_pl.cli.dispatch import main
@@ -139,6 +139,8 @@ def name_of(path: Path) -> str:
 @functools.cache
 def parsed(*paths: Path) -> dict[str, Any]:
     """The configuration as the command line understands the files, with every default."""
+    if any(path.parent.name == "diffusion" for path in paths):
+        pytest.importorskip("diffusers")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
         main(["fit", *[f"--config={path}" for path in paths], "--print_config"])

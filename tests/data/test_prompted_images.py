@@ -6,7 +6,7 @@ import pytest
 import torch
 from foreign import Foreign, trainer
 from PIL import Image
-from tiny_pipeline import draw_subject
+from benchmarks.diffusion.tiny_pipeline import draw_subject
 
 from geolora_pl.data import CaptionedImages, DreamBooth, PromptFile
 

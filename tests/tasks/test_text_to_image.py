@@ -1,6 +1,7 @@
 """Stable Diffusion with adapters, on tiny pipelines with random weights."""
 
 import json
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -8,18 +9,21 @@ import pytest
 import timm
 import torch
 from exported import move, save
+from flags import FLAGS
 from foreign import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from tiny_pipeline import LENGTH, SIZE, draw_subject, save_tiny_pipeline
+from benchmarks.diffusion.tiny_pipeline import LENGTH, SIZE, draw_subject, save_tiny_pipeline
 from tolerance import NETWORK, close
 from torch import nn
 from torch.nn import functional as F
 
 from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.dispatch import main
 from geolora_pl.lightning.export import export
+from geolora_pl.lightning.loading import load_module
 from geolora_pl.lightning.predictions import predict
 from geolora_pl.loggers import CSVLogger
 from geolora_pl.report.write import write_report
@@ -32,6 +36,7 @@ from geolora_pl.tasks.denoising import snr_weights, target  # noqa: E402
 from geolora_pl.tasks.drawing import base_alone  # noqa: E402
 from geolora_pl.tasks.internals import save_for_hf  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "a photo of sks dog"
 QUICK = {"inference_steps": 2, "size": SIZE}
 CONVOLUTIONS = ["to_q", "to_v", "proj_in", "proj_out", "conv1", "conv2", "fc1", "q_proj"]
@@ -337,6 +342,37 @@ def test_predict_draws_an_image_per_prompt_with_the_seed_of_its_number(folders, 
         predict(module, PromptFile(str(tmp_path / "prompts.txt")), tmp_path / "out", accelerator="cpu")
     with pytest.raises(ValueError, match="is a file, and images need a folder"):
         predict(module, PromptFile(str(tmp_path / "prompts.txt")), tmp_path / "prompts.txt", accelerator="cpu")
+
+
+@pytest.mark.usefixtures("one_parser")
+def test_a_run_of_the_command_line_is_exported_and_draws_a_file_of_prompts(folders, tmp_path, monkeypatch):
+    """What a user does: fit, export of a small checkpoint with the configuration of its run, predict."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "model.init_args.model_name": folders / "sd",
+        "model.init_args.size": SIZE,
+        "model.init_args.inference_steps": 2,
+        "data.init_args.folder": folders / "dog",
+        "data.init_args.class_folder": folders / "class",
+        "data.init_args.num_class_images": 3,
+        "trainer.max_epochs": 1,
+        "trainer.log_every_n_steps": 1,
+    }
+    config = ["--config=configs/diffusion/dreambooth.yaml", "--config=configs/trainer/cpu.yaml"]
+    main(["fit", *config, *FLAGS, *[f"--{name}={value}" for name, value in settings.items()]])
+    (last,) = tmp_path.rglob("last.ckpt")
+    run = str(last.parent.parent / "config.yaml")
+    for form in ("diffusers", "merged"):
+        main(["export", f"--ckpt_path={last}", f"--config={run}", f"--format={form}", f"--output={form}"])
+    assert (tmp_path / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+    (tmp_path / "prompts.txt").write_text("a dog\na red disc\n")
+    data = ["--data=geolora_pl.data.PromptFile", "--data.init_args.file=prompts.txt"]
+    main(["predict", f"--config={run}", *data, f"--ckpt_path={last}", "--output=images"])
+    assert sorted(path.name for path in Path("images").iterdir()) == ["00000.png", "00001.png", "metadata.jsonl"]
+    module = load_module(last, run)
+    assert np.array_equal(pixels(tmp_path / "images" / "00001.png"), np.asarray(module.draw(["a red disc"], [1])[0]))
 
 
 @pytest.mark.parametrize(

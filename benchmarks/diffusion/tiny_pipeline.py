@@ -1,7 +1,10 @@
 """A tiny Stable Diffusion pipeline with random weights, as a folder that save_pretrained wrote, and images for it."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -41,7 +44,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", xl: bool = False, **unet) -> str:
+def save_tiny_pipeline(
+    folder: Path, prediction_type: str = "epsilon", xl: bool = False, vae_channels: int = 8, **unet: Any
+) -> str:
     """A pipeline of Stable Diffusion, or of its XL, with random weights."""
     from diffusers import (
         AutoencoderKL,
@@ -92,7 +97,7 @@ def save_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", xl: bool 
     parts = {
         "unet": UNet2DConditionModel(**settings),
         "vae": AutoencoderKL(
-            block_out_channels=(8, 8),
+            block_out_channels=(vae_channels, vae_channels),
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             **blocks,
