@@ -1,4 +1,4 @@
-"""A whole DreamBooth run on a pipeline of 16 x 16 pixels that knows squares and discs: the figure of ``docs/diffusion.md``.
+"""A whole DreamBooth run on 16 x 16 pixels, with a pipeline that knows squares and discs: for ``docs/diffusion.md``.
 
     python benchmarks/diffusion/tiny_run.py
 

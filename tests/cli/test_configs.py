@@ -15,9 +15,9 @@ import pytest
 import yaml
 from glue_files import write_glue, write_tsv
 from image_files import write_cifar, write_tiny_imagenet
-from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
 from tiny_text import save_tiny_decoder, save_tiny_model
 
+from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import CIFAR10, CIFAR100
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from foreign import Foreign, trainer
 from PIL import Image
-from benchmarks.diffusion.tiny_pipeline import draw_subject
 
+from benchmarks.diffusion.tiny_pipeline import draw_subject
 from geolora_pl.data import CaptionedImages, DreamBooth, PromptFile
 
 PROMPT = "a photo of sks dog"

@@ -14,11 +14,11 @@ from foreign import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from benchmarks.diffusion.tiny_pipeline import LENGTH, SIZE, draw_subject, save_tiny_pipeline
 from tolerance import NETWORK, close
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.diffusion.tiny_pipeline import LENGTH, SIZE, draw_subject, save_tiny_pipeline
 from geolora_pl import AdapterConfig, GeoLoRACallback
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
