@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,23 +78,21 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 
 def draw_files(
     draw: Callable[[Sequence[str], Sequence[int]], list[Image.Image]],
-    paths: Sequence[Path],
+    paths: Mapping[int, Path],
     prompt: str,
-    seeds: Sequence[int],
 ) -> None:
     """Draw an image of one prompt for each file, a few at once; those that are finished stay after an interruption.
 
     Args:
         draw: Draws images for prompts with seeds.
-        paths: The files.
+        paths: The files by their numbers, which are the seeds: what is drawn later differs from what is there.
         prompt: What they show.
-        seeds: The seed of each.
     """
-    for start in range(0, len(paths), _AT_ONCE):
-        some = paths[start : start + _AT_ONCE]
-        pictures = draw([prompt] * len(some), seeds[start : start + _AT_ONCE])
-        for path, picture in zip(some, pictures, strict=True):
-            write_picture(picture, path)
+    numbers = list(paths)
+    for start in range(0, len(numbers), _AT_ONCE):
+        some = numbers[start : start + _AT_ONCE]
+        for number, picture in zip(some, draw([prompt] * len(some), some), strict=True):
+            write_picture(picture, paths[number])
 
 
 def show_drawn(trainer: L.Trainer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None:

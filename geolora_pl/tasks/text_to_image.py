@@ -171,7 +171,8 @@ class TextToImage(GeoLoRAModule):
             parts.unet.enable_gradient_checkpointing()
         adapted = {"unet": parts.unet, **(parts.encoders if self.train_text_encoder else {})}
         frozen = {"vae": parts.vae, **({} if self.train_text_encoder else parts.encoders)}
-        self.frozen = nn.ModuleDict(frozen).requires_grad_(False).train()  # they have no dropout
+        # Both in training mode, of which Lightning asks; what is frozen has no dropout.
+        self.frozen = nn.ModuleDict(frozen).requires_grad_(False).train()
         return nn.ModuleDict(adapted).train()
 
     def default_targets(self) -> Sequence[str]:
@@ -205,11 +206,11 @@ class TextToImage(GeoLoRAModule):
         """Refuse prompts that are too long, and draw the class images that are missing."""
         data = datamodule_of(self)
         self.check_prompts([*self.prompts, *getattr(data, "prompts", [])])
-        missing: list[Path] = getattr(data, "missing_class_images", list)()
+        missing: dict[int, Path] = getattr(data, "missing_class_images", dict)()
         if missing:
             with base_alone(self.model):
-                mine = slice(self.global_rank, None, self.trainer.world_size)
-                draw_files(self.draw, missing[mine], data.class_prompt, range(len(missing))[mine])
+                mine = list(missing)[self.global_rank :: self.trainer.world_size]
+                draw_files(self.draw, {number: missing[number] for number in mine}, data.class_prompt)
             self.trainer.strategy.barrier()
 
     def check_prompts(self, prompts: Sequence[str]) -> None:

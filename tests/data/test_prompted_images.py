@@ -63,7 +63,8 @@ def test_class_images_come_beside_those_of_the_subject_and_an_epoch_shows_each_o
 def test_class_images_that_are_missing_are_named_before_they_are_there(dog, tmp_path):
     draw_subject(tmp_path / "class", 1, "green")
     data = DreamBooth(dog, PROMPT, str(tmp_path / "class"), "a photo of a dog", 3, num_workers=0)
-    assert [path.name for path in data.missing_class_images()] == ["drawn_0000.png", "drawn_0001.png"]
+    missing = {number: path.name for number, path in data.missing_class_images().items()}
+    assert missing == {0: "drawn_0000.png", 1: "drawn_0001.png"}
     assert len(ready(data).prior_of_training()) == 3
     without = Foreign()
     without.image_size = 16

@@ -75,13 +75,15 @@ class DreamBooth(PromptedImages):
         """Read the training images, with which drawn ones are compared."""
         return [plain(read_image(picture.path), "RGB") for picture in self.splits["train"]]
 
-    def missing_class_images(self) -> list[Path]:
-        """The files of the class images that are still to be drawn."""
+    def missing_class_images(self) -> dict[int, Path]:
+        """The files of the class images that are still to be drawn, by their numbers."""
         if self.class_folder is None:
-            return []
+            return {}
         there = set(self._class_images())
-        names = (Path(self.class_folder, f"drawn_{number:04d}.png") for number in range(self.num_class_images))
-        return [path for path in names if path not in there][: max(0, self.num_class_images - len(there))]
+        numbers = range(self.num_class_images)
+        names = ((number, Path(self.class_folder, f"drawn_{number:04d}.png")) for number in numbers)
+        free = [(number, path) for number, path in names if path not in there]
+        return dict(free[: max(0, self.num_class_images - len(there))])
 
     def _class_images(self) -> list[Path]:
         folder = Path(self.class_folder or "")
@@ -109,5 +111,5 @@ class DreamBooth(PromptedImages):
                 note(f"{self.class_folder}: {len(missing)} class images are drawn by the base model")
             if len(there) > self.num_class_images:
                 note(f"{self.class_folder}: {self.num_class_images} of {len(there)} class images are used")
-        used = sorted([*there, *missing])[: self.num_class_images]
+        used = sorted([*there, *missing.values()])[: self.num_class_images]
         return [Picture(path, self.class_prompt, is_prior=True) for path in used]
