@@ -1,6 +1,7 @@
 """Stable Diffusion with adapters, on tiny pipelines with random weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -13,7 +14,9 @@ from flags import FLAGS
 from foreign import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from tolerance import NETWORK, close
 from torch import nn
 from torch.nn import functional as F
@@ -186,6 +189,26 @@ def test_diffusers_loads_the_lora_and_the_merged_pipeline(folders, tmp_path, kin
     if not compact:
         export(ckpt, "merged", tmp_path / "merged")
         np.testing.assert_allclose(images(load(module, tmp_path / "merged")), expected, atol=1e-5)
+
+
+def test_peft_loads_the_adapters_of_all_parts_convolutions_included(folders, tmp_path):
+    module = task(folders, train_text_encoder=True, adapter=AdapterConfig(init_rank=3, target_modules=CONVOLUTIONS))
+    module.configure_model()
+    ckpt = save(move(module), tmp_path / "run.ckpt", "geolora_pl.tasks.TextToImage")
+    expected = images(module.pipeline)
+    export(ckpt, "peft", tmp_path / "lora")
+    theirs = load(module, folders / "sd")
+    parts = nn.ModuleDict({"unet": theirs.unet, "text_encoder": theirs.text_encoder})
+    PeftModel.from_pretrained(parts, tmp_path / "lora").eval()  # which puts the LoRAs into the parts
+    np.testing.assert_allclose(images(theirs), expected, atol=1e-5)
+
+
+def test_weights_that_may_run_code_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "sd", tmp_path / "sd")
+    (weights,) = (tmp_path / "sd" / "unet").glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    refused(TextToImage(str(tmp_path / "sd")), "cannot be loaded")
 
 
 def load(module, folder):
