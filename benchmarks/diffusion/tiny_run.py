@@ -2,9 +2,9 @@
 
     python benchmarks/diffusion/tiny_run.py
 
-A VAE, a UNet and a text encoder with .6 million parameters in all learn squares and discs in two colours from scratch. Then
-`TextToImage` adapts them to one subject, a square of two colours that they have never seen, with class images that the
-base draws. It takes some minutes on two cores and writes ``docs/figures/diffusion.png`` and
+A VAE, a UNet and a text encoder with .6 million parameters in all learn squares and discs in two colours from scratch.
+Then `TextToImage` adapts them to one subject, a square of two colours that they have never seen, with class images that
+the base draws. It takes some minutes on two cores and writes ``docs/figures/diffusion.png`` and
 ``results/tiny_diffusion.json``.
 """
 
