@@ -289,7 +289,7 @@ def test_a_checkpoint_gives_sizes_and_nothing_else(folders, tmp_path, part, sett
         TextToImage.load_from_checkpoint(path)
 
 
-def test_a_small_checkpoint_is_resumed_and_loaded_with_the_folder(folders, tmp_path):
+def test_a_small_checkpoint_is_loaded_with_the_folder(folders, tmp_path):
     module = task(folders)
     runs = trainer(GeoLoRACallback(adapt_every=1, small_checkpoints=True), max_steps=2)
     runs.fit(module, dogs(folders))
