@@ -8,7 +8,12 @@ from importlib import import_module
 from pkgutil import get_data
 from typing import Any
 
-_EXTRAS = {"transformers": "text", "datasets": "text", "matplotlib": "report"}  # library to extra
+_EXTRAS = {
+    "transformers": "text",
+    "datasets": "text",
+    "matplotlib": "report",
+    "diffusers": "diffusion",
+}  # library to extra
 
 
 def lazy_exports(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:

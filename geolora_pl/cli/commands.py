@@ -94,15 +94,17 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=FORMATS,
-        help="adapter: one file for load_adapter. peft: a folder for the PEFT library and servers. merged: the plain "
-        "model, for from_pretrained or timm.create_model.",
+        help="adapter: one file for load_adapter. peft: a folder for the PEFT library and servers. diffusers: a "
+        "folder for load_lora_weights. merged: the plain model, for from_pretrained or timm.create_model.",
     )
     export.add_argument("--output", required=True, help="The file (adapter) or folder to write.")
     export.add_argument(
         "--config",
         help="The run's configuration: for modules of your own, small checkpoints, and tokenizers from the hub.",
     )
-    export.add_argument("--compact", action="store_true", help="peft: each adapter at its own rank, none of rank 0.")
+    export.add_argument(
+        "--compact", action="store_true", help="peft, diffusers: each adapter at its own rank, none of rank 0."
+    )
     export.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
 
     report = add("report", "Write a page about one run or several.")

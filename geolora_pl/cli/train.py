@@ -25,7 +25,7 @@ from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
-from geolora_pl.lightning.predictions import PredictionWriter
+from geolora_pl.lightning.predictions import writer_for
 from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
 from geolora_pl.storage.checkpoint import read_checkpoint
 
@@ -73,13 +73,16 @@ class GeoLoRACLI(CheckpointAwareCLI):
         parser.add_lightning_class_args(GeoLoRACallback, "geolora")
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether a fit ends with a test.")
         parser.add_argument(
-            "--output", type=str | None, default=None, help="File for what predict finds: .csv, .jsonl."
+            "--output",
+            type=str | None,
+            default=None,
+            help="What predict writes: a file, .csv or .jsonl, or a folder of images.",
         )
 
     def before_predict(self) -> None:
         """Write the predictions to ``--output``."""
         if (output := self.config["predict"]["output"]) is not None:
-            self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+            self.trainer.callbacks.append(writer_for(self.model, output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Let classes keep to their own defaults, and give a run without a logger a folder of its own.

@@ -1,10 +1,14 @@
 # The sources, once: __init__.py reads them here, and so do type checkers.
 from geolora_pl.data.images.base import ImageDataModule as ImageDataModule
+from geolora_pl.data.images.captions import CaptionedImages as CaptionedImages
+from geolora_pl.data.images.captions import PromptFile as PromptFile
 from geolora_pl.data.images.cifar import CIFAR10 as CIFAR10
 from geolora_pl.data.images.cifar import CIFAR100 as CIFAR100
 from geolora_pl.data.images.digits import Digits as Digits
+from geolora_pl.data.images.dreambooth import DreamBooth as DreamBooth
 from geolora_pl.data.images.fashion_mnist import FashionMNIST as FashionMNIST
 from geolora_pl.data.images.folder import ImageFolder as ImageFolder
+from geolora_pl.data.images.prompted import PromptedImages as PromptedImages
 from geolora_pl.data.images.tiny_imagenet import TinyImageNet as TinyImageNet
 from geolora_pl.data.images.unlabelled import UnlabelledImages as UnlabelledImages
 from geolora_pl.data.texts.glue import GLUE as GLUE

@@ -99,6 +99,16 @@ class PredictionWriter(BasePredictionWriter):
                 _write(self.rows, self.output)
 
 
+def writer_for(module: object, output: str | Path | None) -> Any:
+    """The callback that writes what a module predicts: the module's own ``prediction_writer``, or one for tables.
+
+    Args:
+        module: A LightningModule.
+        output: What is written.
+    """
+    return getattr(module, "prediction_writer", PredictionWriter)(output)
+
+
 def predict(
     module: L.LightningModule, data: L.LightningDataModule, output: str | Path | None = None, **trainer: Any
 ) -> list[Row]:
@@ -107,7 +117,7 @@ def predict(
     Args:
         module: A trained module, as from ``ImageClassification.load_from_checkpoint("last.ckpt")``.
         data: Such as ``UnlabelledImages("folder")`` or ``UnlabelledTexts("texts.txt")`` of ``geolora_pl.data``.
-        output: A file to write as well, ``.csv`` or ``.jsonl``.
+        output: A file to write as well, ``.csv`` or ``.jsonl``; a folder for a module that draws images.
         **trainer: Arguments of ``lightning.Trainer``, such as ``accelerator`` or ``precision``.
 
     Returns:
@@ -116,10 +126,11 @@ def predict(
     Raises:
         ValueError: As of :class:`PredictionWriter`.
     """
-    writer = PredictionWriter(output)
+    writer = writer_for(module, output)
     settings = {"logger": False, "devices": 1, "enable_checkpointing": False, **trainer}
     L.Trainer(callbacks=writer, **settings).predict(module, datamodule=data, return_predictions=False)
-    return writer.rows
+    rows: list[Row] = writer.rows
+    return rows
 
 
 def _rows(found: dict[tuple[int, int], Tensor], module: object, data: object, sets: int) -> list[Row]:

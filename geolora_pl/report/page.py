@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from geolora_pl.report import figures
+from geolora_pl.report.drawn import drawn_pictures
 from geolora_pl.report.metrics import ADAPTATION_TIME, ADAPTER_PARAMS, ENERGY_KEPT, MEAN_RANK, ORTHONORMALITY_DEFECT
 from geolora_pl.report.rank_map import RankMap, depth_label
 from geolora_pl.report.runs import Curve, Run
@@ -101,6 +102,8 @@ def _run(run: Run, number: int, alone: bool) -> str:
         parts.append(f'<{h}>Learning curves</{h}><div class="figures">{"".join(drawn)}</div>')
     if rest := [(name, curve) for kind in first[_FIGURES:] for name, curve in kinds[kind].items()]:
         parts.append(_courses(rest))
+    if drawn_by_run := drawn_pictures(run.folder):
+        parts.append(f"<{h}>Drawn images</{h}>{drawn_by_run}")
     if run.ranks:
         parts += [f"<{h}>Ranks</{h}>", _ranks(run, salt)]
     if numbers := [

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.adapters.kinds import GeoLoRAConv1D
+from geolora_pl.adapters.kinds import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbedding
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd
@@ -50,7 +53,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
 
     By default every adapter is padded with zeros to the largest rank, and ``lora_alpha`` equals it, so that the
     scaling is 1. This is also correct in a loader that does not support ``rank_pattern``. Pending increments are folded
-    in, at the ranks that the integrator would choose. Trained modules are stored like ``modules_to_save`` of PEFT, and
+    in, at the ranks that the integrator would choose. Linear layers, ``Conv1D``, convolutions and embeddings are
+    written, each as PEFT holds it. Trained modules are stored like ``modules_to_save`` of PEFT, and
     trained biases as with ``bias="all"``; most servers support neither.
 
     Args:
@@ -75,16 +79,53 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
         >>> export_peft(model, Path(tempfile.mkdtemp(), "lora"))
         2
     """
+    lora = as_lora(model, compact=compact)
+    with atomic(out_dir, overwrite=overwrite) as unfinished:
+        unfinished.mkdir()
+        (unfinished / CONFIG).write_text(json.dumps(lora.config, indent=2) + "\n")
+        tensors = {f"{PREFIX}{name}": tensor for name, tensor in lora.tensors.items()}
+        save_file(tensors, unfinished / WEIGHTS, {"format": "pt"})
+    return lora.rank
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What training changed in a model, as PEFT holds it.
+
+    Attributes:
+        config: The content of ``adapter_config.json``.
+        tensors: The tensors by their names in the model.
+        rank: The largest rank.
+        extra: The tensors that are no sides of an adapter: modules to save and biases.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    rank: int
+    extra: Sequence[str]
+
+
+def as_lora(model: nn.Module, *, compact: bool = False) -> Lora:
+    """The adapters of a model as a LoRA of PEFT, before it is written.
+
+    Args:
+        model: A model with adapters.
+        compact: Whether each adapter keeps its own rank, as in :func:`export_peft`.
+
+    Raises:
+        ValueError: The model has no adapters, or something was trained that PEFT cannot hold.
+    """
     with unwrapped(model) as plain:
-        return _export(plain, Path(out_dir), compact, overwrite)
+        return _as_lora(plain, compact)
 
 
-def _export(model: nn.Module, out_dir: Path, compact: bool, overwrite: bool) -> int:
-    """Write the folder of a plain model."""
+def _as_lora(model: nn.Module, compact: bool) -> Lora:
+    """The same of a plain model."""
     state = capture(model)
     adapters = find_adapters(model)
-    if odd := [name for name, layer in adapters.items() if not is_linear(layer.base)]:
-        raise ValueError(f"{odd[0]} is not a linear layer, and the export to PEFT supports no others: merge instead")
+    for name, layer in adapters.items():
+        if (reason := _refusal(layer)) is not None:
+            raise ValueError(f"{name} {reason}: merge the adapters instead")
     aliases = [name for name, module in model.named_modules(remove_duplicate=False) if module in set(adapters.values())]
     if shared := [name for name in aliases if name not in adapters]:
         raise ValueError(f"{shared[0]} shares its adapter with another layer, which PEFT cannot hold: merge instead")
@@ -100,18 +141,19 @@ def _export(model: nn.Module, out_dir: Path, compact: bool, overwrite: bool) -> 
         kept = dict.fromkeys(ranks, rank)
     tensors: dict[str, Tensor] = {}
     for name, r in kept.items():
-        A, B = _lora(state.factors[name], state.config.alpha, r)
-        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        tensors |= _sides(name, adapters[name], *_lora(state.factors[name], state.config.alpha, r))
+    sides = len(tensors)
     saved, biases = _split_trained(model, state)
     for name in saved:
         tensors |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
     for name in biases:
-        layer = name.rpartition(".")[0]
-        tensors[f"{layer}.base_layer.bias" if layer in kept else name] = state.trained[name]
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        owner = name.rpartition(".")[0]
+        tensors[f"{owner}.base_layer.bias" if owner in kept else name] = state.trained[name]
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
     pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}
+    kinds = [type(adapters[name]) for name in kept]
     config = {
         "peft_type": "LORA",
         "task_type": _task_type(model, saved),
@@ -124,18 +166,36 @@ def _export(model: nn.Module, out_dir: Path, compact: bool, overwrite: bool) -> 
         "target_modules": _targets(model, list(kept)),
         "modules_to_save": saved or None,
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": not any(isinstance(adapters[name].base, nn.Linear) for name in kept),
+        "fan_in_fan_out": GeoLoRAConv1D in kinds
+        and not any(isinstance(adapters[name].base, nn.Linear) for name in kept),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
-    with atomic(out_dir, overwrite=overwrite) as unfinished:
-        unfinished.mkdir()
-        (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, unfinished / WEIGHTS, {"format": "pt"})
-    return rank
+    return Lora(config, tensors, rank, list(tensors)[sides:])
+
+
+def _refusal(layer: GeoLoRALayer) -> str | None:
+    """Why PEFT cannot hold an adapter, as the end of a sentence about its layer; ``None`` if it can."""
+    if is_linear(layer.base) or isinstance(layer, GeoLoRAEmbedding):
+        return None
+    if not isinstance(layer, GeoLoRAConv2d):
+        return f"is a {type(layer.base).__name__}, and the export to PEFT knows no such layer"
+    for name, only in (("groups", 1), ("dilation", (1, 1)), ("padding_mode", "zeros")):
+        if (value := getattr(layer.base, name)) != only:
+            return f"has {name}={value!r}, which PEFT's LoRA of a convolution does not honour"
+    return None
+
+
+def _sides(name: str, layer: GeoLoRALayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A (rank, n) and B (m, rank) in the shapes and under the names that PEFT gives them in this kind of layer."""
+    if isinstance(layer, GeoLoRAEmbedding):
+        return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
+    if isinstance(layer, GeoLoRAConv2d):
+        A, B = A.reshape(-1, *layer.base.weight.shape[1:]), B[:, :, None, None]
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
 def _task_type(model: nn.Module, saved: Sequence[str]) -> str | None:

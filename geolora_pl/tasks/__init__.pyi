@@ -2,3 +2,4 @@
 from geolora_pl.tasks.causal_lm import CausalLM as CausalLM
 from geolora_pl.tasks.image import ImageClassification as ImageClassification
 from geolora_pl.tasks.text import TextClassification as TextClassification
+from geolora_pl.tasks.text_to_image import TextToImage as TextToImage

@@ -259,7 +259,7 @@ def _from(model_name: str) -> Iterator[dict[str, Any]]:
         yield {"pretrained_model_name_or_path": source, "local_files_only": local}
     except Exception as error:  # every format of weights and tokenizers raises its own errors
         said = " ".join(str(error).split())
-        broken = "; ".join(_broken_files(Path(source))) if local else ""
+        broken = "; ".join(broken_files(Path(source))) if local else ""
         raise ValueError(f"model_name={model_name!r} cannot be loaded: {broken or said}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -267,9 +267,9 @@ def _from(model_name: str) -> Iterator[dict[str, Any]]:
             logging.enable_progress_bar()
 
 
-def _broken_files(folder: Path) -> Iterator[str]:
+def broken_files(folder: Path) -> Iterator[str]:
     """Yield what is wrong with the files of a model, because the libraries' own errors do not name the file."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         try:

@@ -17,6 +17,7 @@ from glue_files import write_glue, write_tsv
 from image_files import write_cifar, write_tiny_imagenet
 from tiny_text import save_tiny_decoder, save_tiny_model
 
+from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import CIFAR10, CIFAR100
 
@@ -25,7 +26,14 @@ ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
 LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
-NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli", *LANGUAGE}
+NOT_OF_THE_PAPER = {
+    "quickstart",
+    "text/quickstart",
+    "text/glue_wnli",
+    "diffusion/dreambooth",
+    "diffusion/captions",
+    *LANGUAGE,
+}
 DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
 
 TWO_STEPS = {
@@ -102,7 +110,32 @@ def glue_settings(row: str) -> tuple[str, dict[str, Any]]:
     }
 
 
+DREAMBOOTH = {
+    "model.init_args.model_name": "CompVis/stable-diffusion-v1-4",
+    "model.init_args.size": 512,
+    "model.init_args.train_text_encoder": True,
+    "model.init_args.prior_weight": 1.0,
+    "model.init_args.adapter.init_rank": 8,
+    "model.init_args.adapter.max_rank": 16,
+    "model.init_args.adapter.alpha": 1.0,
+    "model.init_args.optimizer.class_path": "torch.optim.AdamW",
+    "model.init_args.optimizer.init_args.lr": 5e-6,
+    "model.init_args.optimizer.init_args.weight_decay": 0.01,
+    "model.init_args.lr_scheduler.class_path": "torch.optim.lr_scheduler.ConstantLR",
+    "model.init_args.lr_scheduler.init_args.factor": 1.0,
+    "data.init_args.batch_size": 1,
+    "data.init_args.num_class_images": 200,
+    "geolora.tau": 0.1,
+    "geolora.adapt_every": 1,
+    "geolora.coefficient_steps": 1,
+    "model.init_args.adapter.probes": 0,
+    "trainer.max_epochs": 5,
+    "trainer.precision": "32-true",
+    "trainer.gradient_clip_val": 1.0,
+}
+
 SETTINGS = {
+    "diffusion/dreambooth_sd14": DREAMBOOTH,
     "image/tiny_imagenet": IMAGES,
     **{f"image/{name}": IMAGES | {"data.init_args.crop_padding": 4} for name in ("cifar10", "cifar100")},
     **dict(glue_settings(row) for row in GLUE.strip().splitlines()),
@@ -116,6 +149,8 @@ def name_of(path: Path) -> str:
 @functools.cache
 def parsed(*paths: Path) -> dict[str, Any]:
     """The configuration as the command line understands the files, with every default."""
+    if any(path.parent.name == "diffusion" for path in paths):
+        pytest.importorskip("diffusers")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
         main(["fit", *[f"--config={path}" for path in paths], "--print_config"])
@@ -134,6 +169,12 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
     if config["model"]["class_path"].endswith(".CausalLM"):
         return {"model.init_args.model_name": save_tiny_decoder(folder / "model", DECODER[settings["model_name"]])}
+    if config["model"]["class_path"].endswith(".TextToImage"):
+        return {
+            "model.init_args.model_name": save_tiny_pipeline(folder / "model"),
+            "model.init_args.size": SIZE,
+            "model.init_args.inference_steps": 2,
+        }
     if settings["checkpoint_path"]:  # a file of the project
         return {}
     return {
@@ -147,6 +188,17 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     source, settings = config["data"]["class_path"].rpartition(".")[2], config["data"]["init_args"]
     if source == "Digits":
         return {}
+    if source in ("DreamBooth", "CaptionedImages"):
+        images = Path(draw_subject(folder / "images", 9))
+        if source == "CaptionedImages":
+            for path in images.glob("*.png"):
+                path.with_suffix(".txt").write_text("a red square")
+            return {"data.init_args.folder": images}
+        return {
+            "data.init_args.folder": images,
+            "data.init_args.class_folder": folder / "class",
+            "data.init_args.num_class_images": 2,
+        }
     if source == "TextFiles":
         columns = [settings["text_column"], settings["label_column"]]
         write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])

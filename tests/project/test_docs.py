@@ -11,10 +11,11 @@ from layout import FILES, ORDER, PACKAGE
 import geolora_pl.data
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
 from geolora_pl.data.images.base import ImageDataModule
+from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
-from geolora_pl.tasks import ImageClassification, TextClassification
+from geolora_pl.tasks import ImageClassification, TextClassification, TextToImage
 from geolora_pl.tasks.transformer import TransformerTask
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +29,15 @@ OWNERS = [
     ImageClassification,
     TransformerTask,
     TextClassification,
+    TextToImage,
     ImageDataModule,
+    PromptedImages,
     TokenDataModule,
     LabelledTexts,
     LanguageDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-BASES = {"ImageDataModule", "TextDataModule", "LanguageDataModule"}
+BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule"}
 
 
 def defaults(owner):
@@ -61,7 +64,11 @@ def test_every_source_is_on_the_page_with_its_settings():
     rows = re.findall(r"^\| (`.*?`) \| (.*?) \|$", section("Sources"), re.M)
     said = {name: set(re.findall(r"`(\w+)`", what)) for names, what in rows for name in re.findall(r"`(\w+)`", names)}
     assert set(said) == set(geolora_pl.data.__all__) - BASES
-    shared = {name for base in (ImageDataModule, TokenDataModule) for name in inspect.signature(base).parameters}
+    shared = {
+        name
+        for base in (ImageDataModule, PromptedImages, TokenDataModule)
+        for name in inspect.signature(base).parameters
+    }
     for name, settings in said.items():
         own = set(inspect.signature(getattr(geolora_pl.data, name)).parameters) - shared - {"kwargs"}
         assert own <= settings, name

@@ -73,6 +73,8 @@ def test_each_library_stays_in_its_rooms(path):
         assert "lightning" not in used or path.stem in {"__init__", "lazy"}
     if here not in {"tasks", "data"}:
         assert not used & {"timm", "transformers", "datasets", "sklearn", "torchvision"}
+    if here != "tasks":
+        assert "diffusers" not in used
     if here != "report":
         assert "matplotlib" not in used
 
@@ -89,7 +91,7 @@ OF_LIGHTNING = {
     "matplotlib",
     "jsonargparse",
 }
-OF_TASKS = {"timm", "datasets", "pandas", "pyarrow", "tensorboard"}
+OF_TASKS = {"timm", "diffusers", "datasets", "pandas", "pyarrow", "tensorboard"}
 
 
 # From the fewest libraries to the most: one process takes the steps one after the other, for it starts in seconds.
@@ -110,9 +112,9 @@ TASKS = [
     (
         "geolora_pl.tasks.TextClassification, geolora_pl.data.GLUE, geolora_pl.data.TextFiles, "
         "geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles",
-        ["timm", "sklearn"],
+        ["timm", "sklearn", "diffusers"],
     ),
-    ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", ["transformers", "datasets"]),
+    ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", ["transformers", "diffusers", "datasets"]),
 ]
 # After the steps each kind of task is tried in a fork, in which Lightning is there already.
 LOOK = """

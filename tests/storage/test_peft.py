@@ -348,3 +348,41 @@ def test_broken_and_foreign_folders_are_refused(tmp_path):
     inject_adapters(adapted)
     with pytest.raises(ValueError, match="already has adapters"):
         import_peft(adapted, tmp_path)
+
+
+class Pixels(nn.Module):
+    """One layer of each kind that PEFT can adapt and that is not linear, and a linear one."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.table = nn.Embedding(11, 6, padding_idx=0)
+        self.strided = nn.Conv2d(6, 8, 3, stride=2, padding=1, **settings)
+        self.same = nn.Conv2d(8, 8, (1, 3), padding="same")
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.same(self.strided(self.table(x).movedim(-1, 1))).mean((2, 3)))
+
+
+def pixels(**settings):
+    torch.manual_seed(5)
+    return Pixels(**settings).double().eval()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_convolutions_and_embeddings_are_equal_in_peft(tmp_path, compact):
+    x = torch.randint(0, 11, (2, 7, 7))
+    model = adapt(pixels(), [], target_modules=["table", "strided", "same", "head"])
+    export_peft(model, tmp_path / "lora", compact=compact)
+    theirs = PeftModel.from_pretrained(pixels(), tmp_path / "lora").eval()
+    expected = logits(model, x)
+    close(logits(theirs, x), expected, within=EXACT)
+    close(logits(theirs.merge_and_unload(), x), expected, within=EXACT)
+
+
+@pytest.mark.parametrize("settings", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}], ids=str)
+def test_a_convolution_that_peft_would_compute_otherwise_is_refused(tmp_path, settings):
+    model = adapt(pixels(**settings), [], target_modules=["strided"])
+    with pytest.raises(ValueError, match=rf"strided has {next(iter(settings))}=.* does not honour: merge the adapters"):
+        export_peft(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
