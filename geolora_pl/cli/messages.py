@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
+from geolora_pl.cli.names import HOMES
 from geolora_pl.lazy import import_class
 from geolora_pl.report.printable import printable
 
@@ -156,7 +157,9 @@ def as_sentence(message: str, options: list[str]) -> str:
         name, paths = ambiguous.groups()
         return f"{key}={name} is the name of several classes: give the path of one, {paths.replace(', ', ' or ')}"
     if key and (no_class := _NO_CLASS.search(message)):
-        return f"{key}={no_class[1]} is not a class that is known by its name: give its path, package.module.Class"
+        near = difflib.get_close_matches(no_class[1], HOMES, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else "give its path, package.module.Class"
+        return f"{key}={no_class[1]} is not a class that is known by its name: {meant}"
     kinds = dict.fromkeys(_kind(*found) for found in _EXPECTED.findall(message) if found[0] != "NoneType")
     if key and kinds and (value := _VALUE.search(message)):  # the first value is the innermost
         is_word = value[1] in ("False", "True") and "a string" in kinds

@@ -14,7 +14,7 @@ import datasets
 import pytest
 import yaml
 from glue_files import write_glue, write_tsv
-from image_files import write_cifar, write_tiny_imagenet
+from image_files import write_cifar, write_image_folder, write_tiny_imagenet
 from tiny_text import save_tiny_decoder, save_tiny_model
 
 from geolora_pl.cli.dispatch import main
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
 LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
-NOT_OF_THE_PAPER = {"quickstart", "text/quickstart", "text/glue_wnli", *LANGUAGE}
+NOT_OF_THE_PAPER = {"quickstart", "image/folder", "text/quickstart", "text/glue_wnli", *LANGUAGE}
 DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
 
 TWO_STEPS = {
@@ -166,6 +166,7 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         write_glue(folder, settings["task"], times=4)
         return {"data.init_args.folder": folder, "data.init_args.cache_dir": folder / "cache"}
     {
+        "ImageFolder": write_image_folder,
         "CIFAR10": functools.partial(write_cifar, source=CIFAR10),
         "CIFAR100": functools.partial(write_cifar, source=CIFAR100),
         "TinyImageNet": write_tiny_imagenet,
