@@ -45,7 +45,9 @@ def write_start(task: str, output: str | None = None) -> Path:
         with target.open("x", encoding="utf-8") as file:  # fails where a file is, also one that comes in between
             file.write(STARTS[task].read_text(encoding="utf-8"))
     except FileExistsError as error:
-        raise ValueError(f"output={str(target)!r} is there already, and is kept: name another file as --output") from error
+        raise ValueError(
+            f"output={str(target)!r} is there already, and is kept: name another file as --output"
+        ) from error
     except OSError as error:
         raise ValueError(f"output={str(target)!r} cannot be written: {error.strerror}") from error
     return target

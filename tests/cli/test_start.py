@@ -49,13 +49,24 @@ def test_init_writes_a_configuration_that_fit_understands_and_never_writes_over_
     (empty / f"{task}.yaml").write_text("mine")
     with pytest.raises(SystemExit):
         main(["init", task])
-    assert re.match(r"error: output='\w+\.yaml' is there already, and is kept: name .* --output", capfd.readouterr().err)
+    assert re.match(
+        r"error: output='\w+\.yaml' is there already, and is kept: name .* --output", capfd.readouterr().err
+    )
     assert (empty / f"{task}.yaml").read_text() == "mine"
 
 
 def test_a_name_of_a_class_is_a_class_path(empty, capfd):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--model=TextClassification", "--model.model_name=x", "--data=ImageFolder", "--data.folder=y", "--print_config"])
+        main(
+            [
+                "fit",
+                "--model=TextClassification",
+                "--model.model_name=x",
+                "--data=ImageFolder",
+                "--data.folder=y",
+                "--print_config",
+            ]
+        )
     assert stop.value.code == 0
     config = yaml.safe_load(capfd.readouterr().out)
     assert config["model"]["class_path"] == "geolora_pl.tasks.TextClassification"
@@ -89,7 +100,9 @@ def test_help_imports_none_of_the_heavy_libraries():
 def completed(script, *words):
     """What bash offers for the last of the words."""
     line = " ".join(f'"{word}"' for word in words)
-    asked = f'{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _geolora_pl; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    asked = (
+        f'{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _geolora_pl; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
     return subprocess.run(["bash", "-c", asked], check=True, capture_output=True, text=True).stdout.split()
 
 

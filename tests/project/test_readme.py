@@ -44,7 +44,9 @@ def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
             understood(of_the_command_line(program, arguments), capfd)
 
 
-@pytest.mark.parametrize("block", blocks(PAGE, "yaml"), ids=lambda block: re.search(r"^data:\n  class_path: (\w+)", block, re.M)[1])
+@pytest.mark.parametrize(
+    "block", blocks(PAGE, "yaml"), ids=lambda block: re.search(r"^data:\n  class_path: (\w+)", block, re.M)[1]
+)
 def test_the_yaml_for_own_data_is_a_configuration_of_ten_lines(block, tmp_path, monkeypatch, capfd):
     assert len(block.splitlines()) <= 10
     (tmp_path / "own.yaml").write_text(block)

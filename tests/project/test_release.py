@@ -47,7 +47,15 @@ def test_the_archives_hold_the_package_and_nothing_else(built):
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     around = {name for name in names if not name.startswith(("geolora_pl/", "geolora_pl.egg-info/"))}
     assert {name for name in names if name.startswith("geolora_pl/")} == of_the_package()
-    written = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "constraints.txt", "pyproject.toml"}
+    written = {
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "LICENSE",
+        "MANIFEST.in",
+        "README.md",
+        "constraints.txt",
+        "pyproject.toml",
+    }
     assert around == written | {"PKG-INFO", "setup.cfg"}
 
 
