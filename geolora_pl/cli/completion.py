@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from geolora_pl.cli.called import SCRIPT, called
@@ -26,13 +27,13 @@ complete -o default -F _{name} {script}"""
 _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit"  # zsh then understands a script for bash
 
 
-def main(args: Sequence[str], commands: Iterable[str], call: Callable[[list[str]], None]) -> None:
+def main(args: Sequence[str], commands: Iterable[str], call: Callable[[], None]) -> None:
     """Run ``completion``.
 
     Args:
         args: The command and its arguments.
         commands: The names of all commands.
-        call: Runs a command, to ask for its help.
+        call: Runs the command in ``sys.argv``, to ask for its help.
     """
     parser = argparse.ArgumentParser(f"{called()} completion", allow_abbrev=False)
     parser.description = "Print a script that completes commands and options: source it where your shell starts."
@@ -44,10 +45,14 @@ def main(args: Sequence[str], commands: Iterable[str], call: Callable[[list[str]
     print(f"{_ZSH}\n{made}" if shell == "zsh" else made)
 
 
-def _help(call: Callable[[list[str]], None], name: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        call([name, "--help"])
+def _help(call: Callable[[], None], name: str) -> str:
+    before, out = sys.argv, io.StringIO()
+    sys.argv = [before[0], name, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            call()
+    finally:
+        sys.argv = before
     return out.getvalue()
 
 

@@ -60,19 +60,23 @@ def main(args: ArgsType = None) -> None:
         from geolora_pl.cli import commands
 
         commands.main(given)
+    elif isinstance(given, list) and command == "quickstart":
+        from geolora_pl.cli.start import QUICKSTART
+
+        fit = ["fit", "--config", str(QUICKSTART), *given[1:]]
+        if args is None:  # Lightning wants the arguments of a process where they are, also for further processes
+            sys.argv[1:] = fit
+        _train(fit if args is not None else None)
     else:
-        _train(given)
+        _train(args)
 
 
-def _train(given: ArgsType) -> None:
+def _train(args: ArgsType) -> None:
     from geolora_pl.cli import train
-    from geolora_pl.cli.start import QUICKSTART
 
-    if isinstance(given, list) and given[:1] == ["quickstart"]:
-        given = ["fit", "--config", str(QUICKSTART), *given[1:]]
     # Lightning 2.6 asks torch 2.13 something in a way that is deprecated there: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch")
-    train.run(given)
+    train.run(args)
 
 
 def _help() -> str:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from geolora_pl.adapters.elsewhere import ELSEWHERE, Ours
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
-from geolora_pl.cli.names import HOMES
+from geolora_pl.cli.names import homes
 from geolora_pl.lazy import import_class
 from geolora_pl.report.printable import printable
 
@@ -146,7 +146,7 @@ def as_sentence(message: str, options: list[str]) -> str:
         name, paths = ambiguous.groups()
         return f"{key}={name} is the name of several classes: give the path of one, {paths.replace(', ', ' or ')}"
     if key and (no_class := _NO_CLASS.search(message)):
-        near = difflib.get_close_matches(no_class[1], HOMES, n=1)
+        near = difflib.get_close_matches(no_class[1], homes(), n=1)
         meant = f"did you mean {near[0]!r}?" if near else "give its path, package.module.Class"
         return f"{key}={no_class[1]} is not a class that is known by its name: {meant}"
     kinds = dict.fromkeys(_kind(*found) for found in _EXPECTED.findall(message) if found[0] != "NoneType")

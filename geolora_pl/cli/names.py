@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import geolora_pl.data
-import geolora_pl.tasks
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 
-# Every task and data source, and the package that imports it at its first use.
-HOMES = {name: package for package in (geolora_pl.tasks, geolora_pl.data) for name in package.__all__}
+
+@cache
+def homes() -> Mapping[str, str]:
+    """Every task and data source, and the package that imports it at its first use."""
+    packages = ("geolora_pl.tasks", "geolora_pl.data")  # by their paths, as they stand in the YAML of users
+    return {name: package for package in packages for name in import_module(package).__all__}
 
 
 def import_by_name(name: str) -> None:
@@ -15,5 +20,5 @@ def import_by_name(name: str) -> None:
     Args:
         name: A name, or anything else.
     """
-    if name in HOMES:
-        getattr(HOMES[name], name)
+    if name in homes():
+        getattr(import_module(homes()[name]), name)

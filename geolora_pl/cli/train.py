@@ -84,7 +84,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
             self.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Find classes by their names, let them keep to their own defaults, and give a run without a logger a folder of its own.
+        """Find classes by name, keep their own defaults, and give a run without a logger a folder of its own.
 
         Raises:
             ValueError: The seed is out of range.

@@ -58,10 +58,9 @@ def find_source(model_name: str) -> tuple[str, bool]:
         )
     packaged = in_package(model_name, "model_name")
     folder = packaged or Path(model_name)
-    if packaged is None:
-        if not folder.is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) and model_name[0] != ".":
-            return model_name, False
     if not folder.is_dir():
+        if packaged is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) and model_name[0] != ".":
+            return model_name, False
         raise ValueError(f"model_name={model_name!r}: {folder} is not a folder (from {Path.cwd()})")
     return str(folder), True
 

@@ -130,7 +130,7 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     return {
         "model.init_args.pretrained": False,
-        "model.init_args.model_args": json.dumps({**settings["model_args"], **SMALL_VIT}),
+        "model.init_args.model_args": json.dumps({**(settings["model_args"] or {}), **SMALL_VIT}),
     }
 
 

@@ -118,3 +118,15 @@ def test_bash_completes_commands_and_options(capsys, monkeypatch):
     monkeypatch.setattr(dispatch, "_train", lambda given: None)
     main(["completion", "zsh"])
     assert capsys.readouterr().out.startswith("autoload -U +X compinit bashcompinit")
+
+
+def test_a_process_that_is_asked_for_the_quickstart_fits_without_a_warning_about_its_arguments(
+    empty, monkeypatch, capfd
+):
+    """A user of the installed script was warned of arguments that he had not given."""
+    monkeypatch.setattr(sys, "argv", ["geolora-pl", "quickstart", "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        command_line()
+    assert stop.value.code == 0
+    assert yaml.safe_load(capfd.readouterr().out)["data"]["class_path"] == "geolora_pl.data.Digits"
+    assert sys.argv[:3] == ["geolora-pl", "fit", "--config"]
