@@ -41,32 +41,31 @@ def main(args: ArgsType = None) -> None:
         args: What to parse instead of ``sys.argv[1:]``.
     """
     given = sys.argv[1:] if args is None else args
-    if given in (["--help"], ["-h"]):
+    words = given if isinstance(given, list) else []  # else settings, which Lightning takes, too
+    command = words[0] if words else None
+    if words in (["--help"], ["-h"]):
         print(_help())
-        return
-    if given == ["--version"]:
+    elif words == ["--version"]:
         print(f"geolora_pl {geolora_pl.__version__}")
-        return
-    command = given[0] if isinstance(given, list) and given else None
-    if command == "init":
+    elif command == "init":
         from geolora_pl.cli import start
 
-        start.main(given)
+        start.main(words)
     elif command == "completion":
         from geolora_pl.cli import completion
 
-        completion.main(given, COMMANDS, main)
+        completion.main(words, COMMANDS, main)
     elif command in ("export", "ranks", "report"):
         from geolora_pl.cli import commands
 
-        commands.main(given)
-    elif isinstance(given, list) and command == "quickstart":
+        commands.main(words)
+    elif command == "quickstart":
         from geolora_pl.cli.start import QUICKSTART
 
-        fit = ["fit", "--config", str(QUICKSTART), *given[1:]]
+        fit = ["fit", "--config", str(QUICKSTART), *words[1:]]
         if args is None:  # Lightning wants the arguments of a process where they are, also for further processes
             sys.argv[1:] = fit
-        _train(fit if args is not None else None)
+        _train(None if args is None else fit)
     else:
         _train(args)
 
