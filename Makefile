@@ -5,7 +5,7 @@ FLOORS := $(VENV)-floors
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help venv fit test test-slow test-matrix test-floors check format bench compare
+.PHONY: help venv fit test test-slow test-matrix test-floors check format docs release bench compare
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +50,14 @@ check: venv ## format, lint, types, tests and what they leave out
 format: venv ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: venv ## the documentation as a site, in build/docs; a reference that leads nowhere is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . build/docs
+
+release: venv ## the archives of this version, in dist, checked as the index checks them
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: venv ## what a step costs, beside LoRA, AdaLoRA, full fine-tuning and frozen layers (a quarter of an hour on two cores)
 	$(BIN)/python benchmarks/speed/throughput.py step memory event growth

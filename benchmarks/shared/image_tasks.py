@@ -44,7 +44,7 @@ def load(name: str) -> Task:
     in 10 epochs; it is pretrained here when its weights are missing.
     """
     if name == "digits":
-        return _task(name, Digits(), ROOT / "configs" / "weights" / "vit_fashion_mnist.safetensors", steps=304)
+        return _task(name, Digits(), ROOT / "geolora_pl" / "configs" / "vit_fashion_mnist.safetensors", steps=304)
     if not HELD_OUT_WEIGHTS.exists():
         pretrain(HELD_OUT_WEIGHTS, PRETRAINED_ON)
     return _task(name, FashionClasses(HELD_OUT), HELD_OUT_WEIGHTS, steps=310, train_size=2000)

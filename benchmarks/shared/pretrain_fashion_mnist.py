@@ -2,7 +2,7 @@
 
 The file that the project ships was made by
 
-    python benchmarks/shared/pretrain_fashion_mnist.py --output configs/weights/vit_fashion_mnist.safetensors
+    python benchmarks/shared/pretrain_fashion_mnist.py --output geolora_pl/configs/vit_fashion_mnist.safetensors
 
 on two CPU cores. Fashion-MNIST comes from Debian's package ``dataset-fashion-mnist``.
 """

@@ -9,20 +9,8 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Literal, TypeVar
 
-# What other libraries call their settings, and where they are found here.
-_ELSEWHERE = {
-    "r": "init_rank, which ranks start from, and max_rank, which they may grow to",
-    "rank": "init_rank, which ranks start from, and max_rank, which they may grow to",
-    "lora_alpha": "alpha, which is lora_alpha / r of PEFT",
-    "use_rslora": "alpha, which is lora_alpha / sqrt(r) of PEFT then",
-    "lora_dropout": "dropout",
-    "bias": "train_bias",
-    "alpha_pattern": "alpha, which is the same for all layers",
-    "layers_to_transform": "target_modules, as a regular expression",
-    "lr": "lr of the optimizer, as in RiemannianAdam(model, lr=0.3)",
-    "tau": "tau of RankAdaptiveIntegrator or GeoLoRACallback",
-    "budget": "budget of RankAdaptiveIntegrator or GeoLoRACallback",
-}
+from geolora_pl.adapters.elsewhere import ELSEWHERE
+
 _T = TypeVar("_T")
 
 
@@ -33,9 +21,9 @@ def _names_of_others_refused(config: type[_T]) -> type[_T]:
     @wraps(init)
     def checked(self: object, *args: object, **kwargs: object) -> None:
         for name in kwargs:
-            if name in _ELSEWHERE:
+            if name in ELSEWHERE:
                 raise ValueError(
-                    f"{name}={kwargs[name]!r} is not a setting of {config.__name__}: set {_ELSEWHERE[name]}"
+                    f"{name}={kwargs[name]!r} is not a setting of {config.__name__}: set {ELSEWHERE[name]}"
                 )
         init(self, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from geolora_pl.cli.called import called
 from geolora_pl.cli.mistakes import one_line
 from geolora_pl.lightning.export import FORMATS, export
 from geolora_pl.math.ranks import ranks_by_tau
@@ -80,7 +81,7 @@ def _report(run: Sequence[str], output: str | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m geolora_pl", allow_abbrev=False)
+    parser = argparse.ArgumentParser(called(), allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, said: str) -> argparse.ArgumentParser:

@@ -7,26 +7,25 @@ import warnings
 from typing import TYPE_CHECKING
 
 import geolora_pl
+from geolora_pl.cli.called import called
 from geolora_pl.cli.mistakes import one_line
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
 
-_HELP = """usage: python -m geolora_pl COMMAND [options]
-
-Low-rank fine-tuning that finds its own ranks.
-
-commands:
-  fit       train a model: --config names a file of settings, and every setting is an option as well
-  validate  compute the metrics of a checkpoint on the validation data
-  test      compute the metrics of a checkpoint on the test data
-  predict   write what a checkpoint predicts to a file
-  export    write the model of a checkpoint for other libraries
-  ranks     show the adapters of a checkpoint
-  report    write a page about one run or several
-
-'python -m geolora_pl COMMAND --help' lists the options of a command, and --version shows the version."""
+COMMANDS = {
+    "quickstart": "adapt a small pretrained ViT to handwritten digits, in a minute and without a network",
+    "init": "write a commented configuration to start from",
+    "fit": "train a model: --config names a file of settings, and every setting is an option as well",
+    "validate": "compute the metrics of a checkpoint on the validation data",
+    "test": "compute the metrics of a checkpoint on the test data",
+    "predict": "write what a checkpoint predicts to a file",
+    "export": "write the model of a checkpoint for other libraries",
+    "ranks": "show the adapters of a checkpoint",
+    "report": "write a page about one run or several",
+    "completion": "print a script by which the shell completes commands and options",
+}
 
 
 def command_line() -> None:
@@ -42,19 +41,54 @@ def main(args: ArgsType = None) -> None:
         args: What to parse instead of ``sys.argv[1:]``.
     """
     given = sys.argv[1:] if args is None else args
-    if given in (["--help"], ["-h"]):
-        print(_HELP)
-        return
-    if given == ["--version"]:
+    words = given if isinstance(given, list) else []  # else settings, which Lightning takes, too
+    command = words[0] if words else None
+    if words in (["--help"], ["-h"]):
+        print(_help())
+    elif words == ["--version"]:
         print(f"geolora_pl {geolora_pl.__version__}")
-        return
-    if isinstance(given, list) and given[:1] in (["export"], ["ranks"], ["report"]):
+    elif command == "init":
+        from geolora_pl.cli import start
+
+        start.main(words)
+    elif command == "completion":
+        from geolora_pl.cli import completion
+
+        completion.main(words, COMMANDS, main)
+    elif command in ("export", "ranks", "report"):
         from geolora_pl.cli import commands
 
-        commands.main(given)
-        return
+        commands.main(words)
+    elif command == "quickstart":
+        from geolora_pl.cli.start import QUICKSTART
+
+        fit = ["fit", "--config", str(QUICKSTART), *words[1:]]
+        if args is None:  # Lightning wants the arguments of a process where they are, also for further processes
+            sys.argv[1:] = fit
+        _train(None if args is None else fit)
+    else:
+        _train(args)
+
+
+def _train(args: ArgsType) -> None:
     from geolora_pl.cli import train
 
     # Lightning 2.6 asks torch 2.13 something in a way that is deprecated there: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch")
     train.run(args)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            f"usage: {called()} COMMAND [options]",
+            "",
+            "Low-rank fine-tuning that finds its own ranks.",
+            "",
+            "commands:",
+            *(f"  {name:{width}}  {said}" for name, said in COMMANDS.items()),
+            "",
+            f"'{called()} COMMAND --help' lists the options of a command, and --version shows the version.",
+        ]
+    )

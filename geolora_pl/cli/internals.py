@@ -21,17 +21,35 @@ def before_a_class_is_replaced(call: Callable[[Any, Any], None]) -> Iterator[Non
     Args:
         call: It gets the settings of the old class, which it may change, and those of the new one.
     """
-    carry_over: Any = _typehints.discard_init_args_on_class_path_change
+    with _before("discard_init_args_on_class_path_change", lambda parser, before, value: call(before, value)):
+        yield
 
-    def called_first(parser: Any, before: Any, value: Any) -> None:
-        call(before, value)
-        carry_over(parser, before, value)
 
-    _typehints.discard_init_args_on_class_path_change = called_first
+@contextmanager
+def before_a_class_is_looked_up(call: Callable[[str], Any]) -> Iterator[None]:
+    """Call a function whenever, while settings are parsed, a class is looked up by a path or by its name alone.
+
+    Args:
+        call: It gets the path or name.
+    """
+    with _before("resolve_class_path_by_name", lambda base, name: call(name)):
+        yield
+
+
+@contextmanager
+def _before(name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """For a while, call something with the arguments of a function of jsonargparse, before that function."""
+    original = getattr(_typehints, name)
+
+    def called_first(*args: Any) -> Any:
+        call(*args)
+        return original(*args)
+
+    setattr(_typehints, name, called_first)
     try:
         yield
     finally:
-        _typehints.discard_init_args_on_class_path_change = carry_over
+        setattr(_typehints, name, original)
 
 
 def settings_of(parser: ArgumentParser) -> list[str]:

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from geolora_pl.adapters.elsewhere import ELSEWHERE, Ours
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
+from geolora_pl.cli.names import homes
 from geolora_pl.lazy import import_class
 from geolora_pl.report.printable import printable
 
@@ -39,18 +41,6 @@ _KINDS = {
     "Mapping": "a mapping",
     "Sequence": "a list",
     "str": "a string",
-}
-
-
-# What settings are called elsewhere, by their last part, and here.
-_OUR_NAMES = {
-    "bias": "train_bias",
-    "learning_rate": "optimizer.init_args.lr",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lr": "optimizer.init_args.lr",
-    "r": "init_rank",
-    "rank": "init_rank",
 }
 _OF_THE_MODEL = ("optimizer", "lr_scheduler")  # which Lightning's own command line has at the top
 
@@ -156,7 +146,9 @@ def as_sentence(message: str, options: list[str]) -> str:
         name, paths = ambiguous.groups()
         return f"{key}={name} is the name of several classes: give the path of one, {paths.replace(', ', ' or ')}"
     if key and (no_class := _NO_CLASS.search(message)):
-        return f"{key}={no_class[1]} is not a class that is known by its name: give its path, package.module.Class"
+        near = difflib.get_close_matches(no_class[1], homes(), n=1)
+        meant = f"did you mean {near[0]!r}?" if near else "give its path, package.module.Class"
+        return f"{key}={no_class[1]} is not a class that is known by its name: {meant}"
     kinds = dict.fromkeys(_kind(*found) for found in _EXPECTED.findall(message) if found[0] != "NoneType")
     if key and kinds and (value := _VALUE.search(message)):  # the first value is the innermost
         is_word = value[1] in ("False", "True") and "a string" in kinds
@@ -183,11 +175,22 @@ def _nearest(name: str, known: list[str]) -> str:
     if (first := name.partition(".")[0]) in _OF_THE_MODEL and first not in known:
         return f"did you mean 'model.init_args.{first}'?"
     group, dot, last = name.rpartition(".")
-    if f"{group}{dot}{_OUR_NAMES.get(last, '')}".removesuffix(".init_args.lr") in known:
-        return f"did you mean '{group}{dot}{_OUR_NAMES[last]}'?"
+    if ours := ELSEWHERE.get(last):
+        meant = _option(ours, f"{group}{dot}", known)
+        if meant is not None:
+            return f"did you mean {meant!r}?"
     if near := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {near[0]!r}?"
     return f"drop it, or correct it; there are {', '.join(known)}" if len(known) <= 20 else "drop it, or correct it"
+
+
+def _option(ours: Ours, before: str, known: list[str]) -> str | None:
+    """The option of a setting that another library calls otherwise, where a command line has it."""
+    if ours.group == "geolora":
+        return f"geolora.{ours.name}"
+    owner, _, _ = ours.group.partition(".")  # its options depend on its class
+    is_known = f"{before}{owner or ours.name}" in known
+    return f"{before}{ours.group}{'.' if ours.group else ''}{ours.name}" if is_known else None
 
 
 def _options_of_class(path: str) -> list[str]:

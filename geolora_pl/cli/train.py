@@ -17,9 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich import get_console
 
 import geolora_pl
+from geolora_pl.cli.called import called
 from geolora_pl.cli.checks import CheckLast, CheckTestSplit
-from geolora_pl.cli.internals import CheckpointAwareCLI
+from geolora_pl.cli.internals import CheckpointAwareCLI, before_a_class_is_looked_up
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
+from geolora_pl.cli.names import import_by_name
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
@@ -85,12 +87,12 @@ class GeoLoRACLI(CheckpointAwareCLI):
             self.trainer.callbacks.append(writer_for(self.model, output))  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Let classes keep to their own defaults, and give a run without a logger a folder of its own.
+        """Find classes by name, keep their own defaults, and give a run without a logger a folder of its own.
 
         Raises:
             ValueError: The seed is out of range.
         """
-        with own_defaults():
+        with before_a_class_is_looked_up(import_by_name), own_defaults():
             super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         if config.trainer.logger in (False, []) and config.trainer.default_root_dir is None:
@@ -155,7 +157,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
         lines = [f"{name}: {value:.4f}" for name, value in results.items()]
         for loggers, hint in (
             ((TensorBoardLogger,), "look closer: tensorboard --logdir"),
-            ((TensorBoardLogger, CSVLogger), "a page of it: python -m geolora_pl report --run"),
+            ((TensorBoardLogger, CSVLogger), f"a page of it: {called()} report --run"),
         ):
             folders = [logger.log_dir for logger in self.trainer.loggers if isinstance(logger, loggers)]
             lines += [f"{hint} {folder}" for folder in folders[:1]]
@@ -194,9 +196,9 @@ def run(args: ArgsType = None) -> None:
         auto_configure_optimizers=False,
         parser_class=OneSentenceParser,
         parser_kwargs={
-            "prog": "python -m geolora_pl",
+            "prog": called(),
             "version": geolora_pl.__version__,
-            "description": "Train, validate, test and predict. 'python -m geolora_pl --help' lists all commands.",
+            "description": f"Train, validate, test and predict. '{called()} --help' lists all commands.",
         },
         args=args,
     )

@@ -21,6 +21,7 @@ from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.notes import keep_notes
+from geolora_pl.packaged import in_package
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
 from geolora_pl.tasks.internals import save_config_for_hf
@@ -43,7 +44,8 @@ class ImageClassification(GeoLoRAModule):
         model_name: A name that ``timm.create_model`` knows, such as ``vit_base_patch16_224``.
         pretrained: Whether to fetch the pretrained weights of that name from the hub.
         checkpoint_path: A file of weights on this machine to use instead of the hub (``.safetensors``, ``.pth`` or
-            another format that timm loads); the weights of its head are dropped.
+            another format that timm loads), or ``pkg://package/file`` for one of an installed package; the weights of
+            its head are dropped.
         model_args: More arguments for ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         num_classes: Number of classes; by default that of the data module.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
@@ -142,13 +144,11 @@ class ImageClassification(GeoLoRAModule):
 
     def build_model(self) -> nn.Module:
         """Create the timm model with a new head and pretrained weights in the rest."""
-        local = self.checkpoint_path is not None
-        if self.checkpoint_path is not None and not Path(self.checkpoint_path).is_file():
-            raise ValueError(f"checkpoint_path={self.checkpoint_path!r} is not a file (from {Path.cwd()})")
+        weights = None if self.checkpoint_path is None else find_weights(self.checkpoint_path)
         try:
             model: nn.Module = timm.create_model(
                 self.model_name,
-                pretrained=self.pretrained and not local,
+                pretrained=self.pretrained and weights is None,
                 num_classes=self.num_classes,
                 **self.model_args,
             )
@@ -161,8 +161,8 @@ class ImageClassification(GeoLoRAModule):
                 f"model_name={self.model_name!r}: its weights cannot be fetched: {' '.join(str(error).split())} Check "
                 "the connection, or name a file on this machine as checkpoint_path"
             ) from error
-        if self.checkpoint_path is not None:
-            load_backbone(model, self.checkpoint_path)
+        if weights is not None:
+            load_backbone(model, weights)
         # From now on the checkpoints hold the weights, and must load without the file and without the hub.
         self.hparams["checkpoint_path"], self.hparams["pretrained"] = None, False
         return model
@@ -240,6 +240,14 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the classifier of a timm model: one, or two for a distilled model."""
     names = model.pretrained_cfg["classifier"]  # type: ignore[index]
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def find_weights(checkpoint_path: str) -> str:
+    """The file of weights that the user named, which must be there."""
+    path = in_package(checkpoint_path, "checkpoint_path") or Path(checkpoint_path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint_path={checkpoint_path!r} is not a file (from {Path.cwd()})")
+    return str(path)
 
 
 def load_backbone(model: nn.Module, path: str) -> None:

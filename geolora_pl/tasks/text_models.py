@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from transformers.utils import logging
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
+from geolora_pl.packaged import in_package
 
-_PACKAGE = "pkg://"
 _SAID = "checkpoint-says://"  # the prefix of a name that only a checkpoint gives
 # What a configuration says of its origin or to people; the task itself knows the classes.
 _NOT_TAKEN = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "task_specific_params"}
@@ -57,17 +56,11 @@ def find_source(model_name: str) -> tuple[str, bool]:
             f"the checkpoint says that its model is {model_name.removeprefix(_SAID)!r}, and a file does not decide "
             "what is fetched: give the run's configuration (--config), or model_name=... to load_from_checkpoint"
         )
-    if model_name.startswith(_PACKAGE):
-        package, _, inside = model_name.removeprefix(_PACKAGE).partition("/")
-        spec = find_spec(package) if package.isidentifier() else None  # finds it without importing it
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"model_name={model_name!r}: no package {package!r} is installed; install it with pip")
-        folder = Path(spec.submodule_search_locations[0], inside)
-    else:
-        folder = Path(model_name)
-        if not folder.is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) and model_name[0] != ".":
-            return model_name, False
+    packaged = in_package(model_name, "model_name")
+    folder = packaged or Path(model_name)
     if not folder.is_dir():
+        if packaged is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) and model_name[0] != ".":
+            return model_name, False
         raise ValueError(f"model_name={model_name!r}: {folder} is not a folder (from {Path.cwd()})")
     return str(folder), True
 

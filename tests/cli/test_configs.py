@@ -14,7 +14,7 @@ import datasets
 import pytest
 import yaml
 from glue_files import write_glue, write_tsv
-from image_files import write_cifar, write_tiny_imagenet
+from image_files import write_cifar, write_image_folder, write_tiny_imagenet
 from tiny_text import save_tiny_decoder, save_tiny_model
 
 from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
@@ -28,6 +28,7 @@ EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
 LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
 NOT_OF_THE_PAPER = {
     "quickstart",
+    "image/folder",
     "text/quickstart",
     "text/glue_wnli",
     "diffusion/dreambooth",
@@ -179,7 +180,7 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     return {
         "model.init_args.pretrained": False,
-        "model.init_args.model_args": json.dumps({**settings["model_args"], **SMALL_VIT}),
+        "model.init_args.model_args": json.dumps({**(settings["model_args"] or {}), **SMALL_VIT}),
     }
 
 
@@ -226,6 +227,7 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         write_glue(folder, settings["task"], times=4)
         return {"data.init_args.folder": folder, "data.init_args.cache_dir": folder / "cache"}
     {
+        "ImageFolder": write_image_folder,
         "CIFAR10": functools.partial(write_cifar, source=CIFAR10),
         "CIFAR100": functools.partial(write_cifar, source=CIFAR100),
         "TinyImageNet": write_tiny_imagenet,

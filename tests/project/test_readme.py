@@ -2,11 +2,16 @@
 
 import re
 import sys
+from dataclasses import fields
+from inspect import signature
 
 import pytest
-from pages import ROOT, blocks, commands, quiet_trainers, understood
+from pages import ROOT, blocks, commands, of_the_command_line, quiet_trainers, understood
+from peft import AdaLoraConfig, LoraConfig
 
 from benchmarks import write_tables
+from geolora_pl import AdapterConfig
+from geolora_pl.adapters.elsewhere import PEFT
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 PAGE = ROOT / "README.md"
@@ -29,18 +34,19 @@ def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["geolora_pl"])
     calls = commands(PAGE, tmp_path)
-    assert len(calls) == 16
+    assert len(calls) == 20
     for program, *arguments in calls:
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
         elif program == "source":
             assert arguments == [".venv/bin/activate"]
         else:
-            assert arguments[arguments.index("geolora_pl") - 1] == "-m"
-            understood(arguments[arguments.index("geolora_pl") + 1 :], capfd)
+            understood(of_the_command_line(program, arguments), capfd)
 
 
-@pytest.mark.parametrize("block", blocks(PAGE, "yaml"), ids=lambda block: re.search(r"data\.(\w+)", block)[1])
+@pytest.mark.parametrize(
+    "block", blocks(PAGE, "yaml"), ids=lambda block: re.search(r"^data:\n  class_path: (\w+)", block, re.M)[1]
+)
 def test_the_yaml_for_own_data_is_a_configuration_of_ten_lines(block, tmp_path, monkeypatch, capfd):
     assert len(block.splitlines()) <= 10
     (tmp_path / "own.yaml").write_text(block)
@@ -51,6 +57,17 @@ def test_the_yaml_for_own_data_is_a_configuration_of_ten_lines(block, tmp_path, 
 
 def test_there_are_three_kinds_of_own_data():
     assert len(blocks(PAGE, "yaml")) == 3
+
+
+def test_the_table_for_those_who_come_from_peft_says_what_the_errors_say():
+    section = re.search(r"^## Coming from PEFT\n(.*?)(?=^## )", PAGE.read_text(), re.M | re.S)[1]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", section, re.M))
+    same = [name for name, said in rows.items() if said.startswith("the same")]
+    assert set(same) <= {field.name for field in fields(AdapterConfig)} & set(signature(LoraConfig).parameters)
+    assert {"target_modules", "modules_to_save"} <= set(same)
+    others = {name: said.replace("`", "") for name, said in rows.items() if name not in same}
+    assert others == {name: str(ours) for name, ours in PEFT.items()}
+    assert others.keys() <= set(signature(AdaLoraConfig).parameters)
 
 
 @pytest.mark.parametrize(("page", "least"), [(PAGE, 15), (ROOT / "docs/promises.md", 40)], ids=["README", "promises"])

@@ -37,10 +37,11 @@ def test_a_form_for_issues_has_what_the_host_requires(path):
 
 
 def test_the_workflow_runs_what_ci_runs_from_the_oldest_python_on():
-    (job,) = WORKFLOW["jobs"].values()
+    job = WORKFLOW["jobs"]["tests"]
     assert job["strategy"]["matrix"]["python"][0] == setting("requires-python").removeprefix(">=")
     assert job["steps"][-1]["run"] == ".ci/run"
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert WORKFLOW["jobs"]["docs"]["steps"][-1]["run"] == "make docs"
 
 
 def test_the_hooks_are_the_tools_of_make_check():

@@ -7,7 +7,7 @@ from types import ModuleType
 import lightning as L
 import pytest
 import torch
-from pages import QUIET, ROOT, blocks, commands, quiet_trainers, understood
+from pages import QUIET, ROOT, blocks, commands, of_the_command_line, quiet_trainers, understood
 from tiny_text import save_tiny_model
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -85,8 +85,8 @@ def test_commands_are_understood(page, here, mine, capfd):
     for program, *arguments in commands(page, here):
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
-        if "geolora_pl" in arguments:
-            understood(arguments[arguments.index("geolora_pl") + 1 :], capfd)
+        if given := of_the_command_line(program, arguments):
+            understood(given, capfd)
 
 
 def test_the_classes_of_the_page_on_extending_train(here, mine):

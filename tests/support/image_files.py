@@ -53,3 +53,11 @@ def write_tiny_imagenet(folder: Path) -> None:
         Image.new("RGB", (64, 64), (0, 0, i * 60)).save(folder / "val" / "images" / f"val_{i}.JPEG", format="JPEG")
         rows.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n")
     (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+
+
+def write_image_folder(folder: Path) -> None:
+    """Two classes of six images each, to train on."""
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (64, 64), i * 40).save(folder / "train" / name / f"{i}.png")

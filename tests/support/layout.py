@@ -7,5 +7,12 @@ PACKAGE = Path(__file__).parents[2] / "geolora_pl"
 ORDER = (("math",), ("adapters",), ("training", "storage"), ("report",), ("lightning",), ("tasks", "cli"))
 LEVEL = {folder: level for level, group in enumerate(ORDER) for folder in group}
 LEVEL["testing"] = LEVEL["report"]  # a file beside the folders, above training and storage, which none of them imports
-BELOW = {"errors", "lazy", "lfs", "loggers", "notes"}  # files beside the folders that every folder may import
+BELOW = {
+    "errors",
+    "lazy",
+    "lfs",
+    "loggers",
+    "notes",
+    "packaged",
+}  # files beside the folders that every folder may import
 FILES = sorted(PACKAGE.rglob("*.py"))

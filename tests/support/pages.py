@@ -11,7 +11,7 @@ from geolora_pl.cli.dispatch import main
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-PROGRAMS = ("python", "make", "source", "tensorboard", "torchrun")
+PROGRAMS = ("python", "geolora-pl", "make", "source", "tensorboard", "torchrun")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -33,8 +33,22 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
     return calls
 
 
+def of_the_command_line(program: str, arguments: list[str]) -> list[str]:
+    """What a call gives to the command line of this package; nothing for a call of something else."""
+    if program == "geolora-pl":
+        return arguments
+    if "geolora_pl" not in arguments:
+        return []
+    place = arguments.index("geolora_pl")
+    assert arguments[place - 1] == "-m"
+    return arguments[place + 1 :]
+
+
 def understood(arguments: list[str], capfd) -> None:
     """The command line takes the arguments, but for a checkpoint or a run that is not there."""
+    if arguments[0] in ("init", "completion") or arguments == ["--help"]:
+        main(arguments)
+        return
     missing = {"export": "last.ckpt' is not a file", "ranks": "last.ckpt' is not a file", "report": "' is not a folder"}
     about = missing.get(arguments[0])
     with pytest.raises(SystemExit) as stop:
