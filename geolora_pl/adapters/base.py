@@ -96,7 +96,8 @@ class GeoLoRALayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
 
         m, n = self.out_features, self.in_features
-        R = min(config.max_rank, m, n)
+        used = n if self.unused_row is None else max(1, n - 1)
+        R = min(config.max_rank, m, used)
         self.rank = min(config.init_rank, R)
         self.probes = config.probes
         like = next(chain(base.parameters(), base.buffers()))  # a quantised layer may have no attribute "weight"
@@ -108,7 +109,7 @@ class GeoLoRALayer(nn.Module):
         whole = self.probes + R
         self.U, self.S, self.V = (zeros(*shape, trained=False) for shape in ((m, whole), (R, R), (n, whole)))
         self.K, self.L = zeros(m, whole, trained=True), zeros(n, whole, trained=True)
-        filled = min(self.rank + self.probes, m, n)  # where a side is too small for all, probes stay zero
+        filled = min(self.rank + self.probes, m, used)  # where a side is too small for all, probes stay zero
         with torch.no_grad():
             for basis, row in ((self.U, None), (self.V, self.unused_row)):
                 gaussian = torch.randn(len(basis), filled, device=device, dtype=dtype)
@@ -118,6 +119,7 @@ class GeoLoRALayer(nn.Module):
                 basis[:, start : start + filled] = torch.linalg.qr(gaussian).Q
                 if row is not None:
                     basis[row] = 0  # where the factorisation leaves rounding
+        self.train(base.training)  # in a model that is evaluated, dropout is off
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take a parameter, as every assignment does, and mark it if it is K or L."""

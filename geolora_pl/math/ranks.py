@@ -23,13 +23,14 @@ class RankRule:
         adapt_every: Optimizer steps from one retraction to the next, at least 1.
         coefficient_steps: Optimizer steps on the coefficients alone, at least 0, in bases that a retraction has
             augmented and not truncated yet.
+        keeps_ranks: Whether ranks stay as they are, but for the budget.
 
     Raises:
         ValueError: An argument is out of range.
 
     Example:
         >>> RankRule(tau=0.1, adapt_every=10)
-        RankRule(tau=0.1, budget=None, min_rank=1, adapt_every=10, coefficient_steps=0)
+        RankRule(tau=0.1, budget=None, min_rank=1, adapt_every=10, coefficient_steps=0, keeps_ranks=False)
     """
 
     tau: float
@@ -37,6 +38,7 @@ class RankRule:
     min_rank: int = 1
     adapt_every: int = 1
     coefficient_steps: int = 0
+    keeps_ranks: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tau, (int, float)) and 0 <= self.tau < 1):

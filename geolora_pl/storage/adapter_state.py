@@ -104,7 +104,7 @@ def config_of(
 
 
 @torch.no_grad()
-def retracted(adapters: Mapping[str, GeoLoRALayer], exact: bool = False) -> dict[str, Factors]:
+def retracted(adapters: Mapping[str, GeoLoRALayer]) -> dict[str, Factors]:
     """The adapters with their pending increments folded in and without their probes; the layers stay as they are.
 
     Without pending increments the factors are copied bit for bit. With increments the sum is decomposed again, and the
@@ -113,9 +113,8 @@ def retracted(adapters: Mapping[str, GeoLoRALayer], exact: bool = False) -> dict
 
     Args:
         adapters: By name.
-        exact: Whether to leave the rule aside, so that the function stays the same.
     """
-    rule = None if exact else next((layer.rule for layer in adapters.values() if layer.rule is not None), None)
+    rule = next((layer.rule for layer in adapters.values() if layer.rule is not None), None)
     with exact_products(next(iter(adapters.values())).U.device):
         points = {name: _point(layer) for name, layer in adapters.items()}
         ranks = {name: _rank(layer, points[name], rule) for name, layer in adapters.items()}
@@ -156,6 +155,8 @@ def _point(layer: GeoLoRALayer) -> _Point:
 
 
 def _rank(layer: GeoLoRALayer, point: _Point, rule: RankRule | None) -> int:
+    if rule is not None and rule.keeps_ranks:
+        return layer.rank
     if point.pending:
         smallest = resolution(len(point.U), len(point.V), point.sigma.dtype)
         tau, least = (0.0, 0) if rule is None else (rule.tau, min(rule.min_rank, layer.max_rank))
@@ -173,12 +174,11 @@ def leading(U: Tensor, sigma: Tensor, V: Tensor) -> Factors:
     return Factors(U[:, :r].contiguous(), torch.diag(sigma[:r]), V[:, :r].contiguous())
 
 
-def capture(model: nn.Module, exact: bool = False) -> AdapterState:
+def capture(model: nn.Module) -> AdapterState:
     """Copy what training has changed in a model.
 
     Args:
         model: A model with adapters.
-        exact: Whether all of a pending step is kept, beyond the rule of the integrator.
 
     Raises:
         ValueError: The model has no adapters, or they differ in ``alpha``, ``dropout`` or ``probes``.
@@ -203,7 +203,7 @@ def capture(model: nn.Module, exact: bool = False) -> AdapterState:
     config = config_of({name: layer.max_rank for name, layer in adapters.items()}, alpha, dropout, probes)
     return AdapterState(
         config=replace(config, target_modules=alternation(adapted_names(model))),
-        factors=retracted(adapters, exact),
+        factors=retracted(adapters),
         trained={name: parameters[name].detach().clone() for name in names},
         buffers={name: buffer.detach().clone() for name, buffer in buffers.items()},
         base_name=base_name(model),
@@ -223,16 +223,23 @@ def check(model: nn.Module, state: AdapterState) -> None:
     Raises:
         ValueError: The base, a layer or a shape is another one.
     """
-    if has_adapters(model):
-        if problem := misfit(model, state):
-            raise ValueError(problem)
-    else:
-        with unwrapped(model) as plain:
-            modules = dict(plain.named_modules())
-        if absent := [name for name in state.factors if name not in modules]:
-            raise ValueError(
-                f"the model has no layer {absent[0]}, which the adapter is for: take the base that it was trained on"
-            )
+    if has_adapters(model) and (problem := misfit(model, state)):
+        raise ValueError(problem)
+    check_base(model, state)
+
+
+def check_base(model: nn.Module, state: AdapterState) -> None:
+    """Refuse a state that belongs to another base, whatever adapters the model has; the model stays as it is.
+
+    Raises:
+        ValueError: The base, a name or a shape is another one.
+    """
+    with unwrapped(model) as plain:
+        modules = dict(plain.named_modules())
+    if absent := [name for name in state.factors if name not in modules]:
+        raise ValueError(
+            f"the model has no layer {absent[0]}, which the adapter is for: take the base that it was trained on"
+        )
     there: dict[str, Tensor] = {**base_parameters(model), **base_buffers(model)}
     for name, tensor in {**state.trained, **state.buffers}.items():
         if name not in there:

@@ -217,6 +217,8 @@ def _load_into(model: nn.Module, checkpoint: dict[str, Any], config: AdapterConf
         check_adapters(checkpoint, model, resumes=False)
         complete(checkpoint, model)
         weights = checkpoint["state_dict"]
+        for name, layer in find_adapters(model).items():
+            layer.fit_probes(weights, f"{name}.")
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if wrong := [name for name in shapes.keys() | weights.keys() if _shape(weights.get(name)) != shapes.get(name)]:
             raise ValueError(f"{min(wrong)} is not the same in both ({len(wrong)} such weights)")

@@ -18,8 +18,7 @@ from geolora_pl.storage.adapter_state import (
     Factors,
     apply,
     base_buffers,
-    capture,
-    check,
+    check_base,
     config_of,
     leading,
     write,
@@ -81,17 +80,14 @@ class AdapterLibrary:
         """
         self._refuse_taken(name)
         state = read_adapter(path)
-        active = self.in_use
-        current = None if active is None else capture(self.model, exact=True)
-        self.use(None)  # the hash is that of the base alone
+        in_use = {key: tensor.detach().clone() for key, tensor in self._tensors().items() if key in self._of_base}
+        write(self.model, self._of_base)  # the hash is that of the base alone
         try:
-            check(self.model, state)
+            check_base(self.model, state)
         except ValueError as error:
             raise ValueError(f"{path} does not fit the model: {error}") from error
         finally:
-            self.use(active)
-            if current is not None:
-                apply(self.model, current)
+            write(self.model, in_use)
         self._states[name] = state
 
     def use(self, name: str | None) -> None:

@@ -22,6 +22,7 @@ from geolora_pl.math.precision import exact_products
 from geolora_pl.storage.adapter_state import (
     AdapterState,
     Factors,
+    adapted_names,
     capture,
 )
 from geolora_pl.storage.atomic import atomic
@@ -126,8 +127,7 @@ def _as_lora(model: nn.Module, compact: bool) -> Lora:
     for name, layer in adapters.items():
         if (reason := _refusal(layer)) is not None:
             raise ValueError(f"{name} {reason}: merge the adapters instead")
-    aliases = [name for name, module in model.named_modules(remove_duplicate=False) if module in set(adapters.values())]
-    if shared := [name for name in aliases if name not in adapters]:
+    if shared := [name for name in adapted_names(model) if name not in adapters]:
         raise ValueError(f"{shared[0]} shares its adapter with another layer, which PEFT cannot hold: merge instead")
     if moved := [name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]:
         raise ValueError(

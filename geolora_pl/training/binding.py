@@ -35,8 +35,10 @@ class Binding:
 
         It takes the steps that count and keeps the state that moves with the bases.
         """
-        inside = next((inner for inner in _inside(optimizer) if self.trains_any(inner)), None)
-        return optimizer if inside is None else self.innermost(inside)
+        seen = [optimizer]  # an inner optimizer may know its wrapper
+        while inner := [o for o in _inside(seen[-1]) if o not in seen and self.trains_any(o)]:
+            seen.append(inner[0])
+        return seen[-1]
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise a ValueError unless the optimizer suits and holds K and L of every adapter that is trained."""

@@ -157,7 +157,7 @@ class DivergenceGuard:
         self, model: nn.Module, integrator: RankAdaptiveIntegrator, optimizer: Optimizer, goes_back: bool = True
     ) -> None:
         self._integrator = integrator
-        self._where = (model, optimizer, integrator)
+        self._where = (model, integrator.innermost(optimizer), integrator)  # that keeps the moments
         self._goes_back = goes_back
         self._losses: list[Tensor] = []
         self._known: list[float] = []  # losses that have been read from the device
@@ -188,7 +188,8 @@ class DivergenceGuard:
         retracted = self._integrator.adaptations > self._adaptations
         self._adaptations = self._integrator.adaptations
         # A run in which every step is skipped comes to no retraction any more.
-        stuck = self._batches >= 2 * (_LEAST + self._integrator.adapt_every * batches_per_step)
+        cadence = max(self._integrator.adapt_every, self._integrator.rule.coefficient_steps)
+        stuck = self._batches >= 2 * (_LEAST + cadence * batches_per_step)
         if self._batches < _LEAST or not (retracted or stuck):
             return False
         self._batches = 0

@@ -62,7 +62,6 @@ class RankAdaptiveIntegrator:
     Attributes:
         adapters: The adapters by name.
         rule: When a retraction is due and how it chooses the ranks.
-        rank_changes: Whether retractions may change ranks. ``False`` keeps every rank as it is from then on.
         steps: Optimizer steps since the last retraction.
         total_steps: Optimizer steps in all.
         adaptations: Retractions so far.
@@ -116,10 +115,9 @@ class RankAdaptiveIntegrator:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
         for layer in self.adapters.values():
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
-            layer.rule = self.rule
+        self._set_rule(self.rule)
         _check_floors(self.rule, self.adapters)
         _check_schedule(self.rule, self.adapters)
-        self.rank_changes = True
         self.steps = 0
         self.total_steps = 0
         self.adaptations = 0
@@ -138,7 +136,23 @@ class RankAdaptiveIntegrator:
 
     @adapt_every.setter
     def adapt_every(self, steps: int) -> None:
-        self.rule = replace(self.rule, adapt_every=steps)
+        self._set_rule(replace(self.rule, adapt_every=steps))
+
+    @property
+    def rank_changes(self) -> bool:
+        """Whether retractions may change ranks; set it to ``False`` to keep every rank as it is from then on."""
+        return not self.rule.keeps_ranks
+
+    @rank_changes.setter
+    def rank_changes(self, change: bool) -> None:
+        if change != self.rank_changes:
+            self._set_rule(replace(self.rule, keeps_ranks=not change))
+
+    def _set_rule(self, rule: RankRule) -> None:
+        """Take a rule, which files that are written between two retractions follow as well."""
+        self.rule = rule
+        for layer in self.adapters.values():
+            layer.rule = rule
 
     @property
     def skipped_steps(self) -> int:
@@ -173,8 +187,8 @@ class RankAdaptiveIntegrator:
         self.check_optimizer(optimizer)
         if self._watch.nesting.inner:
             return False  # a hook has called this at the end of a super().step(), before the step is over
-        new_steps = self._watch.take()
-        if not new_steps and not self.steps and self._anything_pending():
+        new_steps, skipped = self._watch.take()
+        if not new_steps and not skipped and not self.steps and self._anything_pending():
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps
@@ -232,18 +246,19 @@ class RankAdaptiveIntegrator:
             # Older states do not have all: without probes nothing was on trial, and no run had gone back.
             setattr(self, name, state.get(name, getattr(self, name)))
         self._watch.load_state_dict(state)
+        self._watch.coefficients_alone &= self.rule.coefficient_steps > 0  # a resumed run may have another schedule
         self._watch.lr_factor = 0.5**self.rollbacks
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Take up the state of an earlier time, whose factors are in the model again, and halve all further steps.
 
-        What counts for the whole run goes on: steps, adaptations and skipped steps. Learning rates are halved only
-        while the optimizer steps, so that a scheduler neither sees nor undoes it.
+        What counts for the whole run goes on: steps, adaptations, skipped steps, and whether ranks may change. Learning
+        rates are halved only while the optimizer steps, so that a scheduler neither sees nor undoes it.
 
         Args:
             state: What :meth:`state_dict` returned at that time.
         """
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts = {name: getattr(self, name) for name in (*_COUNTS, "rank_changes")}
         skipped = {"skipped_steps": self.skipped_steps}
         self.load_state_dict({**state, **counts, **skipped, "rollbacks": self.rollbacks + 1})
         for layer in self.adapters.values():
@@ -270,7 +285,7 @@ class RankAdaptiveIntegrator:
             admits,
             seed=self.adaptations,
             augments=augments,
-            judges_all=self._augmented and not admits,
+            judges_all=self._augmented,
         )
         device = next(iter(self.adapters.values())).U.device
         with exact_products(device), one_thread(device):
@@ -281,7 +296,7 @@ class RankAdaptiveIntegrator:
                     factor[:, : layer.probes] = 0
         self.steps = 0
         self.adaptations += 1
-        self._on_trial = admits
+        self._on_trial = admits and any(layer.probes for layer in self.adapters.values())
         self._augmented = augments
         self._watch.coefficients_alone = self.rule.coefficient_steps > 0 and (augments or not self.rank_changes)
 

@@ -112,8 +112,10 @@ def make_offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, flo
     layer, columns = adapters[names[0]], columns_of(adapters, names, what.rule.min_rank)[0]
     U, S, V, K, L = (stack(adapters, names, factor, columns) for factor in FACTORS)
     factors = [decay[name] for name in names]
+    decayed: Tensor | bool = False
     if any(factor != 1 for factor in factors):  # the condition saves a copy from the host, which may wait for a GPU
-        S = S * torch.tensor(factors, dtype=S.dtype, device=S.device)[:, None, None]
+        of_each = torch.tensor(factors, dtype=S.dtype, device=S.device)
+        S, decayed = S * of_each[:, None, None], of_each != 1
     probes = layer.probes if what.admits else 0
     at = augment(U, S, V, K, L, _random(adapters, names, probes, what.seed) if probes else None)
     stepped = _any(K[..., layer.probes :]) | _any(L[..., layer.probes :])
@@ -124,12 +126,13 @@ def make_offer(adapters: Adapters, names: Sequence[str], decay: Mapping[str, flo
     new = directions(at, probes, ranks)
     worth = worth_a_rank(at.sigma, new.sigma, what.rule.tau, _resolution(layer)) & pending[:, None]
     keep = first(ranks, at.sigma.shape[-1])
-    # A new direction starts from zero, so it never takes the place of one that its own adapter keeps.
-    last = at.sigma.gather(-1, (ranks[:, None] - 1).clamp_min(0)).masked_fill(ranks[:, None] == 0, float("inf"))
-    offered = torch.minimum(new.sigma, last) * worth
+    # A new direction starts from zero, so it never takes the place of one that its own adapter keeps: it counts for no
+    # more than the last of them, but for more than the zeros of what is not kept, behind which it would be sorted.
+    last = at.sigma.gather(-1, (ranks[:, None] - 1).clamp_min(0)).clamp_min(torch.finfo(at.sigma.dtype).tiny)
+    offered = torch.minimum(new.sigma, last.masked_fill(ranks[:, None] == 0, float("inf"))) * worth
     sigma, order = torch.cat([at.sigma * keep, offered], dim=-1).sort(descending=True, stable=True)
     most = (ranks + worth.sum(-1)).clamp_max(layer.max_rank)
-    moves = pending | (ranks != present)
+    moves = pending | (ranks != present) | decayed
     if probes:  # an adapter that was loaded at rank 0 and without probes would otherwise never have a gradient
         moves = moves | ((present == 0) & ~_any(U[..., :probes]))
     room = min(layer.out_features, layer.in_features) - ranks

@@ -243,7 +243,7 @@ class RiemannianAdam(Optimizer):
         """Steps taken so far by each parameter, on its device."""
         for parameter in parameters:
             if "step" not in self.state[parameter]:
-                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return [self.state[parameter]["step"] for parameter in parameters]
 
     def _count(self, parameters: Sequence[Tensor], taken: float | Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class StepWatch:
         self.coefficients_alone = False
         self.every_adapter_needs_a_gradient = False
         self.new_steps = 0
+        self._new_skips = 0
         self.skipped_steps = 0
         self.lr_factor = 1.0
         self.nesting = Nesting()
@@ -121,9 +122,10 @@ class StepWatch:
         if not state["_watches"]:  # a copy of one that was closed
             self.close()
 
-    def take(self) -> int:
-        """Return the number of new steps and start again from zero."""
-        taken, self.new_steps = self.new_steps, 0
+    def take(self) -> tuple[int, int]:
+        """Return how many steps were taken, and how many were skipped at once, and start again from zero."""
+        taken = self.new_steps, self._new_skips
+        self.new_steps = self._new_skips = 0
         return taken
 
     def settle(self) -> int:
@@ -190,15 +192,23 @@ class StepWatch:
         self._scale_lr(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._see_gradients(optimizer)
+            self._look(optimizer)
             return None
 
         def seen_closure() -> Any:
             loss = closure()
-            self._see_gradients(optimizer)
+            self._look(optimizer)
             return loss
 
         return args[:1], {**kwargs, "closure": seen_closure}
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """See the gradients; if that is an error, there is no step, after which learning rates would be restored."""
+        try:
+            self._see_gradients(optimizer)
+        except BaseException:
+            self.restore_lr()
+            raise
 
     def _scale_lr(self, optimizer: Optimizer) -> None:
         self.restore_lr()  # after a step that raised
@@ -256,6 +266,7 @@ class StepWatch:
                 "gradients, or set on_nonfinite='skip'"
             )
         self.skipped_steps += 1
+        self._new_skips += 1
         _warn(f"{what}: this optimizer step is skipped whole and nothing has changed; skipped_steps counts such steps")
 
     def _decay_of(self, optimizer: Optimizer) -> dict[str, float]:
