@@ -23,7 +23,7 @@ def step(adapter, optimizer, integrator, seed):
     [
         (lambda p: torch.optim.Adam(p, lr=0.1), "exp_avg", ["exp_avg_sq"]),
         (
-            lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, amsgrad=True),
+            lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
             "exp_avg",
             ["exp_avg_sq", "max_exp_avg_sq"],
         ),
@@ -58,7 +58,10 @@ def test_the_state_of_torchs_optimizers_is_transported(make, first, second, prob
 @pytest.mark.parametrize(
     ("make", "keys"),
     [
-        (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
+        (
+            lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, amsgrad=True),
+            ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+        ),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), ["momentum_buffer"]),
         (lambda p: torch.optim.RMSprop(p, lr=0.01), ["square_avg"]),
     ],
