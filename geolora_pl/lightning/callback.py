@@ -19,7 +19,6 @@ from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
-    check_length,
     check_monitors,
     check_trainer,
     optimizer_of_adapters,
@@ -34,6 +33,7 @@ from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence
+from geolora_pl.training.following import check_adapt_until, check_adapted, check_length
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
 
@@ -102,8 +102,7 @@ class GeoLoRACallback(L.Callback):
         RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, coefficient_steps)
         check_on_nonfinite(on_nonfinite)
         check_on_divergence(on_divergence)
-        if not 0 < adapt_until <= 1:
-            raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
+        check_adapt_until(adapt_until)
         self.tau = tau
         self.budget = budget
         self.min_rank = min_rank
@@ -245,12 +244,8 @@ class GeoLoRACallback(L.Callback):
         run = self._current
         if run.retract_pending():
             run.monitor.log(trainer, _last_step(trainer))
-        if run.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "training ended without one adaptation of the ranks: no optimizer step was taken, and "
-                f"{run.integrator.skipped_steps} were skipped for gradients that are not finite; a step in which no "
-                "adapter has a gradient does not count"
-            )
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer
+            check_adapted(run.integrator)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what was found; a run that had ended may have been resumed, without any training."""
