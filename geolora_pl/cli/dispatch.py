@@ -25,6 +25,7 @@ commands:
   export    write the model of a checkpoint for other libraries
   ranks     show the adapters of a checkpoint
   report    write a page about one run or several
+  shrink    make an adapter or a LoRA smaller, without training
 
 'python -m geolora_pl COMMAND --help' lists the options of a command, and --version shows the version."""
 
@@ -48,7 +49,7 @@ def main(args: ArgsType = None) -> None:
     if given == ["--version"]:
         print(f"geolora_pl {geolora_pl.__version__}")
         return
-    if isinstance(given, list) and given[:1] in (["export"], ["ranks"], ["report"]):
+    if isinstance(given, list) and given[:1] in (["export"], ["ranks"], ["report"], ["shrink"]):
         from geolora_pl.cli import commands
 
         commands.main(given)

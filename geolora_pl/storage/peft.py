@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from geolora_pl.storage.fingerprint import base_parameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SIDE_A, SIDE_B = ".lora_A.weight", ".lora_B.weight"
+_OF_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)  # newer versions offer 1 as well
 _TASK_TYPES = {  # by the endings of the classes of transformers
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -92,50 +95,81 @@ def _export(model: nn.Module, out_dir: Path, compact: bool, overwrite: bool) -> 
         raise ValueError(
             f"{moved[0]} has running statistics, which training changes and PEFT would lose: merge instead"
         )
-    ranks = {name: factors.U.shape[1] for name, factors in state.factors.items()}
-    rank = max(1, *ranks.values())
-    if compact and any(ranks.values()):
-        kept = {name: rank for name, rank in ranks.items() if rank}
-    else:
-        kept = dict.fromkeys(ranks, rank)
-    tensors: dict[str, Tensor] = {}
-    for name, r in kept.items():
-        A, B = _lora(state.factors[name], state.config.alpha, r)
-        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    tensors, settings = lora_of(state.factors, state.config.alpha, compact)
+    kept = [name.removeprefix(PREFIX).removesuffix(SIDE_A) for name in tensors if name.endswith(SIDE_A)]
     saved, biases = _split_trained(model, state)
     for name in saved:
-        tensors |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
     for name in biases:
         layer = name.rpartition(".")[0]
-        tensors[f"{layer}.base_layer.bias" if layer in kept else name] = state.trained[name]
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
-    pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}
+        tensors[PREFIX + (f"{layer}.base_layer.bias" if layer in kept else name)] = state.trained[name]
     config = {
         "peft_type": "LORA",
         "task_type": _task_type(model, saved),
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": state.base_name,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
+        **settings,
         "lora_dropout": state.config.dropout,
-        "target_modules": _targets(model, list(kept)),
+        "target_modules": _targets(model, kept),
         "modules_to_save": saved or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": not any(isinstance(adapters[name].base, nn.Linear) for name in kept),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
     }
+    write_folder(out_dir, config, tensors, overwrite)
+    return int(settings["r"])
+
+
+def lora_of(factors: Mapping[str, Factors], alpha: float, compact: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a LoRA as PEFT names them, and the settings that say their ranks; the scaling is 1 everywhere.
+
+    Args:
+        factors: By the names of the layers.
+        alpha: The scaling of the factors.
+        compact: Whether each is stored at its own rank, and those of rank 0 left out unless all are; or else all are
+            padded with zeros to the largest.
+    """
+    ranks = {name: U.shape[1] for name, (U, _, _) in factors.items()}
+    largest = max(1, *ranks.values())
+    if compact and any(ranks.values()):
+        kept = {name: rank for name, rank in ranks.items() if rank}
+    else:
+        kept = dict.fromkeys(ranks, largest)
+    tensors: dict[str, Tensor] = {}
+    for name, r in kept.items():
+        tensors[f"{PREFIX}{name}{SIDE_A}"], tensors[f"{PREFIX}{name}{SIDE_B}"] = _lora(factors[name], alpha, r)
+    pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}
+    return tensors, {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
+
+
+def write_folder(out_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+    """Write the folder of a LoRA, completely or not at all.
+
+    Raises:
+        ValueError: A value is not finite, or the folder exists.
+    """
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with atomic(out_dir, overwrite=overwrite) as unfinished:
         unfinished.mkdir()
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, unfinished / WEIGHTS, {"format": "pt"})
-    return rank
+        save_file(plain, unfinished / WEIGHTS, {"format": "pt"})
+
+
+def server_rank(rank: int) -> str:
+    """Say which rank a server must allow, and which of those that vLLM offers is the next.
+
+    Example:
+        >>> server_rank(11)
+        'a server must allow rank 11 (vLLM: --max-lora-rank 16)'
+    """
+    offered = next((offer for offer in _OF_VLLM if offer >= rank), None)
+    of_vllm = f"--max-lora-rank {offered}" if offered else f"at most {_OF_VLLM[-1]}, so it cannot serve this"
+    return f"a server must allow rank {rank} (vLLM: {of_vllm})"
 
 
 def _task_type(model: nn.Module, saved: Sequence[str]) -> str | None:

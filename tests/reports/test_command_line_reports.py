@@ -171,7 +171,7 @@ def test_help_lists_every_command_and_can_be_called_as_it_says(capsys):
     out = capsys.readouterr().out
     assert "__main__" not in out
     listed = re.findall(r"^  (\w+) +\w.*\w$", out, re.M)
-    assert listed == ["fit", "validate", "test", "predict", "export", "ranks", "report"]
+    assert listed == ["fit", "validate", "test", "predict", "export", "ranks", "report", "shrink"]
     for command in ("fit", "ranks"):
         with pytest.raises(SystemExit):
             main([command, "--help"])

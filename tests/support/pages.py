@@ -35,7 +35,12 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
 
 def understood(arguments: list[str], capfd) -> None:
     """The command line takes the arguments, but for a checkpoint or a run that is not there."""
-    missing = {"export": "last.ckpt' is not a file", "ranks": "last.ckpt' is not a file", "report": "' is not a folder"}
+    missing = {
+        "export": "last.ckpt' is not a file",
+        "ranks": "last.ckpt' is not a file",
+        "report": "' is not a folder",
+        "shrink": " is not a file",
+    }
     about = missing.get(arguments[0])
     with pytest.raises(SystemExit) as stop:
         main(arguments if about else [*arguments, "--print_config"])
