@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from geolora_pl.adapters.experts import frozen_experts
 from geolora_pl.adapters.savers import let_save_pretrained, warn_at_save_pretrained
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, SKIPPED_STEPS
@@ -97,6 +99,8 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         self._optimizer = self.integrator.innermost(kwargs["optimizer"])
         if saved:
             take_up(self.integrator, self._optimizer, saved, self.adapt_every)
+        if state.is_world_process_zero and (experts := frozen_experts(model)):
+            logging.getLogger(__name__).warning(experts)
         let_save_pretrained(model)  # the checkpoints of the Trainer are loaded into a model with adapters
 
     def on_optimizer_step(

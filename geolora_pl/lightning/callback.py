@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.experts import frozen_experts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
 from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.checks import (
@@ -30,6 +31,7 @@ from geolora_pl.lightning.run import Run
 from geolora_pl.lightning.run_notes import write_notes
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
+from geolora_pl.notes import note
 from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence
@@ -210,7 +212,11 @@ class GeoLoRACallback(L.Callback):
         if run.guard:
             run.guard.start()
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-        write_notes(trainer, pl_module, say_what_is_not_plain(pl_module, data))
+        said = say_what_is_not_plain(pl_module, data)
+        if experts := frozen_experts(pl_module):
+            note(experts)
+            said.append(experts)
+        write_notes(trainer, pl_module, said)
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))

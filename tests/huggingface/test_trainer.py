@@ -207,6 +207,28 @@ def test_a_checkpoint_without_the_callback_or_with_another_optimizer_is_refused(
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def mixture():
+    """A tiny Mixtral: its experts are stacked in parameters of three dimensions, which are no layers."""
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=SIZE, hidden_size=16, intermediate_size=8, **sizes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+SAID = (
+    "model.layers.0.mlp.experts.gate_up_proj and 3 more like it: experts in stacked weights have no adapters and stay "
+)
+SAID += f"frozen ({2 * 4 * 3 * 16 * 8:,} parameters)"
+
+
+def test_experts_that_stay_frozen_are_named(tmp_path, caplog):
+    model = mixture()
+    inject_adapters(model)
+    callback = GeoLoRATrainerCallback()
+    trainer_for(tmp_path, model, callback, max_steps=2, save_strategy="no").train()
+    assert [record.message for record in caplog.records if "experts" in record.message] == [SAID]
+    assert len(callback.integrator.adapters) == 8  # those of the attention
+
+
 @pytest.mark.slow
 def test_the_callback_needs_nothing_of_lightning():
     code = "import sys; from geolora_pl import GeoLoRATrainerCallback; sys.exit('lightning' in sys.modules)"
