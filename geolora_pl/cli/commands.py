@@ -85,7 +85,9 @@ def _report(run: Sequence[str], output: str | None) -> str:
 
 def _shrink(adapter: str, output: str, **how: Any) -> str:
     shrunk = shrink(adapter, output, **how)
-    served = f"; {server_rank(shrunk.rank)}" if Path(output).is_dir() else f"; the largest rank is {shrunk.rank}"
+    served = (
+        f"; {server_rank(max(1, shrunk.rank))}" if Path(output).is_dir() else f"; the largest rank is {shrunk.rank}"
+    )
     return (
         f"{output}: {shrunk.after:,} of {shrunk.before:,} adapter parameters; {shrunk.cut:.2g} of the update was cut "
         f"(relative Frobenius norm){served}"

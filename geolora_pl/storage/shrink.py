@@ -46,7 +46,7 @@ def shrink(
 ) -> Shrunk:
     """Cut adapters down to a tolerance or a budget, by the rule of training; what was trained beside them is kept.
 
-    Of each adapter the smallest singular values go first, and none is the best approximation of that rank less (Eckart
+    Of each adapter the smallest singular values go first, and no other cut to that rank loses less (Eckart
     and Young). An adapter may end at rank 0. The base is not needed.
 
     Args:
@@ -58,8 +58,8 @@ def shrink(
         overwrite: Whether an output that is there is replaced.
 
     Raises:
-        ValueError: Neither ``tau`` nor ``budget`` is given or one is out of range, the output exists, or the adapter
-            cannot be read.
+        ValueError: Neither ``tau`` nor ``budget`` is given or one is out of range, the budget is below one direction,
+            the output exists, or the adapter cannot be read.
 
     Example:
         >>> import tempfile
@@ -117,6 +117,9 @@ def _cut(factors: Mapping[str, Factors], rule: RankRule) -> tuple[dict[str, Fact
             rule.budget,
             [torch.tensor([0]) for _ in spectra],
         )
+        if any(ranks.values()) and not any(within):
+            least = min(sizes[name] for name, rank in ranks.items() if rank)
+            raise ValueError(f"budget={rule.budget} leaves nothing: one direction takes {least} parameters at least")
         ranks = {name: int(rank) for name, rank in zip(spectra, within, strict=True)}
     smaller: dict[str, Factors] = {}
     for name, (U, S, V) in factors.items():

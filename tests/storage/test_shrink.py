@@ -113,6 +113,11 @@ def test_a_lora_keeps_the_best_of_each_layer_and_peft_loads_it(lora, tmp_path, h
     assert all(side.dtype == torch.float64 for side in sides)
 
 
+def test_an_adapter_of_rank_0_is_shrunk_again_in_place(file):
+    shrink(file, file, budget=30, overwrite=True)
+    assert shrink(file, file, tau=0.1, overwrite=True) == (22, 22, 0.0, 1)
+
+
 def test_what_is_small_enough_stays_to_the_bit(file, tmp_path):
     shrink(file, tmp_path / "same.safetensors", budget=10**6)
     whole, same = load_file(file), load_file(tmp_path / "same.safetensors")
@@ -137,6 +142,8 @@ def test_mistakes_are_refused_and_nothing_is_written(file, lora, tmp_path):
         shrink(file, out, tau=1.5)
     with pytest.raises(ValueError, match="budget=0 must be a whole number"):
         shrink(file, out, budget=0)
+    with pytest.raises(ValueError, match="budget=17 leaves nothing: one direction takes 18 parameters"):
+        shrink(lora, out, budget=17)
     with pytest.raises(ValueError, match="is not a file"):
         shrink(tmp_path / "absent", out, tau=0.1)
     with pytest.raises(ValueError, match="compact is for the folder of a LoRA"):
