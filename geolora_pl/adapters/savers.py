@@ -43,3 +43,10 @@ def warn_at_save_pretrained(model: nn.Module) -> None:
     for module in model.modules():
         if callable(getattr(type(module), _NAME, None)) and _NAME not in vars(module):
             setattr(module, _NAME, _WarnsFirst(module))
+
+
+def let_save_pretrained(model: nn.Module) -> None:
+    """Take the warning back, for one who saves the adapters to load them into a model with adapters."""
+    for module in model.modules():
+        if isinstance(vars(module).get(_NAME), _WarnsFirst):
+            delattr(module, _NAME)

@@ -136,7 +136,7 @@ def _refuse_config_without_target(model: nn.Module, config: AdapterConfig, suite
         raise ValueError(
             "target_modules='auto' is for a GeoLoRAModule, which knows its own layers: name them, or 'all-linear'"
         )
-    if config.target_modules == "all-linear" and (endings := _endings_of_convolutions(model)):
+    if config.target_modules == "all-linear" and (endings := _endings(convolutions(model))):
         raise ValueError(
             "target_modules='all-linear' matches no layer, because the model has no linear layer but its head; to "
             f"adapt its convolutions, set target_modules to {endings}"
@@ -148,16 +148,35 @@ def _refuse_config_without_target(model: nn.Module, config: AdapterConfig, suite
     )
 
 
-def _endings_of_convolutions(model: nn.Module) -> list[str]:
-    """The endings of the names of layers of other kinds, for ``target_modules``: those of numbered blocks, if any."""
+def linear_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that ``all-linear`` means: every linear layer but the head."""
+    head = _head_modules(model)
+    return [
+        name
+        for name, layer in model.named_modules()
+        if name and (kind := adapter_class_of(layer)) is not None and kind.is_linear and id(layer) not in head
+    ]
+
+
+def convolutions(model: nn.Module) -> list[str]:
+    """The names of the layers of other kinds that suit an adapter: those of numbered blocks, if there are any.
+
+    A depthwise convolution is left out, for its matrix is so thin that a low rank saves nothing.
+    """
+    head = _head_modules(model)
     names = [
         name
         for name, layer in model.named_modules()
-        if (kind := adapter_class_of(layer)) is not None and not kind.is_linear and kind.refusal(layer) is None
+        if name and (kind := adapter_class_of(layer)) is not None
+        if not kind.is_linear and kind.refusal(layer) is None and id(layer) not in head
+        if not (isinstance(layer, nn.Conv2d) and layer.in_channels == layer.groups > 1)
     ]
-    in_blocks = [name for name in names if re.search(r"\d+\..", name)]
-    endings = {name.rpartition(".")[2] for name in in_blocks or names}
-    return sorted(ending for ending in endings if not ending.isdigit())
+    return [name for name in names if re.search(r"\d+\..", name)] or names
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    """The last components of names, for ``target_modules``, but numbers, which would mean other layers too."""
+    return sorted(ending for ending in {name.rpartition(".")[2] for name in names} if not ending.isdigit())
 
 
 def _refuse_patterns_without_match(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
-"""The commands about checkpoints and runs that train nothing: export, ranks, report."""
+"""The commands about checkpoints and runs that train nothing: export, ranks, report, shrink."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +20,8 @@ from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.report.printable import printable
 from geolora_pl.report.write import write_report
 from geolora_pl.storage.checkpoint import read_checkpoint
+from geolora_pl.storage.peft import server_rank
+from geolora_pl.storage.shrink import shrink
 from geolora_pl.storage.spectra import spectra
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -60,7 +63,7 @@ def _sparkline(sigma: Tensor) -> str:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run ``export``, ``ranks`` or ``report``.
+    """Run ``export``, ``ranks``, ``report`` or ``shrink``.
 
     Args:
         args: The command and its arguments.
@@ -72,12 +75,24 @@ def main(args: Sequence[str]) -> None:
         if command == "ranks":
             Console().print(ranks_table(**given))
             return
-        said = export(**given) if command == "export" else _report(**given)
+        commands: dict[str, Callable[..., str]] = {"export": export, "report": _report, "shrink": _shrink}
+        said = commands[command](**given)
         Console().print(printable(said), soft_wrap=True, markup=False, highlight=False)
 
 
 def _report(run: Sequence[str], output: str | None) -> str:
     return f"{write_report(run, output)}: open it in a browser"
+
+
+def _shrink(adapter: str, output: str, **how: Any) -> str:
+    shrunk = shrink(adapter, output, **how)
+    served = (
+        f"; {server_rank(max(1, shrunk.rank))}" if Path(output).is_dir() else f"; the largest rank is {shrunk.rank}"
+    )
+    return (
+        f"{output}: {shrunk.after:,} of {shrunk.before:,} adapter parameters; {shrunk.cut:.2g} of the update was cut "
+        f"(relative Frobenius norm){served}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,4 +133,12 @@ def _parser() -> argparse.ArgumentParser:
         help="The folder of a run, with metrics.csv or TensorBoard's events; several are compared.",
     )
     report.add_argument("--output", metavar="FILE", help="By default report.html in the first folder.")
+
+    shrink = add("shrink", "Make an adapter or a LoRA smaller, without training and without its base.")
+    shrink.add_argument("--adapter", required=True, help="An adapter file, or the folder of a LoRA of PEFT.")
+    shrink.add_argument("--tau", type=float, help="The relative part of each update that may be cut, in [0, 1).")
+    shrink.add_argument("--budget", type=int, help="Adapter parameters in all that may stay.")
+    shrink.add_argument("--output", required=True, help="The file or folder to write, of the same kind.")
+    shrink.add_argument("--compact", action="store_true", help="A LoRA: each adapter at its own rank, none of rank 0.")
+    shrink.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
     return parser

@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "write the model of a checkpoint for other libraries",
     "ranks": "show the adapters of a checkpoint",
     "report": "write a page about one run or several",
+    "shrink": "make an adapter or a LoRA smaller, without training",
     "completion": "print a script by which the shell completes commands and options",
 }
 
@@ -55,7 +56,7 @@ def main(args: ArgsType = None) -> None:
         from geolora_pl.cli import completion
 
         completion.main(words, COMMANDS, main)
-    elif command in ("export", "ranks", "report"):
+    elif command in ("export", "ranks", "report", "shrink"):
         from geolora_pl.cli import commands
 
         commands.main(words)

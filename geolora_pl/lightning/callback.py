@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.experts import frozen_experts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
 from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
-    check_length,
     check_monitors,
     check_trainer,
     optimizer_of_adapters,
@@ -31,9 +31,11 @@ from geolora_pl.lightning.run import Run
 from geolora_pl.lightning.run_notes import write_notes
 from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
+from geolora_pl.notes import note
 from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence
+from geolora_pl.training.following import check_adapt_until, check_adapted, check_length
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
 
@@ -102,8 +104,7 @@ class GeoLoRACallback(L.Callback):
         RankRule(tau, budget, min_rank, 1 if adapt_every is None else adapt_every, coefficient_steps)
         check_on_nonfinite(on_nonfinite)
         check_on_divergence(on_divergence)
-        if not 0 < adapt_until <= 1:
-            raise ValueError(f"adapt_until={adapt_until!r} must lie in (0, 1]: it is a part of the run")
+        check_adapt_until(adapt_until)
         self.tau = tau
         self.budget = budget
         self.min_rank = min_rank
@@ -211,7 +212,11 @@ class GeoLoRACallback(L.Callback):
         if run.guard:
             run.guard.start()
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-        write_notes(trainer, pl_module, say_what_is_not_plain(pl_module, data))
+        said = say_what_is_not_plain(pl_module, data)
+        if experts := frozen_experts(pl_module):
+            note(experts)
+            said.append(experts)
+        write_notes(trainer, pl_module, said)
         show_whole_numbers(trainer.progress_bar_callback)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))
@@ -245,12 +250,8 @@ class GeoLoRACallback(L.Callback):
         run = self._current
         if run.retract_pending():
             run.monitor.log(trainer, _last_step(trainer))
-        if run.integrator.adaptations == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "training ended without one adaptation of the ranks: no optimizer step was taken, and "
-                f"{run.integrator.skipped_steps} were skipped for gradients that are not finite; a step in which no "
-                "adapter has a gradient does not count"
-            )
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer
+            check_adapted(run.integrator)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what was found; a run that had ended may have been resumed, without any training."""

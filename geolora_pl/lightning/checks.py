@@ -1,9 +1,8 @@
-"""What is refused before a run begins: settings of the trainer, what does not go with adapters, a run too short."""
+"""What is refused before a run begins: settings of the trainer, what does not go with adapters."""
 
 from __future__ import annotations
 
 import difflib
-import math
 
 import lightning as L
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -113,25 +112,6 @@ def check_launcher(trainer: L.Trainer, module: L.LightningModule) -> None:
             "started it would never see them: use strategy='ddp', or before trainer.fit call "
             "module.configure_model() of a GeoLoRAModule, or inject_adapters(module, config)"
         )
-
-
-def check_length(steps: float, adapt_every: int, adapt_until: float) -> None:
-    """Refuse a run in which the ranks would never change, or in which nobody knows when they stop changing.
-
-    Args:
-        steps: The optimizer steps of the run; infinite where they are unknown, 0 where nothing is left to train.
-        adapt_every: The cadence, or 0 where steps cannot be counted beforehand.
-        adapt_until: The part of the run in which ranks may change.
-
-    Raises:
-        ValueError: The run is shorter than the cadence, or a part of it was asked for and it has no end.
-    """
-    if 0 < steps < adapt_every:
-        raise ValueError(
-            f"adapt_every={adapt_every} is longer than the run of {steps} optimizer steps: lower it to at most {steps}"
-        )
-    if adapt_until < 1 and math.isinf(steps):
-        raise ValueError(f"adapt_until={adapt_until} is a part of a run without an end: set max_steps or max_epochs")
 
 
 def optimizer_of_adapters(trainer: L.Trainer, integrator: RankAdaptiveIntegrator) -> Optimizer:

@@ -10,7 +10,7 @@ from geolora_pl.adapters.merge import MergedAdapters
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.storage.adapter_file import save_adapter
 from geolora_pl.storage.atomic import atomic, refuse_existing
-from geolora_pl.storage.peft import export_peft
+from geolora_pl.storage.peft import export_peft, server_rank
 
 Format = Literal["adapter", "peft", "diffusers", "merged"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -57,7 +57,7 @@ def export(
         return f"{output}: load it with load_adapter(model, {str(output)!r})"
     if format == "peft":
         rank = export_peft(module.model, output, compact=compact, overwrite=overwrite)
-        return f"{output}: a server must allow rank {rank} (vLLM: --max-lora-rank, the next it offers)"
+        return f"{output}: {server_rank(rank)}"
     if format == "diffusers":
         with atomic(output, overwrite=overwrite) as unfinished:
             unfinished.mkdir()

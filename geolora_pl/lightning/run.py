@@ -16,6 +16,7 @@ from geolora_pl.lightning.internals import batches_that_stepped
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.storage.checkpoint import describe_base
 from geolora_pl.training.divergence import DivergenceGuard, OnDivergence
+from geolora_pl.training.following import run_state, take_up
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
 
@@ -127,10 +128,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """The counters, the ranks so far and the place in the data, for a checkpoint."""
         return {
-            "integrator": self.integrator.state_dict(),
+            **run_state(self.integrator, self.optimizer),
             "monitor": self.monitor.state_dict(),
-            "optimizer": type(self.optimizer).__name__,
-            "adapt_every": self.integrator.adapt_every,
             "position": self.position.state_dict(),
             "guard": self.guard and self.guard.state_dict(),
         }
@@ -145,16 +144,7 @@ class Run:
         Raises:
             ValueError: The checkpoint was made with another kind of optimizer.
         """
-        ours, theirs = type(self.optimizer).__name__, state["optimizer"]
-        if ours != theirs:
-            raise ValueError(
-                f"the checkpoint was made with the optimizer {theirs} and this run has {ours}, which cannot take up "
-                "its state: use the same one, or start a new run from the weights"
-            )
-        for layer in self.integrator.adapters.values():
-            layer.read_rank()  # strategies that shard load the factors only after the fit has started
-        self.integrator.adapt_every = adapt_every or state["adapt_every"]
-        self.integrator.load_state_dict(state["integrator"])
+        take_up(self.integrator, self.optimizer, state, adapt_every)
         self.monitor.load_state_dict(state["monitor"])
         self.position.load_state_dict(state["position"])
         if self.guard and state.get("guard"):  # not if divergence was ignored so far

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from geolora_pl.storage.fingerprint import base_parameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SIDE_A, SIDE_B = ".lora_A.weight", ".lora_B.weight"
+_OF_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)  # newer versions offer 1 as well
 _TASK_TYPES = {  # by the endings of the classes of transformers
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -81,11 +83,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
         2
     """
     lora = as_lora(model, compact=compact)
-    with atomic(out_dir, overwrite=overwrite) as unfinished:
-        unfinished.mkdir()
-        (unfinished / CONFIG).write_text(json.dumps(lora.config, indent=2) + "\n")
-        tensors = {f"{PREFIX}{name}": tensor for name, tensor in lora.tensors.items()}
-        save_file(tensors, unfinished / WEIGHTS, {"format": "pt"})
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in lora.tensors.items()}
+    write_folder(Path(out_dir), lora.config, tensors, overwrite)
     return lora.rank
 
 
@@ -133,15 +132,9 @@ def _as_lora(model: nn.Module, compact: bool) -> Lora:
         raise ValueError(
             f"{moved[0]} has running statistics, which training changes and PEFT would lose: merge instead"
         )
-    ranks = {name: factors.U.shape[1] for name, factors in state.factors.items()}
-    rank = max(1, *ranks.values())
-    if compact and any(ranks.values()):
-        kept = {name: rank for name, rank in ranks.items() if rank}
-    else:
-        kept = dict.fromkeys(ranks, rank)
-    tensors: dict[str, Tensor] = {}
-    for name, r in kept.items():
-        tensors |= _sides(name, adapters[name], *_lora(state.factors[name], state.config.alpha, r))
+    tensors, settings, kept = lora_of(
+        state.factors, state.config.alpha, compact, lambda name, A, B: _sides(name, adapters[name], A, B)
+    )
     sides = len(tensors)
     saved, biases = _split_trained(model, state)
     for name in saved:
@@ -149,10 +142,6 @@ def _as_lora(model: nn.Module, compact: bool) -> Lora:
     for name in biases:
         owner = name.rpartition(".")[0]
         tensors[f"{owner}.base_layer.bias" if owner in kept else name] = state.trained[name]
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
-    pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}
     kinds = [type(adapters[name]) for name in kept]
     config = {
         "peft_type": "LORA",
@@ -160,10 +149,9 @@ def _as_lora(model: nn.Module, compact: bool) -> Lora:
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": state.base_name,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
+        **settings,
         "lora_dropout": state.config.dropout,
-        "target_modules": _targets(model, list(kept)),
+        "target_modules": _targets(model, kept),
         "modules_to_save": saved or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": GeoLoRAConv1D in kinds
@@ -171,10 +159,79 @@ def _as_lora(model: nn.Module, compact: bool) -> Lora:
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
     }
-    return Lora(config, tensors, rank, list(tensors)[sides:])
+    return Lora(config, fit_to_write(tensors), int(settings["r"]), list(tensors)[sides:])
+
+
+def linear_sides(name: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A (rank, n) and B (m, rank) under the names that PEFT gives them in a linear layer."""
+    return {f"{name}{SIDE_A}": A, f"{name}{SIDE_B}": B}
+
+
+def lora_of(
+    factors: Mapping[str, Factors],
+    alpha: float,
+    compact: bool,
+    sides: Callable[[str, Tensor, Tensor], dict[str, Tensor]] = linear_sides,
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The sides of a LoRA as PEFT names them, the settings that say their ranks, and the layers that it has.
+
+    The scaling is 1 everywhere.
+
+    Args:
+        factors: By the names of the layers.
+        alpha: The scaling of the factors.
+        compact: Whether each is stored at its own rank, and those of rank 0 left out unless all are; or else all are
+            padded with zeros to the largest.
+        sides: Gives A (rank, n) and B (m, rank) of a layer the names and shapes of its kind.
+    """
+    ranks = {name: U.shape[1] for name, (U, _, _) in factors.items()}
+    largest = max(1, *ranks.values())
+    if compact and any(ranks.values()):
+        kept = {name: rank for name, rank in ranks.items() if rank}
+    else:
+        kept = dict.fromkeys(ranks, largest)
+    tensors: dict[str, Tensor] = {}
+    for name, r in kept.items():
+        tensors |= sides(name, *_lora(factors[name], alpha, r))
+    pattern = {_anchored(name): r for name, r in kept.items()} if compact else {}
+    settings = {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
+    return tensors, settings, list(kept)
+
+
+def write_folder(out_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+    """Write the folder of a LoRA, completely or not at all.
+
+    Raises:
+        ValueError: The folder exists.
+    """
+    with atomic(out_dir, overwrite=overwrite) as unfinished:
+        unfinished.mkdir()
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(dict(tensors), unfinished / WEIGHTS, {"format": "pt"})
+
+
+def fit_to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that a file can hold: on the CPU, contiguous, each with memory of its own.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def server_rank(rank: int) -> str:
+    """Say which rank a server must allow, and which of those that vLLM offers is the next.
+
+    Example:
+        >>> server_rank(11)
+        'a server must allow rank 11 (vLLM: --max-lora-rank 16)'
+    """
+    offered = next((offer for offer in _OF_VLLM if offer >= rank), None)
+    of_vllm = f"--max-lora-rank {offered}" if offered else f"at most {_OF_VLLM[-1]}, so it cannot serve this"
+    return f"a server must allow rank {rank} (vLLM: {of_vllm})"
 
 
 def _refusal(layer: GeoLoRALayer) -> str | None:
@@ -195,7 +252,7 @@ def _sides(name: str, layer: GeoLoRALayer, A: Tensor, B: Tensor) -> dict[str, Te
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
     if isinstance(layer, GeoLoRAConv2d):
         A, B = A.reshape(-1, *layer.base.weight.shape[1:]), B[:, :, None, None]
-    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    return linear_sides(name, A, B)
 
 
 def _task_type(model: nn.Module, saved: Sequence[str]) -> str | None:

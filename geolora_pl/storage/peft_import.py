@@ -82,8 +82,8 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
 
 def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
     """Put a LoRA into a plain model."""
-    config, tensors = _read(folder)
-    sides, others = _sides(tensors)
+    config, tensors = read_lora(folder)
+    sides, others = sides_of(tensors)
     parameters, buffers = dict(model.named_parameters()), base_buffers(model)
     others = _by_first_name(others, model, folder)
     _refuse_misfits(others, {**buffers, **parameters}, folder)
@@ -96,7 +96,7 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
             raise ValueError(
                 f"{folder}: {name} is not a linear layer of the model: take the base that it was trained on"
             )
-        factors[name] = _geolora(name, pair, config, folder)
+        factors[name] = factors_of(name, pair, config, folder)
         max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *layer.weight.shape)
     if not factors:
         raise ValueError(f"{folder} holds no LoRA of a linear layer")
@@ -113,7 +113,7 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
     )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a LoRA, which are finite."""
     if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS).exists():
         raise ValueError(
@@ -142,7 +142,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _sides(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def sides_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The sides A and B by layer, and everything else by its name in the plain model."""
     sides: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -176,7 +176,12 @@ def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
     return found
 
 
-def _geolora(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> Factors:
+def factors_of(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> Factors:
+    """The factors of one layer's update, scaling included.
+
+    Raises:
+        ValueError: The sides are not those of a LoRA of the rank in the configuration.
+    """
     r = _by_pattern(config.get("rank_pattern"), name, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     complete = pair.keys() == {"A", "B"} and pair["A"].dim() == pair["B"].dim() == 2

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.targets import convolutions, linear_layers
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
@@ -25,7 +28,7 @@ from geolora_pl.packaged import in_package
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
 from geolora_pl.tasks.internals import save_config_for_hf
-from geolora_pl.tasks.trained import note_trained_in_full
+from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
@@ -53,6 +56,8 @@ class ImageClassification(GeoLoRAModule):
         mixup: Parameter of the Beta distribution by which each training batch is mixed with itself (Zhang et al. 2018),
             at least 0; 0 is off. With ``cutmix`` each batch gets one of the two, at random.
         cutmix: The same for parts of images that are exchanged (Yun et al. 2019).
+        adapter: What to adapt; by default (``target_modules: auto``) every linear layer but the head, or the
+            convolutions of a model that has no such layer.
         **kwargs: Arguments of :class:`GeoLoRAModule`.
 
     Raises:
@@ -79,9 +84,10 @@ class ImageClassification(GeoLoRAModule):
         class_names: list[str] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        adapter: AdapterConfig = AdapterConfig(target_modules="auto"),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(adapter=adapter, **kwargs)
         if not timm.is_model(model_name.partition(".")[0]):
             near = ", ".join(get_close_matches(model_name, timm.list_models(), n=5, cutoff=0.5)) or "none"
             raise ValueError(f"model_name={model_name!r} is not known to timm; similar names are: {near}")
@@ -137,9 +143,11 @@ class ImageClassification(GeoLoRAModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Say what is trained in full."""
+        """Say what is adapted and what is trained in full."""
         if stage == "fit" and hasattr(self, "model"):
             with keep_notes(self.notes):
+                if self.adapter.target_modules == "auto":
+                    note_adapted(find_adapters(self.model))
                 note_trained_in_full(self.model, self.new_modules())
 
     def build_model(self) -> nn.Module:
@@ -177,6 +185,10 @@ class ImageClassification(GeoLoRAModule):
         arguments = {name: value for name, value in self.model_args.items() if name != "pretrained_cfg_overlay"}
         write_weights(self.model, folder / "model.safetensors")
         save_config_for_hf(self.model, str(folder / "config.json"), names, arguments)
+
+    def default_targets(self) -> str | Sequence[str]:
+        """Return every linear layer but the head, or the convolutions of a model that has no such layer."""
+        return "all-linear" if linear_layers(self.model) else convolutions(self.model) or "all-linear"
 
     def new_modules(self) -> Sequence[str]:
         """Return the names of the head, which is new."""

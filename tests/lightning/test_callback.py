@@ -7,6 +7,7 @@ from foreign import ADAPTER, Endless, Foreign, loader, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from small import Small
 from tolerance import is_orthonormal, rounding
 from torch import nn
 from torch.utils.data import DataLoader
@@ -527,3 +528,24 @@ def test_steps_that_a_gradient_scaler_skips_are_not_counted_and_change_nothing(o
     else:
         assert all(torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
         assert (callback.integrator.total_steps, callback.integrator.adaptations) == (5, 5 + 1)
+
+
+def test_experts_that_stay_frozen_are_named_in_the_notes(tmp_path):
+    """A mixture in the style of transformers 5: its experts get no adapters, and nobody was told."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 8, 8) / 8)
+
+        def forward(self, x):
+            return x + torch.einsum("bi,eij->bj", x, self.up) / 3
+
+    class Mixture(Small):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(10, 8), Experts(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(GeoLoRACallback(), max_steps=2, logger=logger, log_every_n_steps=1).fit(Mixture(), loader())
+    said = (tmp_path / "notes.txt").read_text()
+    assert said == "model.1.up: experts in a stacked weight have no adapters and stay frozen (192 parameters)\n"

@@ -9,7 +9,7 @@ import pytest
 from layout import FILES, ORDER, PACKAGE
 
 import geolora_pl.data
-from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, RiemannianAdam
+from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, GeoLoRATrainerCallback, RiemannianAdam
 from geolora_pl.data.images.base import ImageDataModule
 from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.base import TokenDataModule
@@ -58,6 +58,11 @@ def section(title):
 def test_every_setting_is_on_the_page_with_its_default(owner):
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section(owner.__name__), re.M)
     assert rows == [(name, str(default)) for name, default in defaults(owner).items()]
+
+
+def test_the_two_callbacks_share_their_settings():
+    missing = {"on_divergence", "small_checkpoints", "adapter"}
+    assert defaults(GeoLoRATrainerCallback) == {k: v for k, v in defaults(GeoLoRACallback).items() if k not in missing}
 
 
 def test_every_source_is_on_the_page_with_its_settings():

@@ -49,7 +49,12 @@ def understood(arguments: list[str], capfd) -> None:
     if arguments[0] in ("init", "completion") or arguments == ["--help"]:
         main(arguments)
         return
-    missing = {"export": "last.ckpt' is not a file", "ranks": "last.ckpt' is not a file", "report": "' is not a folder"}
+    missing = {
+        "export": "last.ckpt' is not a file",
+        "ranks": "last.ckpt' is not a file",
+        "report": "' is not a folder",
+        "shrink": " is not a file",
+    }
     about = missing.get(arguments[0])
     with pytest.raises(SystemExit) as stop:
         main(arguments if about else [*arguments, "--print_config"])

@@ -5,7 +5,9 @@ from foreign import trainer
 from safetensors.torch import save_file
 from tolerance import NETWORK, close
 
-from geolora_pl import AdapterConfig, GeoLoRACallback
+from geolora_pl import AdapterConfig, GeoLoRACallback, inject_adapters
+from geolora_pl.adapters.inject import has_adapters
+from geolora_pl.adapters.targets import convolutions, linear_layers
 from geolora_pl.data import Digits
 from geolora_pl.tasks import ImageClassification
 from geolora_pl.tasks.image import head_names
@@ -83,7 +85,38 @@ def test_the_backbone_is_loaded_and_the_head_is_new_and_trained(weights):
 def test_the_head_is_said_to_be_trained_in_full():
     module = task()
     trainer(GeoLoRACallback(), max_steps=1).fit(module, Digits())
-    assert module.notes == ["trained in full beside the adapters: head (250)"]
+    assert module.notes == [
+        "target_modules=auto: 8 linear layers are adapted, blocks.0.attn.qkv to blocks.1.mlp.fc2",
+        "trained in full beside the adapters: head (250)",
+    ]
+
+
+def test_a_model_of_convolutions_is_adapted_without_being_told():
+    """A ResNet with the defaults: the convolutions of its blocks get adapters, a note says so, and they are trained."""
+    images = {"in_chans": 1, "pretrained_cfg_overlay": {"input_size": (1, 32, 32), "mean": (0.4,), "std": (0.3,)}}
+    module = ImageClassification("resnet18", pretrained=False, model_args=images)
+    callback = GeoLoRACallback()
+    runs = trainer(callback, max_steps=2, limit_val_batches=1)
+    runs.fit(module, Digits(batch_size=8))
+    assert len(callback.integrator.adapters) == 19  # 8 blocks of two, and 3 on shortcuts
+    assert not any(layer.is_linear for layer in callback.integrator.adapters.values())
+    assert module.notes[0] == (
+        "target_modules=auto: 19 convolutions are adapted, layer1.0.conv1 to layer4.1.conv2, because the model has no "
+        "linear layer but its head"
+    )
+    again = ImageClassification("resnet18", pretrained=False, model_args=images, num_classes=10)
+    again.configure_model()
+    assert has_adapters(again)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vgg11", "densenet121"])
+def test_what_auto_means_for_other_models_of_convolutions(name):
+    model = timm.create_model(name, num_classes=3)
+    names = convolutions(model)
+    assert not linear_layers(model)
+    assert len(names) > 7
+    assert not any(model.get_submodule(found).groups > 1 for found in names)  # depthwise ones are thin already
+    assert inject_adapters(model, AdapterConfig(target_modules=names)).keys() == set(names)
 
 
 def test_the_data_config_is_the_models_own():

@@ -1,0 +1,1 @@
+"""Everything that knows the Trainer of transformers; nothing here needs Lightning."""
