@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
-from geolora_pl.lightning.checkpoint_io import WholeFiles
+from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
@@ -282,8 +282,9 @@ class GeoLoRACallback(L.Callback):
         keep_plain(checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of which this module would make another function, before the first step."""
+        """Refuse a checkpoint of which this module would make another function; forget what it would have removed."""
         check_adapters(checkpoint, pl_module, resumes=trainer.state.fn == TrainerFn.FITTING)
+        forget_other_files(checkpoint, trainer.checkpoint_callbacks)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse, before the first step, a callback that waits for a metric that there is not."""

@@ -15,7 +15,7 @@ from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.module import GeoLoRAModule
-from geolora_pl.storage.checkpoint import read_checkpoint, rule_of
+from geolora_pl.storage.checkpoint import loads, read_checkpoint, rule_of
 
 _TASKS = "geolora_pl.tasks"  # the classes that a checkpoint may name by itself
 
@@ -37,18 +37,13 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
     checkpoint = read_checkpoint(path)
     settings = {} if config is None else _configured(config)
     module_class = _task_of(checkpoint, path) if config is None else _module_class(settings["class_path"])
-    try:
+    with loads(path, module_class.__name__):
         if config is None:
             module = module_class.from_content(checkpoint)
         else:
             taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
             module = build_module(settings, taken)
             module.restore(checkpoint)
-    except ValueError:
-        raise
-    except Exception as error:  # each library has errors of its own for sizes that make no sense
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {module_class.__name__}: {reason}") from error
     for layer in find_adapters(module).values():
         layer.rule = rule_of(checkpoint)
     module.eval()

@@ -18,14 +18,8 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
-from geolora_pl.lightning.internals import (
-    callbacks_of_fit,
-    is_part_in_fit,
-    load_anywhere,
-    restricted_classmethod,
-    run_length,
-)
-from geolora_pl.storage.checkpoint import complete, read_checkpoint
+from geolora_pl.lightning.internals import callbacks_of_fit, is_part_in_fit, restricted_classmethod, run_length
+from geolora_pl.storage.checkpoint import complete, loads, read_checkpoint
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.training.groups import parameter_groups
 from geolora_pl.training.optim import RiemannianAdam
@@ -245,9 +239,9 @@ class GeoLoRAModule(L.LightningModule):
         path = kwargs.pop("checkpoint_path", None) if path is None else path
         if path is None:
             raise ValueError("load_from_checkpoint needs the path of a checkpoint")
-        is_file = isinstance(path, (str, Path)) and "://" not in str(path)
-        checkpoint = read_checkpoint(path) if is_file else load_anywhere(path, weights_only=True)
-        module = cls.from_content(checkpoint, strict, **kwargs)
+        checkpoint = read_checkpoint(path)
+        with loads(path, cls.__name__):
+            module = cls.from_content(checkpoint, strict, **kwargs)
         return module if map_location is None else module.to(map_location)
 
     @classmethod
