@@ -29,7 +29,8 @@ from geolora_pl.lightning.hyperparameters import from_checkpoint
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.predictions import writer_for
-from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
+from geolora_pl.lightning.summary import end_summary, wants_tables
+from geolora_pl.report.printed import print_lines, print_summary
 from geolora_pl.storage.checkpoint import read_checkpoint
 
 _SAVED = "saved by fit, and replaced by the next fit in this folder"  # the line that tells such a configuration

@@ -29,8 +29,9 @@ from geolora_pl.lightning.internals import accumulates, batches_that_stepped, lo
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run import Run
 from geolora_pl.lightning.run_notes import write_notes
-from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
+from geolora_pl.lightning.summary import end_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
+from geolora_pl.report.printed import print_summary
 from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from geolora_pl.adapters.inject import find_adapters
@@ -91,8 +91,9 @@ def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule
 def _configured(config: str | Path) -> dict[str, Any]:
     """The path of a configuration's module, as ``class_path``, and the arguments that it is given, as ``init_args``."""
     try:
-        settings = yaml.safe_load(Path(config).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        text = Path(config).read_text(encoding="utf-8")
+        settings = get_loader("yaml")(text)  # as fit reads it: YAML alone takes 1e-3 for a text
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config={str(config)!r} cannot be read: {' '.join(str(error).split())}") from error
     model = settings.get("model") if isinstance(settings, dict) else None
     model = {"class_path": model} if isinstance(model, str) else model

@@ -288,7 +288,7 @@ class GeoLoRAModule(L.LightningModule):
         if not isinstance(theirs, dict):  # load_from_checkpoint was given another one on purpose
             return
         for name, ours in asdict(self.adapter).items():
-            if name in _MAY_DIFFER or name not in theirs or _plain(ours) == _plain(theirs[name]):
+            if name in _MAY_DIFFER or name not in theirs or _as_saved(ours) == _as_saved(theirs[name]):
                 continue
             raise ValueError(
                 f"adapter.{name}={ours!r} does not fit the checkpoint, which was made with {theirs[name]!r}: set it to "
@@ -340,6 +340,6 @@ def _has_callback(callbacks: Iterable[object]) -> bool:
     return any(isinstance(callback, GeoLoRACallback) for callback in callbacks)
 
 
-def _plain(value: object) -> object:
+def _as_saved(value: object) -> object:
     """A setting as it is after a checkpoint: tuples may have become lists."""
     return list(value) if isinstance(value, tuple) else value

@@ -438,3 +438,10 @@ def test_what_predictions_cannot_be_written_with_is_refused_before_the_work(tmp_
     never.class_names = ("cat", "cat")
     with pytest.raises(ValueError, match=r"class_names=\['cat', 'cat'\] must differ"):
         predict(never, data, tmp_path / "fine.csv", **QUIET)
+
+
+def test_a_broken_file_of_a_hub_data_set_is_one_sentence(tmp_path):
+    """A line of a file was broken, and the user got the traceback of datasets. The error says what is wrong."""
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3 + '{"text": broken\n')
+    with pytest.raises(ValueError, match=r"^dataset='.*', subset=None cannot be loaded: (?!An error occurred)"):
+        TextHub(str(tmp_path)).load_splits()
