@@ -1,11 +1,31 @@
-"""What the command line alone checks before a run begins: the checkpoint of a test, and the test after a fit."""
+"""What the command line alone checks before a run begins: checkpoints, outputs, and the test after a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
+
+
+def check_command(command: str, settings: Mapping[str, Any]) -> None:
+    """Refuse to evaluate what was not trained, and an output that nothing is written to.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        settings: The settings of the command.
+
+    Raises:
+        ValueError: A checkpoint is missing, or there is an ``output`` that the command does not write.
+    """
+    if command != "fit" and not settings["ckpt_path"]:
+        raise ValueError(
+            f"ckpt_path=None: {command} would use a new head and untrained adapters: name the checkpoint of a run by "
+            "--ckpt_path"
+        )
+    if command != "predict" and settings["output"] is not None:
+        raise ValueError(f"output={settings['output']!r} is what predict writes: leave it out of {command}")
 
 
 class CheckLast(L.Callback):

@@ -18,6 +18,7 @@ from geolora_pl.cli.mistakes import one_line
 from geolora_pl.lightning.export import FORMATS, export
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.report.printable import printable
+from geolora_pl.report.printed import print_summary
 from geolora_pl.report.write import write_report
 from geolora_pl.storage.checkpoint import read_checkpoint
 from geolora_pl.storage.peft import server_rank
@@ -47,7 +48,7 @@ def ranks_table(ckpt_path: str | Path) -> Table:
     table.add_column("parameters", f"{total:,}", justify="right")
     table.add_column("99% energy", justify="right")  # the rank that would keep so much
     table.add_column("largest", justify="right")
-    table.add_column("singular values")
+    table.add_column("singular values", overflow="fold")
     for name, (size, rank, sigma) in adapters.items():
         enough = int(ranks_by_tau(sigma, 0.1, 0.0, 0, len(sigma))) if len(sigma) else 0
         largest = float(sigma[0]) if len(sigma) else 0.0
@@ -73,7 +74,7 @@ def main(args: Sequence[str]) -> None:
     command = given.pop("command")
     with one_line():
         if command == "ranks":
-            Console().print(ranks_table(**given))
+            print_summary(ranks_table(**given), [], Console())
             return
         commands: dict[str, Callable[..., str]] = {"export": export, "report": _report, "shrink": _shrink}
         said = commands[command](**given)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -18,7 +19,7 @@ from rich import get_console
 
 import geolora_pl
 from geolora_pl.cli.called import called
-from geolora_pl.cli.checks import CheckLast, CheckTestSplit
+from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_command
 from geolora_pl.cli.internals import CheckpointAwareCLI, before_a_class_is_looked_up
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.cli.names import import_by_name
@@ -28,7 +29,8 @@ from geolora_pl.lightning.hyperparameters import from_checkpoint
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.predictions import writer_for
-from geolora_pl.lightning.summary import end_summary, print_lines, print_summary, wants_tables
+from geolora_pl.lightning.summary import end_summary, wants_tables
+from geolora_pl.report.printed import print_lines, print_summary
 from geolora_pl.storage.checkpoint import read_checkpoint
 
 _SAVED = "saved by fit, and replaced by the next fit in this folder"  # the line that tells such a configuration
@@ -82,15 +84,22 @@ class GeoLoRACLI(CheckpointAwareCLI):
         )
 
     def before_predict(self) -> None:
-        """Write the predictions to ``--output``."""
+        """Write the predictions to ``--output``.
+
+        Raises:
+            ValueError: Nothing would write them.
+        """
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if (output := self.config["predict"]["output"]) is not None:
-            self.trainer.callbacks.append(writer_for(self.model, output))  # type: ignore[attr-defined]
+            callbacks.append(writer_for(self.model, output))
+        elif not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            raise ValueError("output=None: nothing would keep the predictions: name a file or folder by --output")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Find classes by name, keep their own defaults, and give a run without a logger a folder of its own.
 
         Raises:
-            ValueError: The seed is out of range.
+            ValueError: The seed is out of range, or a setting or its absence would make the command useless.
         """
         with before_a_class_is_looked_up(import_by_name), own_defaults():
             super().parse_arguments(parser, args)
@@ -99,6 +108,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
             config.trainer.default_root_dir = "lightning_logs"  # and not the folder in which the user works
         if (seed := config["seed_everything"]) is not True and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be at least 0 and below 2**32")
+        check_command(self.config["subcommand"], config)
 
     def read_ckpt_path(self) -> None:
         """Refuse a broken checkpoint, and complete the settings of a task by what its own checkpoint knows.

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.experts import frozen_experts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
-from geolora_pl.lightning.checkpoint_io import WholeFiles
+from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
@@ -29,9 +29,10 @@ from geolora_pl.lightning.internals import accumulates, batches_that_stepped, lo
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run import Run
 from geolora_pl.lightning.run_notes import write_notes
-from geolora_pl.lightning.summary import end_summary, print_summary, show_whole_numbers, start_summary, wants_tables
+from geolora_pl.lightning.summary import end_summary, show_whole_numbers, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.notes import note
+from geolora_pl.report.printed import print_summary
 from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence
@@ -283,8 +284,9 @@ class GeoLoRACallback(L.Callback):
         keep_plain(checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of which this module would make another function, before the first step."""
+        """Refuse a checkpoint of which this module would make another function; forget what it would have removed."""
         check_adapters(checkpoint, pl_module, resumes=trainer.state.fn == TrainerFn.FITTING)
+        forget_other_files(checkpoint, trainer.checkpoint_callbacks)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse, before the first step, a callback that waits for a metric that there is not."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from geolora_pl.lightning.internals import PathLike
@@ -62,27 +64,41 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             ValueError: The file is not a whole checkpoint, it belongs to another base, or a fit cannot go on from it.
         """
-        if "://" in str(path) or weights_only is False:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        else:
-            checkpoint = read_checkpoint(path)
+        trusted = weights_only is False  # said by the user: Lightning says nothing here, of an address either
+        checkpoint = super().load_checkpoint(path, map_location, False) if trusted else read_checkpoint(path)
         if self._resumes:
             check_probes(checkpoint, self._module)
-        _forget_other_files(checkpoint)
         complete(checkpoint, self._module)
         return checkpoint
 
 
-def _forget_other_files(checkpoint: dict[str, Any]) -> None:
-    """Keep a resumed ModelCheckpoint from removing files that do not lie in its own folder, in place.
+def forget_other_files(checkpoint: Mapping[str, Any], callbacks: Iterable[Checkpoint]) -> None:
+    """Keep callbacks that are resumed from removing files that do not lie in their own folders.
 
-    It removes its worse checkpoints, whose paths it takes from the file without following ``..`` in them.
+    They remove older checkpoints, whose paths they take from the file without following ``..`` in them.
+
+    Args:
+        checkpoint: The content of the file, which is changed in place.
+        callbacks: The callbacks that save checkpoints.
     """
-    for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict):
+    states = checkpoint.get("callbacks", {})
+    for callback in callbacks:
+        state, folder = states.get(callback.state_key), str(getattr(callback, "dirpath", None))
+        if not isinstance(state, dict):
             continue
-        folder = f"{os.path.normpath(str(state.get('dirpath')))}{os.sep}"
-        kept = {path: v for path, v in state["best_k_models"].items() if os.path.normpath(path).startswith(folder)}
-        if kept.keys() != state["best_k_models"].keys():
-            state["best_k_models"] = kept
-            state["kth_best_model_path"], state["best_model_path"] = "", ""
+        for key in ("last_model_path", "best_model_path", "kth_best_model_path"):
+            if state.get(key) and not _lies_in(state[key], folder):
+                state[key] = ""
+        of_metric = state.get("best_k_models")
+        if isinstance(of_metric, dict):
+            state["best_k_models"] = {path: value for path, value in of_metric.items() if _lies_in(path, folder)}
+            if state["best_k_models"].keys() != of_metric.keys():
+                state["kth_best_model_path"] = state["best_model_path"] = ""
+
+
+def _lies_in(path: object, folder: str) -> bool:
+    """Whether a path leads into a folder, or an address into that of a folder."""
+    path = str(path)
+    if "://" in path or "://" in folder:
+        return path.startswith(f"{folder.rstrip('/')}/") and ".." not in path.split("/")
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # which follows ".."

@@ -74,12 +74,33 @@ def _from_state(set_state: Callable[[], None], batches: Iterator[Any]) -> Iterat
         yield batch
 
 
-def _leave_out(seen: int, fetcher: DataFetcher) -> None:
-    """Draw the batches of an epoch that a run has seen before it was resumed, without using them."""
+def _leave_out(seen: int, fetcher: DataFetcher) -> Callable[[], None]:
+    """Draw the batches of an epoch that a run has seen before it was resumed, without using them.
+
+    Returns:
+        A function by which Lightning warns again of what is untrue here alone.
+    """
     for _ in range(seen):
         next(fetcher)
     fetcher.fetched -= seen  # Lightning adds them
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+    ours = warnings.filters[0]
+
+    def warn_again() -> None:
+        if ours in warnings.filters:  # and not somebody else's list by now
+            warnings.filters.remove(ours)  # type: ignore[attr-defined]  # it is a list
+
+    return warn_again
+
+
+def _say_what_was_not_seen(seen: int, before: int | None, now: int | None) -> None:
+    if before is not None and before != now:
+        rank_zero_warn(
+            f"the epoch in whose middle this run is resumed had {before} batches and has {now} now, so that the first "
+            f"{seen}, which are left out, are not what the run had seen: keep batch_size, the data and the number of "
+            "processes as they were, or resume from the end of an epoch",
+            category=GeoLoRAWarning,
+        )
 
 
 def _say_what_persistent_workers_do(loaders: Iterable[Any]) -> None:
@@ -112,7 +133,9 @@ class TrainingPosition:
         self._after_batch: RandomState | None = None  # after the last whole batch; None before the first of an epoch
         self._before_validation: RandomState | None = None
         self._restored: RandomState | None = None
+        self._batches: int | None = None  # of the epoch; None for a stream of unknown length
         self._stop_watching: Callable[[], None] | None = None
+        self._warn_again: Callable[[], None] | None = None
 
     def train_starts(self, trainer: L.Trainer) -> None:
         """Call when the data loaders are there: go to the batch that comes next."""
@@ -122,6 +145,7 @@ class TrainingPosition:
         self._stop_watching = before_each_epoch(trainer, self._epoch_begins)
         now, self._restored = self._restored, None
         loaders, fetcher = data_of_fit(trainer)
+        before, self._batches = self._batches, fetcher.length
         keeps_its_own_state = any(isinstance(loader, Stateful) for loader in loaders.flattened)
         epoch: Any = trainer.fit_loop.epoch_progress.current
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress
@@ -151,7 +175,8 @@ class TrainingPosition:
                 stacklevel=2,
             )
         elif seen and not keeps_its_own_state:
-            _leave_out(seen, fetcher)
+            _say_what_was_not_seen(seen, before, self._batches)
+            self._warn_again = _leave_out(seen, fetcher)
         if now is not None:
             _say_what_persistent_workers_do(loaders.flattened)
             if seen or self._epoch_start is None:
@@ -175,14 +200,17 @@ class TrainingPosition:
 
     def _epoch_begins(self) -> None:
         assert self._trainer is not None, "the training has started"
-        self._generators = generators_of(data_of_fit(self._trainer)[0].flattened)  # loaders may be made again
+        loaders, fetcher = data_of_fit(self._trainer)  # loaders may be made again
+        self._generators, self._batches = generators_of(loaders.flattened), fetcher.length
         self._epoch_start, self._after_batch = self._random_state(), None
 
     def close(self) -> None:
         """Call at the end of a run: the trainer makes its iterators by itself again."""
         if self._stop_watching is not None:
             self._stop_watching()
-        self._stop_watching = self._before_validation = None
+        if self._warn_again is not None:
+            self._warn_again()
+        self._stop_watching = self._warn_again = self._before_validation = None
 
     def batch_ended(self, trainer: L.Trainer) -> None:
         """Call after every training batch: what follows may be a validation, or a batch that is not finished."""
@@ -199,7 +227,7 @@ class TrainingPosition:
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes; every process must call this."""
         now = self._after_batch if self._in_batch else None
-        mine = {"epoch_start": self._epoch_start, "now": now or self._random_state()}
+        mine = {"epoch_start": self._epoch_start, "now": now or self._random_state(), "batches": self._batches}
         everyone = [mine]
         if processes() > 1:
             everyone = [mine] * processes()
@@ -212,3 +240,4 @@ class TrainingPosition:
         if len(everyone) == processes():
             mine = everyone[dist.get_rank() if processes() > 1 else 0]
             self._epoch_start, self._restored = mine["epoch_start"], mine["now"]
+            self._batches = mine.get("batches")  # an older checkpoint does not say it

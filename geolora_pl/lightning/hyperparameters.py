@@ -119,7 +119,9 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
+        if isinstance(inner := value.tolist(), np.generic):  # a longdouble stays what it is
+            raise TypeError(f"{value.dtype} has no number of Python's")
+        return _plain_value(inner)
     if isinstance(value, Mapping):
         return {_plain_value(key): _plain_value(inner) for key, inner in value.items()}
     if type(value) in (list, tuple, set):

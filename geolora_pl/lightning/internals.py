@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.cloud_io import _load as load_anywhere
 from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
@@ -31,7 +30,6 @@ __all__ = [
     "PathLike",
     "Stateful",
     "collect_random_states",
-    "load_anywhere",
     "restricted_classmethod",
     "set_random_states",
     "set_sampler_epoch",

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.module import GeoLoRAModule
-from geolora_pl.storage.checkpoint import read_checkpoint, rule_of
+from geolora_pl.storage.checkpoint import loads, read_checkpoint, rule_of
 
 _TASKS = "geolora_pl.tasks"  # the classes that a checkpoint may name by itself
 
@@ -37,18 +37,13 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
     checkpoint = read_checkpoint(path)
     settings = {} if config is None else _configured(config)
     module_class = _task_of(checkpoint, path) if config is None else _module_class(settings["class_path"])
-    try:
+    with loads(path, module_class.__name__):
         if config is None:
             module = module_class.from_content(checkpoint)
         else:
             taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
             module = build_module(settings, taken)
             module.restore(checkpoint)
-    except ValueError:
-        raise
-    except Exception as error:  # each library has errors of its own for sizes that make no sense
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {module_class.__name__}: {reason}") from error
     for layer in find_adapters(module).values():
         layer.rule = rule_of(checkpoint)
     module.eval()
@@ -96,8 +91,9 @@ def _task_of(checkpoint: dict[str, Any], path: str | Path) -> type[GeoLoRAModule
 def _configured(config: str | Path) -> dict[str, Any]:
     """The path of a configuration's module, as ``class_path``, and the arguments that it is given, as ``init_args``."""
     try:
-        settings = yaml.safe_load(Path(config).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        text = Path(config).read_text(encoding="utf-8")
+        settings = get_loader("yaml")(text)  # as fit reads it: YAML alone takes 1e-3 for a text
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config={str(config)!r} cannot be read: {' '.join(str(error).split())}") from error
     model = settings.get("model") if isinstance(settings, dict) else None
     model = {"class_path": model} if isinstance(model, str) else model

@@ -18,14 +18,8 @@ from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
-from geolora_pl.lightning.internals import (
-    callbacks_of_fit,
-    is_part_in_fit,
-    load_anywhere,
-    restricted_classmethod,
-    run_length,
-)
-from geolora_pl.storage.checkpoint import complete, read_checkpoint
+from geolora_pl.lightning.internals import callbacks_of_fit, is_part_in_fit, restricted_classmethod, run_length
+from geolora_pl.storage.checkpoint import complete, loads, read_checkpoint
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.training.groups import parameter_groups
 from geolora_pl.training.optim import RiemannianAdam
@@ -245,9 +239,9 @@ class GeoLoRAModule(L.LightningModule):
         path = kwargs.pop("checkpoint_path", None) if path is None else path
         if path is None:
             raise ValueError("load_from_checkpoint needs the path of a checkpoint")
-        is_file = isinstance(path, (str, Path)) and "://" not in str(path)
-        checkpoint = read_checkpoint(path) if is_file else load_anywhere(path, weights_only=True)
-        module = cls.from_content(checkpoint, strict, **kwargs)
+        checkpoint = read_checkpoint(path)
+        with loads(path, cls.__name__):
+            module = cls.from_content(checkpoint, strict, **kwargs)
         return module if map_location is None else module.to(map_location)
 
     @classmethod
@@ -294,7 +288,7 @@ class GeoLoRAModule(L.LightningModule):
         if not isinstance(theirs, dict):  # load_from_checkpoint was given another one on purpose
             return
         for name, ours in asdict(self.adapter).items():
-            if name in _MAY_DIFFER or name not in theirs or _plain(ours) == _plain(theirs[name]):
+            if name in _MAY_DIFFER or name not in theirs or _as_saved(ours) == _as_saved(theirs[name]):
                 continue
             raise ValueError(
                 f"adapter.{name}={ours!r} does not fit the checkpoint, which was made with {theirs[name]!r}: set it to "
@@ -346,6 +340,6 @@ def _has_callback(callbacks: Iterable[object]) -> bool:
     return any(isinstance(callback, GeoLoRACallback) for callback in callbacks)
 
 
-def _plain(value: object) -> object:
+def _as_saved(value: object) -> object:
     """A setting as it is after a checkpoint: tuples may have become lists."""
     return list(value) if isinstance(value, tuple) else value

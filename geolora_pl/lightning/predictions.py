@@ -14,7 +14,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.storage.atomic import atomic
@@ -57,11 +59,19 @@ class PredictionWriter(BasePredictionWriter):
         """Refuse, before the work, what the predictions could not be written with.
 
         Raises:
-            ValueError: The file cannot be made, or two classes have the same name.
+            ValueError: The file cannot be made, two classes have the same name, or the inputs have no numbers.
         """
         names = _names(pl_module, getattr(trainer, "datamodule", None))
         if len(set(names)) < len(names):
             raise ValueError(f"class_names={list(names)} must differ: their probabilities could not be told apart")
+        for loader in CombinedLoader(trainer.predict_dataloaders).flattened:
+            data = getattr(loader, "dataset", None)
+            if getattr(loader, "batch_sampler", None) is None or isinstance(data, IterableDataset):
+                raise ValueError(
+                    f"predict_dataloader gives {type(loader).__name__} of {type(data).__name__}, whose inputs have no "
+                    "numbers by which predictions are put in order: give a DataLoader with a batch_size, of a Dataset "
+                    "with a length"
+                )
         if self.output is not None:
             above = next(folder for folder in self.output.absolute().parents if folder.exists())
             if self.output.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):

@@ -16,6 +16,8 @@ NAME = "notes.txt"
 def write_notes(trainer: L.Trainer, module: L.LightningModule, more: Iterable[str] = ()) -> None:
     """Write the notes of the data module and the module as ``notes.txt``, if a logger gives the run its own folder.
 
+    Where there is nothing to note, the notes of an earlier run in the folder go.
+
     Args:
         trainer: The trainer of a fit that starts.
         module: The module that is trained.
@@ -24,6 +26,11 @@ def write_notes(trainer: L.Trainer, module: L.LightningModule, more: Iterable[st
     data = getattr(trainer, "datamodule", None)
     notes = [*getattr(data, "notes", ()), *getattr(module, "notes", ()), *more]
     folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
-    if notes and trainer.is_global_zero and folders and "://" not in folders[0]:
-        with atomic(Path(folders[0], NAME)) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in notes), encoding="utf-8", errors="backslashreplace")
+    if not trainer.is_global_zero or not folders or "://" in folders[0]:
+        return
+    target = Path(folders[0], NAME)
+    if not notes:
+        target.unlink(missing_ok=True)
+        return
+    with atomic(target) as unfinished:
+        unfinished.write_text("".join(f"{line}\n" for line in notes), encoding="utf-8", errors="backslashreplace")

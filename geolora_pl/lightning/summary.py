@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
-from rich import get_console
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -42,28 +40,6 @@ def show_whole_numbers(bar: ProgressBar | None) -> None:
         return {**metrics, **{name: f"{value:,.0f}" for name, value in whole.items()}}
 
     bar.get_metrics = with_whole_numbers  # type: ignore[method-assign]
-
-
-def print_summary(table: Table, lines: Sequence[str], console: Console | None = None) -> None:
-    """Print a table and the lines below it, which a narrow terminal or a file must not cut short.
-
-    Args:
-        table: Printed first.
-        lines: Lines of plain text.
-        console: Where to print; by default the console of the progress bar, so that the two do not disturb each other.
-    """
-    console = console or get_console()
-    if not console.is_terminal:  # a file is as wide as it must be
-        needed = console.measure(table, options=console.options.update_width(1000)).maximum
-        console = Console(file=console.file, width=max(console.width, needed))
-    console.print(table)
-    print_lines(lines, console)
-
-
-def print_lines(lines: Iterable[str], console: Console) -> None:
-    """Print lines whole and as they are: a name in brackets is not markup."""
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
 
 
 def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:

@@ -18,6 +18,7 @@ Curve = Sequence[tuple[int, float]]
 _Curves = dict[str, list[tuple[int, float]]]
 _MARK = MEAN_RANK  # of a fit: it is logged from the start on, and no evaluation logs it
 _MOST_SETTINGS = 100_000
+_LARGEST = 2**62  # of a step and of a value: what is above has left every picture, and its sums overflow
 _OF_LIGHTNING = ("epoch", "step", "hp_metric")
 
 
@@ -104,6 +105,8 @@ def _read_run(folder: Path, name: str | None) -> Run:
             curves = part
         else:
             _add(curves, ((metric, step, value) for metric, curve in part.items() for step, value in curve))
+    if not curves:
+        raise ValueError(f"run='{folder}' holds no number: its log is empty or broken, so name another folder")
     checkpoints = _files(folder, "checkpoints/*.ckpt")  # sharded ones are folders
     checkpoints.sort(key=lambda path: (path.name.startswith("last"), path.stat().st_mtime))
     return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
@@ -143,8 +146,10 @@ def _of_table(path: Path) -> Iterable[tuple[str, int, float]]:
         whole = text[: text.rfind("\n") + 1]  # a process that was killed leaves half a line
         for row in csv.DictReader(io.StringIO(whole)):
             step = int(row.pop("step"))
+            if abs(step) >= _LARGEST:
+                raise ValueError(f"step {step}")
             values = {name: float(cell) for name, cell in row.items() if cell}
-            yield from ((name, step, value) for name, value in values.items() if math.isfinite(value))
+            yield from ((n, step, min(max(v, -_LARGEST), _LARGEST)) for n, v in values.items() if math.isfinite(v))
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a table of metrics of Lightning ({error})") from error
 

@@ -31,13 +31,18 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | N
     found = read_runs(runs)
     target = Path(output or found[0].folder / "report.html")
     with _refused_by_the_system(target):
-        foreign = target.exists() and not (target.is_file() and page.GENERATOR.encode() in target.read_bytes()[:2000])
+        foreign = target.exists() and not (target.is_file() and page.GENERATOR.encode() in _start(target))
     if foreign:
         raise ValueError(f"output='{target}' is there already and is not a report: name another file")
     text = page.page(found)
     with _refused_by_the_system(target), atomic(target) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return target
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return content.read(2000)
 
 
 @contextmanager

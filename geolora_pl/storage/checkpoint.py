@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import fsspec
 import torch
 from torch import nn
 
@@ -24,14 +28,15 @@ _MARK = "geolora_base"  # the key, in a small checkpoint, of what describes the 
 _ADAPTERS = "geolora_adapters"  # the key of what the weights alone do not tell of the adapters
 
 
-def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | Path | BinaryIO, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint of a run, or say why the file cannot be used as one.
 
-    Every byte is compared with the checksums in the file, because torch loads changed weights without a warning.
+    Every byte is compared with the checksums in the file, because torch loads changed weights without a warning. No
+    code in it is run, wherever it comes from.
 
     Args:
-        path: The file.
-        mmap: Whether tensors stay in the file until they are used.
+        path: The file, its address (``https://...``, ``s3://...``), or an open file.
+        mmap: Whether tensors of a file on the disk stay there until they are used.
 
     Returns:
         The content of the file, on the CPU.
@@ -39,12 +44,69 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: The file does not exist, is cut short or changed, or is not a checkpoint of a run.
     """
-    path = Path(path)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not a file"
-        raise ValueError(f"ckpt_path={str(path)!r} is {kind} (from {Path.cwd()}): name the .ckpt file of a run")
+    with _found(path) as file:
+        checkpoint = _read(file, path, mmap)
+    weights = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"ckpt_path={str(path)!r} has a state_dict that is not weights by name: it was changed")
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        names = list(checkpoint)[:3] if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
+        raise ValueError(
+            f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is not a checkpoint of a "
+            "run: name a .ckpt file that the trainer saved"
+        )
+    if not isinstance(checkpoint.get("callbacks", {}), dict):
+        raise ValueError(f"ckpt_path={str(path)!r} has callbacks that are not states by name: it was changed")
+    return checkpoint
+
+
+@contextmanager
+def loads(path: str | Path | BinaryIO, kind: str) -> Iterator[None]:
+    """Say of a checkpoint whose content makes no sense that it cannot be loaded, in place of an error from within.
+
+    Args:
+        path: The checkpoint.
+        kind: What is made of it.
+    """
     try:
-        checkpoint = _load(path, mmap)
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # each library has errors of its own for sizes that make no sense
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {kind}: {reason}") from error
+
+
+@contextmanager
+def _found(path: str | Path | BinaryIO) -> Iterator[Path | BinaryIO]:
+    """The file on the disk, the open file, or a copy of what lies at the address.
+
+    Lightning keeps what it fetches by the last part of its name, so that of two runs it gives the same last.ckpt.
+    """
+    if not isinstance(path, (str, Path)):
+        yield path
+    elif "://" in str(path):
+        with tempfile.TemporaryFile() as copy:  # torch jumps about in a file, which not every server allows
+            try:
+                with fsspec.open(str(path), "rb") as there:
+                    shutil.copyfileobj(there, copy)
+            except Exception as error:  # each kind of address has errors of its own
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(
+                    f"ckpt_path={str(path)!r} cannot be fetched ({reason}): correct the address, or name a file"
+                ) from error
+            yield copy
+    else:
+        path = Path(path)
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a file"
+            raise ValueError(f"ckpt_path={str(path)!r} is {kind} (from {Path.cwd()}): name the .ckpt file of a run")
+        yield path
+
+
+def _read(file: Path | BinaryIO, path: object, mmap: bool) -> object:
+    try:
+        return _load(file, mmap)
     except OSError as error:
         raise ValueError(f"ckpt_path={str(path)!r} cannot be opened ({error.strerror}): fix its permissions") from error
     except pickle.UnpicklingError as error:
@@ -58,16 +120,6 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
             f"ckpt_path={str(path)!r} cannot be read: it is cut short, changed, or not a checkpoint at all; go back to "
             "an earlier .ckpt file of the run"
         ) from error
-    weights = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"ckpt_path={str(path)!r} has a state_dict that is not weights by name: it was changed")
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
-        names = list(checkpoint)[:3] if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
-        raise ValueError(
-            f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is not a checkpoint of a "
-            "run: name a .ckpt file that the trainer saved"
-        )
-    return checkpoint
 
 
 def rule_of(checkpoint: Mapping[str, Any]) -> RankRule | None:
@@ -81,16 +133,19 @@ def rule_of(checkpoint: Mapping[str, Any]) -> RankRule | None:
     return None
 
 
-def _load(path: Path, mmap: bool) -> object:
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # torch has written zip files since 1.6
+def _load(file: Path | BinaryIO, mmap: bool) -> object:
+    on_disk = isinstance(file, Path)
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as content:
+        if not zipfile.is_zipfile(content):  # torch has written zip files since 1.6
             raise zipfile.BadZipFile
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(content) as archive:
             # Torch does not compress, so that a small file cannot become large in memory.
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
             if packed or archive.testzip() is not None:
                 raise zipfile.BadZipFile
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content.seek(0)
+        source = file if on_disk else content
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and on_disk)
 
 
 def check_probes(checkpoint: Mapping[str, Any], module: nn.Module) -> None:

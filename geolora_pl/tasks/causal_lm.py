@@ -16,8 +16,8 @@ class CausalLM(TransformerTask):
     r"""Adapt a pretrained decoder to texts, or to completions of prompts.
 
     The loss is the mean over the learnt tokens of :math:`-\log p(x_t \mid x_{<t})`, in nats; a label of -100 means a
-    token that is not learnt. In an evaluation every token counts once, whatever batch it is in, and the perplexity is
-    the exponential of that mean.
+    token that is not learnt. In an evaluation by one process every token counts once, whatever batch it is in, and the
+    perplexity is the exponential of that mean. Several processes get equally many texts, so that a few count twice.
 
     The model is any that ``AutoModelForCausalLM`` builds. Only the adapters are trained, by default those of the linear
     layers of the blocks; embeddings and ``lm_head`` are frozen, whether they are tied or not.
@@ -68,10 +68,8 @@ class CausalLM(TransformerTask):
         Returns:
             Two tensors (batch, length): the losses in float32, zero where nothing is learnt, and the mask.
         """
-        logits, successors = (
-            self(batch),
-            F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED),
-        )  # labels are smaller than logits to shift
+        logits = self(batch)
+        successors = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # labels are smaller than logits to shift
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), successors.flatten(), ignore_index=IGNORED, reduction="none"
         )

@@ -72,9 +72,9 @@ def test_validate_and_predict(folder, capfd):
     run("fit", "--trainer.logger=false", "--test_after_fit=false", "--trainer.default_root_dir=run")
     (last,) = Path("run").rglob("last.ckpt")
     for command, expected in (("validate", "val_accuracy"), ("predict", "")):
-        run(
-            command, f"--ckpt_path={last}", quick=["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
-        )
+        output = ["--output=p.csv"] if command == "predict" else []
+        limits = ["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
+        run(command, f"--ckpt_path={last}", *output, quick=limits)
         assert not expected or expected in capfd.readouterr().out
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from exported import SIZE, fails, move, save
 from flags import FLAGS
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny_text import save_tiny_model
 from torch import nn
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 
 from geolora_pl import GeoLoRAModule
 from geolora_pl.cli.dispatch import main
-from geolora_pl.lightning.checkpoint_io import WholeFiles
+from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.loading import load_module
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 
@@ -149,8 +150,12 @@ def test_a_resumed_run_removes_no_file_outside_of_its_folder(tmp_path):
     ckpt, module = text_checkpoint(tmp_path)
     checkpoint = torch.load(ckpt, weights_only=True) | {"callbacks": {"ModelCheckpoint": state}}
     torch.save(checkpoint, ckpt)
-    (read,) = WholeFiles(module).load_checkpoint(ckpt)["callbacks"].values()
-    assert list(read["best_k_models"]) == [inside]
+    read = WholeFiles(module).load_checkpoint(ckpt)
+    files = ModelCheckpoint(tmp_path / "run")
+    read["callbacks"] = {files.state_key: read["callbacks"]["ModelCheckpoint"]}
+    forget_other_files(read, [files])
+    (state,) = read["callbacks"].values()
+    assert (list(state["best_k_models"]), state["kth_best_model_path"], state["best_model_path"]) == ([inside], "", "")
 
 
 def test_another_repository_and_its_code_are_not_fetched(tmp_path, capsys):

@@ -12,7 +12,8 @@ from torch import nn
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters, merge_adapters
 from geolora_pl.adapters.inject import find_adapters, has_adapters
 from geolora_pl.lightning.monitor import RankMonitor
-from geolora_pl.lightning.summary import print_summary, rank_table, show_whole_numbers, start_summary
+from geolora_pl.lightning.summary import rank_table, show_whole_numbers, start_summary
+from geolora_pl.report.printed import print_summary
 
 
 def blocks(depth=3):

@@ -43,7 +43,7 @@ def test_a_private_name_is_still_there(name):
 
 
 def test_a_name_that_is_gone_is_noticed():
-    assert not is_there("lightning.fabric.utilities.cloud_io._gone")
+    assert not is_there("lightning.fabric.utilities.seed._gone")
     assert not is_there("lightning.pytorch.trainer.trainer.Trainer._gone")
     assert not is_there("jsonargparse._gone.discard")
 

@@ -176,3 +176,31 @@ def test_help_lists_every_command_and_can_be_called_as_it_says(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert re.match(rf"usage: python -m geolora_pl (\[options\] )?{command} ", capsys.readouterr().out)
+
+
+# What is evaluated, and what is written
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_what_was_not_trained_is_not_evaluated(folder, command):
+    """A user forgot --ckpt_path, and read the accuracy of a random head. The command asks for the checkpoint."""
+    with pytest.raises(ValueError, match=rf"ckpt_path=None: {command} would use a new head.*by --ckpt_path"):
+        main([command, "--config=small.yaml", "--output=p.csv"])
+
+
+def test_predictions_that_nothing_would_keep_are_not_made(folder):
+    """A user forgot --output, and hours of predictions were thrown away. The command asks for it before the work."""
+    fit("--trainer.default_root_dir=run")
+    (last,) = Path("run").rglob("*.ckpt")
+    with pytest.raises(ValueError, match="nothing would keep the predictions: name a file or folder by --output"):
+        main(["predict", "--config=small.yaml", f"--ckpt_path={last}"])
+    writer = "--trainer.callbacks+={class_path: geolora_pl.PredictionWriter, init_args: {output: p.jsonl}}"
+    main(["predict", "--config=small.yaml", f"--ckpt_path={last}", writer])
+    assert Path("p.jsonl").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_an_output_that_is_not_written_is_refused(folder, command):
+    """A user gave --output to test, and found no file. Only predict takes it."""
+    with pytest.raises(ValueError, match=f"output='p.csv' is what predict writes: leave it out of {command}"):
+        main([command, "--config=small.yaml", "--output=p.csv", "--ckpt_path=last"])

@@ -520,8 +520,6 @@ def test_an_export_between_two_retractions_has_the_ranks_of_a_retraction(setting
     model, integrator, optimizer = between_retractions(**settings)
     exported = capture(model).factors
     rank = export_peft(model, tmp_path / "peft")
-    before = {name: layer.delta_weight().detach() for name, layer in find_adapters(model).items()}
-    whole = capture(model, exact=True).factors
     integrator.retract(optimizer)
     assert {name: factors.U.shape[1] for name, factors in exported.items()} == integrator.ranks()
     assert rank == max(integrator.ranks().values())
@@ -530,8 +528,6 @@ def test_an_export_between_two_retractions_has_the_ranks_of_a_retraction(setting
     for name, layer in find_adapters(model).items():
         U, S, V = exported[name]
         close(U @ S @ V.T, layer.delta_weight(), 4096)
-        U, S, V = whole[name]
-        close(U @ S @ V.T, before[name], 4096)
 
 
 def test_an_export_right_after_a_retraction_leaves_out_what_never_took_a_step():

@@ -6,8 +6,10 @@ import enum
 import json
 import os
 import pickle
+import re
 import threading
 import types
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from flags import QUIET
-from foreign import ADAPTER, Foreign, loader, trainer
+from foreign import ADAPTER, Endless, Foreign, loader, trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
     EarlyStopping,
@@ -41,6 +43,7 @@ from geolora_pl import (
     AdapterConfig,
     GeoLoRACallback,
     GeoLoRAWarning,
+    PredictionWriter,
     export_peft,
     import_peft,
     inject_adapters,
@@ -52,6 +55,8 @@ from geolora_pl.adapters.inject import find_adapters, has_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import Digits
 from geolora_pl.lightning.checkpoint_io import WholeFiles
+from geolora_pl.lightning.loading import _configured
+from geolora_pl.loggers import CSVLogger
 from geolora_pl.report.write import write_report
 from geolora_pl.storage.adapter_file import _checksum, read_adapter
 from geolora_pl.storage.atomic import atomic
@@ -694,3 +699,88 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "lora" / "adapter_config.json")
     with pytest.raises(ValueError, match=r"adapter_config\.json is not a file"):
         import_peft(nn.Sequential(nn.Linear(8, 8)), tmp_path / "lora")
+
+
+# What a resumed run has seen
+
+
+def mid_epoch(folder, **settings):
+    files = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=2), files).fit(Foreign(), loader(**settings))
+    return folder / "step=4.ckpt"
+
+
+def test_a_run_that_is_resumed_in_mid_epoch_with_other_batches_says_so(tmp_path):
+    """A user halved batch_size and went on in mid-epoch: images came again, in silence. A warning says so."""
+    ckpt = mid_epoch(tmp_path)
+    with pytest.warns(GeoLoRAWarning, match=r"had 6 batches and has 12 now, so that the first 4.*keep batch_size"):
+        trainer(GeoLoRACallback(adapter=ADAPTER)).fit(Foreign(), loader(batch_size=4, batches=12), ckpt_path=ckpt)
+
+
+def test_a_resumed_run_leaves_no_filter_of_warnings_behind(tmp_path):
+    """After a resumed run, Lightning's warning was gone from the whole process. The filters are as they were."""
+    ckpt, before = mid_epoch(tmp_path), list(warnings.filters)
+    trainer(GeoLoRACallback(adapter=ADAPTER)).fit(Foreign(), loader(), ckpt_path=ckpt)
+    assert warnings.filters == before
+
+
+def test_notes_are_those_of_the_last_run_in_the_folder(tmp_path):
+    """A user trained again in the same folder, without anything to note, and read the notes of the earlier run."""
+    for notes in (["130 images are held out"], []):
+        module = Foreign()
+        module.notes = notes
+        logger = CSVLogger(tmp_path, name="", version="")
+        callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=2)
+        trainer(callback, logger=logger, log_every_n_steps=1).fit(module, loader())
+        assert (tmp_path / "notes.txt").exists() == bool(notes)
+
+
+class Predicting(Small):
+    def predict_step(self, batch):
+        raise AssertionError("there is no work before the error")
+
+
+@pytest.mark.parametrize("data", [Endless(), loader().dataset])
+def test_predictions_without_an_order_are_refused_before_the_work(tmp_path, data):
+    """A user predicted a stream, and got an error about indices at its end. It is refused before the work."""
+    batch_size = 4 if isinstance(data, Endless) else None
+    with pytest.raises(ValueError, match=r"whose inputs have no numbers.*give a DataLoader with a batch_size"):
+        trainer(PredictionWriter(tmp_path / "p.csv")).predict(Predicting(), DataLoader(data, batch_size=batch_size))
+
+
+def test_the_ranks_of_a_checkpoint_are_whole_in_a_file(tmp_path, capsys):
+    """A user wrote the output of ranks to a file, and the spectra ended in dots. They are whole."""
+    model = nn.ModuleDict({"attention_output_dense": nn.Linear(64, 64)})
+    inject_adapters(model, AdapterConfig(init_rank=48, max_rank=48, target_modules=".*dense"))
+    torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6"}, tmp_path / "last.ckpt")
+    main(["ranks", f"--ckpt_path={tmp_path / 'last.ckpt'}"])
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    assert max(len(bars) for bars in re.findall("[\u2581-\u2588]+", out)) == 48
+
+
+def test_an_export_reads_numbers_as_fit_does(tmp_path):
+    """A user wrote 1e-1 into the configuration: fit read a number, and export a text. Both read a number."""
+    text = "model: {class_path: small.Small, init_args: {rate: 1e-1, more: {drop: 1e-2}}}  # \u00e9\n"
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert _configured(tmp_path / "config.yaml")["init_args"] == {"rate": 0.1, "more": {"drop": 0.01}}
+
+
+# Reports of runs that went wrong
+
+
+def test_a_report_of_a_run_that_left_all_bounds(tmp_path):
+    """A loss ran off to 1e308 before it was stopped, and report ended in a traceback. There is a page."""
+    rows = ["step,rank/mean,rank/a,train_loss", "0,2,2,1.0", "10,2,1e300,1e308", "20,3,3,-1e308"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    assert write_report(tmp_path).is_file()
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n99999999999999999999999,1\n")
+    with pytest.raises(ValueError, match="is not a table of metrics"):
+        write_report(tmp_path)
+
+
+def test_a_report_of_an_event_file_without_a_number(tmp_path):
+    """A user asked for the report of a damaged event file, and got an empty page. It is refused."""
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"garbage" * 100)
+    with pytest.raises(ValueError, match="holds no number: its log is empty or broken"):
+        write_report(tmp_path)

@@ -154,7 +154,7 @@ def test_a_convolutional_model_is_told_what_to_adapt():
     """A ResNet was refused with 'all-linear matches no layer': the message names what to write, which works."""
     settings = {"pretrained": False, "num_classes": 2}
     with pytest.raises(ValueError, match=r"set target_modules to \['conv1', 'conv2'\]"):
-        ImageClassification("resnet10t", **settings).configure_model()
+        ImageClassification("resnet10t", adapter=AdapterConfig(), **settings).configure_model()
     task = ImageClassification("resnet10t", adapter=AdapterConfig(target_modules=["conv1", "conv2"]), **settings)
     task.configure_model()
     assert len(find_adapters(task.model)) >= 8
@@ -438,3 +438,10 @@ def test_what_predictions_cannot_be_written_with_is_refused_before_the_work(tmp_
     never.class_names = ("cat", "cat")
     with pytest.raises(ValueError, match=r"class_names=\['cat', 'cat'\] must differ"):
         predict(never, data, tmp_path / "fine.csv", **QUIET)
+
+
+def test_a_broken_file_of_a_hub_data_set_is_one_sentence(tmp_path):
+    """A line of a file was broken, and the user got the traceback of datasets. The error says what is wrong."""
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3 + '{"text": broken\n')
+    with pytest.raises(ValueError, match=r"^dataset='.*', subset=None cannot be loaded: (?!An error occurred)"):
+        TextHub(str(tmp_path)).load_splits()

@@ -461,7 +461,8 @@ def test_fit_validate_predict_on_the_command_line(tmp_path, monkeypatch, model, 
     assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
     (checkpoint,) = Path().rglob("*.ckpt")
     for command in ("validate", "test", "predict"):
-        main([command, *common, f"--ckpt_path={checkpoint}", "--trainer.logger=false"])
+        output = ["--output=p.csv"] if command == "predict" else []
+        main([command, *common, f"--ckpt_path={checkpoint}", "--trainer.logger=false", *output])
         assert command == "predict" or "accuracy" in capfd.readouterr().out
 
 

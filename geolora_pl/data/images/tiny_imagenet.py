@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class TinyImageNet(ImageDataModule):
         """Number of classes: 200 in the official files."""
         return len(self._wnids)
 
-    @property
+    @cached_property
     def class_names(self) -> list[str]:
         """The names in ``words.txt`` of the WordNet ids, in the order of ``wnids.txt``."""
         lines = (self.folder / "words.txt").read_text().splitlines()

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 import datasets
 import pyarrow as pa
 
+from geolora_pl.data.texts.hub import fetch
 from geolora_pl.data.texts.labelled import TextDataModule
 from geolora_pl.data.texts.labels import to_dataset
 from geolora_pl.data.texts.tables import read_delimited
@@ -175,18 +176,14 @@ class GLUE(TextDataModule):
         return to_dataset(table, self._source.texts, label, self._source.classes, path)
 
     def _from_hub(self) -> dict[str, datasets.Dataset]:
+        remedy = "name the folder of the official files"
         try:
-            hub = datasets.load_dataset(_HUB, self.task)
-        except (OSError, ValueError) as error:  # a failed connection is an OSError
-            raise ValueError(
-                f"folder=None: {_HUB} cannot be loaded from the hub ({error}); name the folder of the official files"
-            ) from error
+            hub = fetch(_HUB, self.task)
+        except ValueError as error:
+            raise ValueError(f"folder=None: {error}; {remedy}") from error
         theirs = getattr(hub["train"].features["label"], "names", [])
         if theirs != self.class_names:
-            raise ValueError(
-                f"{_HUB} has the labels {theirs} for {self.task}, and not {self.class_names}: name the folder of the "
-                "official files"
-            )
+            raise ValueError(f"{_HUB} has the labels {theirs} for {self.task}, and not {self.class_names}: {remedy}")
         by_index = {str(index): name for index, name in enumerate(theirs)}
         splits: dict[str, datasets.Dataset] = {}
         for split, file in self._source.splits.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import datasets
 import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from geolora_pl.data.settings import find_splits
 from geolora_pl.data.texts.tables import plain
@@ -20,6 +21,23 @@ def check_split_names(splits: Mapping[str, str] | None) -> None:
     """
     if splits is not None and "train" not in splits:
         raise ValueError(f"splits={splits!r} must name the split to train on: {{train: ...}}")
+
+
+def fetch(dataset: str, subset: str | None) -> datasets.DatasetDict:
+    """Fetch a data set, or take it from the cache of ``datasets``.
+
+    Args:
+        dataset: The name of the data set on the hub, or a folder that ``datasets.load_dataset`` can read.
+        subset: The name of the subset, if there are several.
+
+    Raises:
+        ValueError: The data set does not exist, or cannot be read.
+    """
+    try:
+        return datasets.load_dataset(dataset, subset)
+    except (DatasetsError, OSError, ValueError) as error:  # a failed connection is an OSError
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise ValueError(f"dataset={dataset!r}, subset={subset!r} cannot be loaded: {reason}") from error
 
 
 def load_hub(
@@ -38,10 +56,7 @@ def load_hub(
     Raises:
         ValueError: The data set or a split does not exist.
     """
-    try:
-        hub = datasets.load_dataset(dataset, subset)
-    except (OSError, ValueError) as error:  # a failed connection is an OSError
-        raise ValueError(f"dataset={dataset!r}, subset={subset!r} cannot be loaded: {error}") from error
+    hub = fetch(dataset, subset)
     names = splits or {"train": "train", **find_splits(list(hub), dataset)}
     if absent := [theirs for theirs in names.values() if theirs not in hub]:
         raise ValueError(f"{dataset} has no split {absent[0]!r}; it has {', '.join(hub)}: set splits")

@@ -49,7 +49,8 @@ class LanguageDataModule(TokenDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if (prompt_column is None) != (completion_column is None) or prompt_column == completion_column is not None:
+        of_pairs = [prompt_column, completion_column]
+        if of_pairs != [None, None] and (None in of_pairs or prompt_column == completion_column):
             raise ValueError(
                 f"prompt_column={prompt_column!r} and completion_column={completion_column!r} must be two columns, or "
                 "both left out"
