@@ -14,7 +14,9 @@ from torch import nn
 
 from geolora_pl.lightning.internals import PathLike
 from geolora_pl.storage.atomic import atomic
-from geolora_pl.storage.checkpoint import check_probes, complete, read_checkpoint
+from geolora_pl.storage.checkpoint import check_probes, complete, found, read_checkpoint
+
+_PATHS = ("last_model_path", "best_model_path", "kth_best_model_path")  # in the state of a ModelCheckpoint
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -64,8 +66,11 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             ValueError: The file is not a whole checkpoint, it belongs to another base, or a fit cannot go on from it.
         """
-        trusted = weights_only is False  # said by the user: Lightning says nothing here, of an address either
-        checkpoint = super().load_checkpoint(path, map_location, False) if trusted else read_checkpoint(path)
+        if weights_only is False:  # the user says so: Lightning itself gives None here, for an address as well
+            with found(path) as file:
+                checkpoint: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=False)
+        else:
+            checkpoint = read_checkpoint(path)
         if self._resumes:
             check_probes(checkpoint, self._module)
         complete(checkpoint, self._module)
@@ -75,7 +80,8 @@ class WholeFiles(TorchCheckpointIO):
 def forget_other_files(checkpoint: Mapping[str, Any], callbacks: Iterable[Checkpoint]) -> None:
     """Keep callbacks that are resumed from removing files that do not lie in their own folders.
 
-    They remove older checkpoints, whose paths they take from the file without following ``..`` in them.
+    They remove older checkpoints, whose paths they take from the file without following ``..`` in them. A callback that
+    the file leads elsewhere begins anew.
 
     Args:
         checkpoint: The content of the file, which is changed in place.
@@ -86,14 +92,9 @@ def forget_other_files(checkpoint: Mapping[str, Any], callbacks: Iterable[Checkp
         state, folder = states.get(callback.state_key), str(getattr(callback, "dirpath", None))
         if not isinstance(state, dict):
             continue
-        for key in ("last_model_path", "best_model_path", "kth_best_model_path"):
-            if state.get(key) and not _lies_in(state[key], folder):
-                state[key] = ""
-        of_metric = state.get("best_k_models")
-        if isinstance(of_metric, dict):
-            state["best_k_models"] = {path: value for path, value in of_metric.items() if _lies_in(path, folder)}
-            if state["best_k_models"].keys() != of_metric.keys():
-                state["kth_best_model_path"] = state["best_model_path"] = ""
+        of_metric = state.get("best_k_models") or {}
+        if any(path and not _lies_in(path, folder) for path in (*map(state.get, _PATHS), *of_metric)):
+            state.update(dict.fromkeys(_PATHS, ""), best_k_models={})
 
 
 def _lies_in(path: object, folder: str) -> bool:

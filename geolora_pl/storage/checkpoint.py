@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path | BinaryIO, mmap: bool = False) -> dict[str
     Raises:
         ValueError: The file does not exist, is cut short or changed, or is not a checkpoint of a run.
     """
-    with _found(path) as file:
+    with found(path) as file:
         checkpoint = _read(file, path, mmap)
     weights = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
@@ -78,10 +78,16 @@ def loads(path: str | Path | BinaryIO, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _found(path: str | Path | BinaryIO) -> Iterator[Path | BinaryIO]:
+def found(path: str | Path | BinaryIO) -> Iterator[Path | BinaryIO]:
     """The file on the disk, the open file, or a copy of what lies at the address.
 
     Lightning keeps what it fetches by the last part of its name, so that of two runs it gives the same last.ckpt.
+
+    Args:
+        path: The file, its address, or an open file.
+
+    Raises:
+        ValueError: There is no such file, or it cannot be fetched.
     """
     if not isinstance(path, (str, Path)):
         yield path
@@ -95,6 +101,7 @@ def _found(path: str | Path | BinaryIO) -> Iterator[Path | BinaryIO]:
                 raise ValueError(
                     f"ckpt_path={str(path)!r} cannot be fetched ({reason}): correct the address, or name a file"
                 ) from error
+            copy.seek(0)
             yield copy
     else:
         path = Path(path)

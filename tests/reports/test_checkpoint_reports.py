@@ -73,6 +73,9 @@ def test_the_same_name_at_two_addresses_is_two_checkpoints(tmp_path, address):
         )
     for width in (5, 7):
         assert Small.load_from_checkpoint(f"{address}/{width}/last.ckpt").width == width
+        runs = trainer(GeoLoRACallback())
+        trusted = {"ckpt_path": f"{address}/{width}/last.ckpt", "weights_only": False}
+        runs.validate(Small(width=width), loader(), verbose=False, **trusted)  # or the weights would not fit
 
 
 def test_a_checkpoint_from_an_address_is_as_whole_as_one_on_the_disk(tmp_path, address):
