@@ -28,7 +28,9 @@ def in_package(name: str, argument: str) -> Path | None:
     if not name.startswith(_PREFIX):
         return None
     package, _, inside = name.removeprefix(_PREFIX).partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
+    if Path(inside).is_absolute() or ".." in Path(inside).parts:
+        raise ValueError(f"{argument}={name!r} leads out of the package: name a file inside of it")
+    spec = find_spec(package) if package.isidentifier() and package != "__main__" else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{argument}={name!r}: no package {package!r} is installed; install it with pip")
     return Path(spec.submodule_search_locations[0], inside)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.registry import adapter_class_of
-from geolora_pl.adapters.savers import warn_at_save_pretrained
+from geolora_pl.adapters.savers import let_save_pretrained, warn_at_save_pretrained
 from geolora_pl.adapters.statistics import remember_buffers
 from geolora_pl.adapters.targets import (
     all_names,
@@ -136,3 +136,4 @@ def remove_adapters(model: nn.Module) -> None:
         for layer in adapters.values():
             for alias in names[id(layer)]:
                 plain.set_submodule(alias, layer.base)
+    let_save_pretrained(model)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.savers import let_save_pretrained
 from geolora_pl.adapters.statistics import running_statistics
 from geolora_pl.adapters.targets import all_names
 from geolora_pl.adapters.wrappers import unwrapped
@@ -129,6 +130,7 @@ def _merge(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
             merged_layer = layer.plain(merged[name])
             for alias in names[id(layer)]:
                 plain.set_submodule(alias, merged_layer)
+    let_save_pretrained(model)
     return changes, differences
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ class _WarnsFirst:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.__signature__ = inspect.signature(getattr(type(module), _NAME).__get__(module))  # pipelines look at it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(part, GeoLoRALayer) for part in self.module.modules()):
@@ -46,7 +48,7 @@ def warn_at_save_pretrained(model: nn.Module) -> None:
 
 
 def let_save_pretrained(model: nn.Module) -> None:
-    """Take the warning back, for one who saves the adapters to load them into a model with adapters."""
+    """Take the warning back: the adapters are gone, or are saved to be loaded into a model with adapters."""
     for module in model.modules():
         if isinstance(vars(module).get(_NAME), _WarnsFirst):
             delattr(module, _NAME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ COMMANDS = {
 
 def command_line() -> None:
     """Run the command line of this process; a mistake is one line, and a second says how to see its traceback."""
+    if "" not in sys.path and (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # where the user's own classes lie, as python -m has it
     with one_line("see: the environment variable GEOLORA_TRACEBACK=1 for a traceback"):
         main()
 

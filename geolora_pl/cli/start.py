@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main(args: Sequence[str]) -> None:
     given = parser().parse_args(args[1:])
     with one_line():
         output = write_start(given.task, given.output)
-    print(f"{output} is written: see the comments in it, then run {called()} fit --config {output}")
+    print(f"{output} is written: see the comments in it, then run {called()} fit --config {shlex.quote(str(output))}")
 
 
 def write_start(task: str, output: str | None = None) -> Path:

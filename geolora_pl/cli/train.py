@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,13 +171,13 @@ class GeoLoRACLI(CheckpointAwareCLI):
             ((TensorBoardLogger, CSVLogger), f"a page of it: {called()} report --run"),
         ):
             folders = [logger.log_dir for logger in self.trainer.loggers if isinstance(logger, loggers)]
-            lines += [f"{hint} {folder}" for folder in folders[:1]]
+            lines += [f"{hint} {shlex.quote(folder)}" for folder in folders[:1]]
         print_lines(lines, get_console())
 
 
 def _is_left_to_lightning(path: str, config: Namespace) -> bool:
-    """Whether a checkpoint is somewhere else, looked for by its name, of several files, or trusted as it is."""
-    by_name = "://" in path or path.partition(":")[0] in _LOOKED_UP
+    """Whether a checkpoint is looked for by its name, of several files, or trusted as it is."""
+    by_name = path.partition(":")[0] in _LOOKED_UP
     return by_name or (Path(path) / ".metadata").is_file() or config.get("weights_only") is False
 
 

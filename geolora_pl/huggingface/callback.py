@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from geolora_pl.adapters.experts import frozen_experts
+from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.savers import let_save_pretrained, warn_at_save_pretrained
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, SKIPPED_STEPS
@@ -89,7 +90,7 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         if self.integrator is not None:
             self.integrator.close()  # of a training that was broken off
         model: nn.Module = kwargs["model"]
-        saved = _of_this_callback(state) if state.global_step else None
+        saved = self._saved_in(state) if state.global_step else None
         adapt_every = self.adapt_every or (saved["adapt_every"] if saved else usual_cadence(state.max_steps))
         check_length(state.max_steps, adapt_every, self.adapt_until)
         self.integrator = RankAdaptiveIntegrator(
@@ -125,8 +126,8 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Add the ranks to what the Trainer prints and keeps."""
-        if self.integrator is None:
-            return  # an evaluation before any training
+        if self.integrator is None or find_adapters(kwargs["model"]) != self.integrator.adapters:
+            return  # an evaluation before any training, or of another model
         ranks = self.integrator.ranks().values()
         numbers = {
             MEAN_RANK: sum(ranks) / len(ranks),
@@ -144,7 +145,7 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         integrator, _ = self._current
         best = Path(state.best_model_checkpoint or "", _STATE_FILE)
         if args.load_best_model_at_end and state.best_model_checkpoint and best.is_file():
-            integrator.load_state_dict(_of_this_callback(TrainerState.load_from_json(str(best)))["integrator"])
+            integrator.load_state_dict(self._saved_in(TrainerState.load_from_json(str(best)))["integrator"])
         self._retract_pending()
         integrator.close()
         warn_at_save_pretrained(kwargs["model"])
@@ -155,6 +156,23 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         names = ("tau", "budget", "min_rank", "adapt_every", "adapt_until", "coefficient_steps", "on_nonfinite")
         run = None if self.integrator is None else run_state(*self._current)
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {}, "run": run}
+
+    def _saved_in(self, state: TrainerState) -> dict[str, Any]:
+        """What a checkpoint holds of the run beside weights and optimizer.
+
+        Raises:
+            ValueError: It has nothing of this callback, or there were two.
+        """
+        callbacks: Any = state.stateful_callbacks  # a dictionary by now, whatever its annotation says
+        name = type(self).__name__  # by which the Trainer keeps it
+        saved = callbacks.get(name)
+        if not isinstance(saved, dict) or not saved.get("run"):
+            raise ValueError(
+                f"step {state.global_step} of the checkpoint was not made with one {name}, so that its counters are "
+                "missing: resume with the callbacks that the run began with, or start a new run from the weights"
+            )
+        run: dict[str, Any] = saved["run"]
+        return run
 
     @property
     def _current(self) -> tuple[RankAdaptiveIntegrator, Optimizer]:
@@ -167,21 +185,3 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         integrator.settle()
         if integrator.unfinished:
             integrator.retract(optimizer)
-
-
-def _of_this_callback(state: TrainerState) -> dict[str, Any]:
-    """What a checkpoint holds of the run beside weights and optimizer.
-
-    Raises:
-        ValueError: It has nothing of this callback, or there were two.
-    """
-    callbacks: Any = state.stateful_callbacks  # a dictionary by now, whatever its annotation says
-    saved = callbacks.get(GeoLoRATrainerCallback.__name__)
-    if not isinstance(saved, dict) or not saved.get("run"):
-        raise ValueError(
-            f"step {state.global_step} of the checkpoint was not made with one GeoLoRATrainerCallback, so that its "
-            "counters are missing: resume with the callbacks that the run began with, or start a new run from the "
-            "weights"
-        )
-    run: dict[str, Any] = saved["run"]
-    return run

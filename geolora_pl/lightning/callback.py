@@ -138,6 +138,8 @@ class GeoLoRACallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
         check_compatible(trainer, self.small_checkpoints)
+        if self._run is not None and self._run.module is not pl_module:
+            self._run = None  # what it says is about another module
         if stage == "fit":
             check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own

@@ -55,6 +55,9 @@ def read_checkpoint(path: str | Path | BinaryIO, mmap: bool = False) -> dict[str
             f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is not a checkpoint of a "
             "run: name a .ckpt file that the trainer saved"
         )
+    for key in (_MARK, _ADAPTERS):
+        if not isinstance(checkpoint.get(key, {}), dict):
+            raise ValueError(f"ckpt_path={str(path)!r} has {key} that are no values by name: it was changed")
     if not isinstance(checkpoint.get("callbacks", {}), dict):
         raise ValueError(f"ckpt_path={str(path)!r} has callbacks that are not states by name: it was changed")
     return checkpoint

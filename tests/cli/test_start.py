@@ -10,6 +10,7 @@ from flags import FLAGS
 
 from geolora_pl.cli import dispatch, start
 from geolora_pl.cli.dispatch import COMMANDS, command_line, main
+from geolora_pl.packaged import in_package
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 LIMITS = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
@@ -130,3 +131,18 @@ def test_a_process_that_is_asked_for_the_quickstart_fits_without_a_warning_about
     assert stop.value.code == 0
     assert yaml.safe_load(capfd.readouterr().out)["data"]["class_path"] == "geolora_pl.data.Digits"
     assert sys.argv[:3] == ["geolora-pl", "fit", "--config"]
+
+
+def test_own_classes_are_found_where_the_command_is_called(tmp_path, monkeypatch):
+    """A console script has its own folder in the path, and not the working folder, as `python -m` has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path != ""])
+    monkeypatch.setattr("sys.argv", ["geolora-pl", "--version"])
+    command_line()
+    assert sys.path[0] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pkg://geolora_pl//etc/passwd", "pkg://geolora_pl/../x", "pkg://__main__/x"])
+def test_a_file_of_a_package_lies_inside_of_it(name):
+    with pytest.raises(ValueError, match=r"leads out of the package|no package"):
+        in_package(name, "config")

@@ -233,3 +233,25 @@ def test_experts_that_stay_frozen_are_named(tmp_path, caplog):
 def test_the_callback_needs_nothing_of_lightning():
     code = "import sys; from geolora_pl import GeoLoRATrainerCallback; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=200).returncode == 0
+
+
+class Mine(GeoLoRATrainerCallback):
+    """A user's subclass, which the Trainer keeps by its own name."""
+
+
+def test_a_subclass_is_resumed_and_takes_the_best_model(tmp_path):
+    """A user's subclass failed at the end of the training, and could never be resumed."""
+    settings = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "load_best_model_at_end": True}
+    trainer_for(tmp_path, made(), Mine(adapt_every=5), **settings).train()
+    resumed = Mine(adapt_every=5)
+    trainer_for(tmp_path, made(), resumed, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert resumed.integrator.total_steps >= 5
+
+
+def test_the_ranks_of_one_training_are_not_logged_with_another_model(tmp_path):
+    """A user evaluates a fresh model with the callback of an earlier training: its ranks are not those."""
+    callback = GeoLoRATrainerCallback(adapt_every=5)
+    trainer_for(tmp_path / "a", made(), callback).train()
+    other = trainer_for(tmp_path / "b", made(), callback)
+    other.evaluate()
+    assert not any("rank/mean" in entry for entry in other.state.log_history)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ from geolora_pl import (
     import_peft,
     inject_adapters,
     load_adapter,
+    merge_adapters,
     save_adapter,
 )
 from geolora_pl.adapters.inject import find_adapters
@@ -297,3 +299,24 @@ def test_without_probes_nothing_is_left_to_do_after_a_retraction():
     optimizer.step()
     assert integrator.step(optimizer)
     assert not integrator.unfinished
+
+
+def test_a_merged_model_is_saved_by_its_own_method_with_all_of_its_arguments(tmp_path):
+    """A user saves a pipeline that looks at the signature of save_pretrained, which a warning must not hide."""
+
+    class Saves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def save_pretrained(self, folder, safe_serialization=True, variant=None):
+            return folder, safe_serialization, variant
+
+    model = Saves()
+    before = inspect.signature(model.save_pretrained)
+    inject_adapters(model)
+    assert inspect.signature(model.save_pretrained) == before
+    with pytest.warns(GeoLoRAWarning, match="from_pretrained does not know"):
+        assert model.save_pretrained("a", variant="fp16") == ("a", True, "fp16")
+    merge_adapters(model)
+    assert "save_pretrained" not in vars(model)
