@@ -117,6 +117,7 @@ class GeoLoRACallback(L.Callback):
         self.small_checkpoints = small_checkpoints
         self.adapter = adapter
         self._run: Run | None = None  # the fit that is under way, or else the last one
+        self._module: L.LightningModule | None = None  # of the trainer that called last
         self._restored: dict[str, Any] | None = None  # from a checkpoint, until the fit starts
 
     @property
@@ -138,8 +139,7 @@ class GeoLoRACallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters in before weights are loaded and optimizers are made."""
         check_compatible(trainer, self.small_checkpoints)
-        if self._run is not None and self._run.module is not pl_module:
-            self._run = None  # what it says is about another module
+        self._module = pl_module
         if stage == "fit":
             check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
@@ -296,7 +296,7 @@ class GeoLoRACallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The integrator's counters and the ranks so far, for a run that is resumed."""
-        return self._run.state_dict() if self._run else {}
+        return self._run.state_dict() if self._run and self._run.module is self._module else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the counters until the fit starts; strategies that shard restore after that."""

@@ -174,7 +174,7 @@ def results_printed(loggers, capfd):
 def test_names_and_folders_in_brackets_are_printed_as_they_are(folder, capfd):
     out = results_printed(CSVLogger("runs", name="x[lr=3]", version=""), capfd)
     assert out[:2] == ["test_f1[macro]: 0.5000", "test_f1[/x]: 0.2500"]
-    assert out[2].endswith("report --run runs/x[lr=3]/")
+    assert out[2].endswith("report --run 'runs/x[lr=3]/'"), "as a shell takes it"
 
 
 def test_a_closer_look_is_offered_where_there_is_one(folder, capfd):

@@ -154,3 +154,13 @@ def test_the_last_checkpoint_of_a_run_that_was_resumed_for_some_steps_more_has_n
     end = run(tmp_path / "last.ckpt", max_epochs=-1, max_steps=25)
     assert end["global_step"] == 25
     assert not any(value.any() for name, value in end["state_dict"].items() if name.endswith((".K", ".L")))
+
+
+def test_a_checkpoint_of_another_module_has_nothing_of_the_run_before_it(tmp_path):
+    """A callback follows a fit, and then a trainer that only validates another module saves that one."""
+    callback = GeoLoRACallback(adapter=ADAPTER)
+    trainer(callback).fit(Foreign(), loader())
+    second = trainer(callback)
+    second.validate(Foreign(), loader(), verbose=False)
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    assert not torch.load(tmp_path / "second.ckpt", weights_only=True)["callbacks"].get("GeoLoRACallback")
