@@ -126,13 +126,12 @@ class TextToImage(GeoLoRAModule):
         self.prior_weight = prior_weight
         self.caption_dropout = caption_dropout
         self.gradient_checkpointing = gradient_checkpointing
-        self.cache_latents = cache_latents
         self.prompts = prompts or []
         self.seed = seed
         self.inference_steps = inference_steps
         self.guidance_scale = guidance_scale
         self.similarity_model = similarity_model
-        self._latents = Latents()
+        self._latents = Latents(cache_latents)
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
@@ -197,7 +196,8 @@ class TextToImage(GeoLoRAModule):
         return make_pipeline(self.model_name, self.parts)
 
     def setup(self, stage: str) -> None:
-        """Load the model that compares images."""
+        """Forget the latents of earlier data, and load the model that compares images."""
+        self._latents.clear()
         if self.similarity_model is not None and stage != "predict" and not hasattr(self, "similarity"):
             # In a list, so that its weights are not in the checkpoints.
             self.similarity = [Similarity(self.similarity_model)]
@@ -273,8 +273,7 @@ class TextToImage(GeoLoRAModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean loss of the images, and with its weight that of the class images."""
-        indices = batch["indices"] if self.cache_latents else [-1] * len(batch["indices"])
-        mean, deviation = self._latents.moments(self.parts.vae, batch["images"], "train", indices)
+        mean, deviation = self._latents.moments(self.parts.vae, batch["images"], "train", batch["indices"])
         latents = mean + deviation * torch.randn_like(mean)
         noise = torch.randn_like(mean)
         steps = self.parts.scheduler.config.num_train_timesteps

@@ -174,6 +174,26 @@ def test_the_loss_of_held_out_images_is_a_number_of_the_model_alone(folders):
     assert len(set(values)) == 1
 
 
+def test_other_images_are_validated_by_their_own_latents(folders):
+    """A user validates one model on two folders: the second loss is that of the second folder."""
+    module, runs = task(folders), trainer(GeoLoRACallback())
+
+    def loss(module, folder):
+        data = DreamBooth(str(folders / folder), PROMPT, num_workers=0)
+        return runs.validate(module, data, verbose=False)[0]["val_loss"]
+
+    first, second = loss(module, "dog"), loss(module, "class")
+    assert first != second
+    assert second == loss(task(folders), "class")
+
+
+def test_no_latents_are_kept_of_held_out_images_either_where_none_are_wanted(folders):
+    for keep in (True, False):
+        module = task(folders, cache_latents=keep)
+        trainer(GeoLoRACallback()).validate(module, dogs(folders), verbose=False)
+        assert bool(len(module._latents)) == keep
+
+
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_diffusers_loads_the_lora_and_the_merged_pipeline(folders, tmp_path, kind, compact):
