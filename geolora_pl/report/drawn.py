@@ -33,7 +33,8 @@ def drawn_pictures(run: Path) -> str:
     Args:
         run: The folder of the run.
     """
-    steps = _spread(sorted(path for path in run.glob(f"{FOLDER}/step_*") if path.is_dir()), _COLUMNS)
+    folders = [path for path in run.glob(f"{FOLDER}/step_*") if path.name[5:].isdecimal() and path.is_dir()]
+    steps = _spread(sorted(folders), _COLUMNS)
     prompts = _prompts(steps[-1]) if steps else {}
     if not prompts:
         return ""
@@ -58,8 +59,9 @@ def _spread(paths: Sequence[Path], most: int) -> list[Path]:
 def _prompts(folder: Path) -> dict[str, str]:
     """The prompts of a step by the names of their files; none if their file is broken."""
     try:
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        # Not splitlines, which splits at characters that a prompt may hold, too.
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
         return {Path(row["file_name"]).name: str(row["text"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -91,7 +91,13 @@ def shrink(
         raise ValueError(f"{adapter} holds no LoRA of a linear layer")
     factors, said = _cut({name: factors_of(name, pair, config, Path(adapter)) for name, pair in sides.items()}, rule)
     loras, settings, names = lora_of(factors, 1.0, compact)
-    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith((SIDE_A, SIDE_B))}
+    # Without an adapter a layer is no longer wrapped, and what was trained in it has its own name again.
+    bare = {f"{PREFIX}{name}.base_layer": f"{PREFIX}{name}" for name in sides.keys() - names}
+    kept = {}
+    for key, tensor in tensors.items():
+        if not key.endswith((SIDE_A, SIDE_B)):
+            owner, _, last = key.rpartition(".")
+            kept[f"{bare.get(owner, owner)}.{last}"] = tensor
     for key, tensor in loras.items():
         kept[f"{PREFIX}{key}"] = tensor.to(sides[key.rpartition(".lora_")[0]]["A"].dtype)
     if len(names) < len(sides):  # PEFT is not to look for those of rank 0; an expression means whole names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
@@ -44,8 +45,9 @@ def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Te
         [0.001, 1.0]
     """
     snr = compute_snr(scheduler, timesteps)
-    scale = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr
-    weights: Tensor = snr.clamp_max(gamma) / scale
+    of_velocity = scheduler.config.prediction_type == "v_prediction"
+    # The second is min(SNR, gamma) / SNR, also where the SNR is 0.
+    weights: Tensor = snr.clamp_max(gamma) / (snr + 1) if of_velocity else (gamma / snr).clamp_max(1)
     return weights
 
 
@@ -77,12 +79,28 @@ def spread_timesteps(scheduler: DDPMScheduler, count: int) -> list[int]:
     return [(2 * part + 1) * steps // (2 * count) for part in range(count)]
 
 
-def fixed_noise(shape: torch.Size, seed: int, like: Tensor) -> Tensor:
-    """Noise that depends on nothing but its seed, not even on the device.
+def step_generator(rank: int, epoch: int, batch: int) -> torch.Generator:
+    """The random numbers of one batch in one process, from the seed of the run, which all processes share.
+
+    They follow from their place alone, so that a resumed run draws them again, and they are the same on every device.
 
     Args:
-        shape: The shape of the noise.
-        seed: At least 0.
-        like: A tensor of the device and type that it gets.
+        rank: The number of the process, from 0.
+        epoch: From 0.
+        batch: The number of the batch in its epoch, from 0.
+
+    Returns:
+        A generator on the CPU.
     """
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(like)
+    place = np.random.SeedSequence([torch.initial_seed(), rank, epoch, batch])
+    return torch.Generator().manual_seed(int(place.generate_state(1)[0]))
+
+
+def noise_like(like: Tensor, numbers: torch.Generator) -> Tensor:
+    """Noise that depends on nothing but its numbers, not even on the device.
+
+    Args:
+        like: A tensor of the shape, device and type that it gets.
+        numbers: A generator on the CPU.
+    """
+    return torch.randn(like.shape, generator=numbers).to(like)

@@ -76,6 +76,26 @@ def write_picture(picture: Image.Image, path: Path) -> None:
         picture.save(unfinished, format="PNG")
 
 
+def check_lengths(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Refuse prompts that the text encoder would see only a part of.
+
+    Args:
+        tokenizer: Of the text encoder; it knows how many tokens that takes.
+        prompts: Any number of them.
+
+    Raises:
+        ValueError: One is too long.
+    """
+    most = tokenizer.model_max_length
+    lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
+    if long := [(prompt, n) for prompt, n in zip(prompts, lengths, strict=True) if n > most]:
+        prompt, length = long[0]
+        raise ValueError(
+            f"the prompt {prompt[:80]!r} has {length} tokens and the text encoder takes {most} ({len(long)} such "
+            "prompts): shorten it"
+        )
+
+
 def draw_files(
     draw: Callable[[Sequence[str], Sequence[int]], list[Image.Image]],
     paths: Mapping[int, Path],

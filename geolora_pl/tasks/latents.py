@@ -16,13 +16,21 @@ class Latents:
 
     Images that are kept are encoded one by one, so that their latents do not depend on what else is in the batch: a
     resumed run encodes them in another order and gets the same bits.
+
+    Args:
+        keep: Whether any are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
         self._kept: dict[tuple[str, int], Moments] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget all images: others may have the same indices from now on."""
+        self._kept.clear()
 
     @torch.no_grad()
     def moments(self, vae: AutoencoderKL, images: Tensor, split: str, indices: Sequence[int]) -> Moments:
@@ -37,7 +45,7 @@ class Latents:
         Returns:
             Two tensors (batch, channels, height / factor, width / factor).
         """
-        if max(indices) < 0:
+        if not self.keep or max(indices) < 0:
             return _encode(vae, images)
         found = []
         for image, index in zip(images, indices, strict=True):

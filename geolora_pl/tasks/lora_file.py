@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ def save_lora(pipeline_class: Any, parts: Mapping[str, nn.Module], folder: Path,
     Raises:
         ValueError: Something was trained that such a file cannot hold.
     """
+    for name, part in parts.items():
+        if not has_adapters(part):
+            _refuse_others(name, [key for key, parameter in part.named_parameters() if parameter.requires_grad])
     loras = {name: as_lora(part, compact=compact) for name, part in parts.items() if has_adapters(part)}
     layers: dict[str, Any] = {}
     for name, lora in loras.items():
-        _refuse_others(name, lora)
+        _refuse_others(name, [*lora.extra, *(key for key in lora.tensors if ".lora_embedding_" in key)])
         # Such files call a layer of a text encoder as it was called before its model lost the outer wrapper.
         prefix = "" if name == "unet" or hasattr(parts[name], "text_model") else "text_model."
         # The names are those of PEFT throughout: diffusers tells by the first one how all others are to be read, and
@@ -45,9 +48,8 @@ def save_lora(pipeline_class: Any, parts: Mapping[str, nn.Module], folder: Path,
     return max(lora.rank for lora in loras.values())
 
 
-def _refuse_others(name: str, lora: Lora) -> None:
-    embeddings = [key for key in lora.tensors if ".lora_embedding_" in key]
-    if others := [*lora.extra, *embeddings]:
+def _refuse_others(name: str, others: Sequence[str]) -> None:
+    if others:
         raise ValueError(
             f"{name}.{others[0]} was trained, which a LoRA file of diffusers cannot hold: take peft or merged"
         )

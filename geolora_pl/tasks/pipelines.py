@@ -88,9 +88,14 @@ class Parts:
 
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """The complete configuration of every part, as plain values."""
+        """The configuration of every part, as plain values; of the scheduler what its model says.
+
+        What a model leaves open of its scheduler is a default of each class of schedulers, not a choice for all.
+        """
         of_diffusers = {"unet": self.unet, "vae": self.vae, "scheduler": self.scheduler}
         configs = {name: _plain(part.config) for name, part in of_diffusers.items()}
+        for name in self.scheduler.config.get("_use_default_values", []):
+            configs["scheduler"].pop(name, None)
         return configs | {name: plain_config(encoder.config) for name, encoder in self.encoders.items()}
 
 

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.lightning.internals import datamodule_of
 from geolora_pl.lightning.module import GeoLoRAModule
-from geolora_pl.tasks.denoising import fixed_noise, mean_with_prior, snr_weights, spread_timesteps, target
-from geolora_pl.tasks.drawing import PictureWriter, as_tensor, base_alone, draw, draw_files, show_drawn
+from geolora_pl.tasks.denoising import (
+    mean_with_prior,
+    noise_like,
+    snr_weights,
+    spread_timesteps,
+    step_generator,
+    target,
+)
+from geolora_pl.tasks.drawing import PictureWriter, as_tensor, base_alone, check_lengths, draw, draw_files, show_drawn
 from geolora_pl.tasks.latents import Latents
 from geolora_pl.tasks.lora_file import save_lora
 from geolora_pl.tasks.pipelines import Parts, configs_from_checkpoint, load_parts, make_pipeline, quiet
@@ -126,13 +133,12 @@ class TextToImage(GeoLoRAModule):
         self.prior_weight = prior_weight
         self.caption_dropout = caption_dropout
         self.gradient_checkpointing = gradient_checkpointing
-        self.cache_latents = cache_latents
         self.prompts = prompts or []
         self.seed = seed
         self.inference_steps = inference_steps
         self.guidance_scale = guidance_scale
         self.similarity_model = similarity_model
-        self._latents = Latents()
+        self._latents = Latents(cache_latents)
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
@@ -153,8 +159,13 @@ class TextToImage(GeoLoRAModule):
         """Load the parts; those that may be adapted are the model, and the others lie beside it.
 
         Raises:
-            ValueError: The pipeline is not there or cannot be adapted, or the size does not suit it.
+            ValueError: The pipeline is not there or cannot be adapted, the size does not suit it, or the strategy
+                shards the model.
         """
+        if self.device_mesh is not None:
+            raise ValueError(
+                "strategy=ModelParallelStrategy shards a model that TextToImage calls part by part: take ddp"
+            )
         self.parts = parts = load_parts(self.model_name, self.model_args, self.pretrained)
         # From now on the checkpoints hold the weights, and must load without the folder and without the hub.
         self.hparams["pretrained"], self.hparams["model_args"] = False, parts.configs
@@ -197,7 +208,8 @@ class TextToImage(GeoLoRAModule):
         return make_pipeline(self.model_name, self.parts)
 
     def setup(self, stage: str) -> None:
-        """Load the model that compares images."""
+        """Forget the latents of earlier data, and load the model that compares images."""
+        self._latents.clear()
         if self.similarity_model is not None and stage != "predict" and not hasattr(self, "similarity"):
             # In a list, so that its weights are not in the checkpoints.
             self.similarity = [Similarity(self.similarity_model)]
@@ -205,29 +217,14 @@ class TextToImage(GeoLoRAModule):
     def on_fit_start(self) -> None:
         """Refuse prompts that are too long, and draw the class images that are missing."""
         data = datamodule_of(self)
-        self.check_prompts([*self.prompts, *getattr(data, "prompts", [])])
-        missing: dict[int, Path] = getattr(data, "missing_class_images", dict)()
+        check_lengths(self.pipeline.tokenizer, [*self.prompts, *getattr(data, "prompts", [])])
+        # The list of the first process for all: one that looks late would find what others have drawn meanwhile.
+        missing: dict[int, Path] = self.trainer.strategy.broadcast(getattr(data, "missing_class_images", dict)())
         if missing:
             with base_alone(self.model):
                 mine = list(missing)[self.global_rank :: self.trainer.world_size]
                 draw_files(self.draw, {number: missing[number] for number in mine}, data.class_prompt)
-            self.trainer.strategy.barrier()
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the text encoder would see only a part of.
-
-        Raises:
-            ValueError: There is one.
-        """
-        tokenizer = self.pipeline.tokenizer
-        most = tokenizer.model_max_length
-        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
-        if long := [(prompt, n) for prompt, n in zip(prompts, lengths, strict=True) if n > most]:
-            prompt, length = long[0]
-            raise ValueError(
-                f"the prompt {prompt[:80]!r} has {length} tokens and the text encoder takes {most} ({len(long)} such "
-                "prompts): shorten it"
-            )
+        self.trainer.strategy.barrier("class images")
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Draw an image for each prompt, with its own seed."""
@@ -271,15 +268,15 @@ class TextToImage(GeoLoRAModule):
         error: Tensor = self(noisy, timesteps, condition).float() - target(scheduler, latents, noise, timesteps).float()
         return error.square().flatten(1).mean(1)
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the images, and with its weight that of the class images."""
-        indices = batch["indices"] if self.cache_latents else [-1] * len(batch["indices"])
-        mean, deviation = self._latents.moments(self.parts.vae, batch["images"], "train", indices)
-        latents = mean + deviation * torch.randn_like(mean)
-        noise = torch.randn_like(mean)
+        mean, deviation = self._latents.moments(self.parts.vae, batch["images"], "train", batch["indices"])
+        numbers = step_generator(self.global_rank, self.current_epoch, batch_idx)
+        latents = mean + deviation * noise_like(mean, numbers)
+        noise = noise_like(mean, numbers)
         steps = self.parts.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(steps, (len(mean),), device=mean.device)
-        kept = torch.rand(len(mean)) >= self.caption_dropout
+        timesteps = torch.randint(steps, (len(mean),), generator=numbers).to(mean.device)
+        kept = torch.rand(len(mean), generator=numbers) >= self.caption_dropout
         prompts = [prompt if keep else "" for prompt, keep in zip(batch["prompts"], kept.tolist(), strict=True)]
         losses = self.losses(latents, noise, timesteps, self.encode(prompts, batch["geometry"]))
         if self.min_snr_gamma is not None:
@@ -292,7 +289,7 @@ class TextToImage(GeoLoRAModule):
         """Log the loss of held-out images at fixed timesteps with fixed noise."""
         mean, _ = self._latents.moments(self.parts.vae, batch["images"], "val", batch["indices"])
         condition = self.encode(batch["prompts"], batch["geometry"])
-        noise = torch.cat([fixed_noise(mean[:1].shape, index, mean) for index in batch["indices"]])
+        noise = torch.cat([noise_like(mean[:1], torch.Generator().manual_seed(index)) for index in batch["indices"]])
         losses = [
             self.losses(mean, noise, torch.full((len(mean),), timestep, device=mean.device), condition)
             for timestep in spread_timesteps(self.parts.scheduler, _VAL_TIMESTEPS)
@@ -312,7 +309,7 @@ class TextToImage(GeoLoRAModule):
 
     def on_predict_start(self) -> None:
         """Refuse prompts that are too long."""
-        self.check_prompts(getattr(datamodule_of(self), "prompts", []))
+        check_lengths(self.pipeline.tokenizer, getattr(datamodule_of(self), "prompts", []))
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Return the drawn images (batch, 3, height, width), of uint8; the seed of an image follows from its number."""

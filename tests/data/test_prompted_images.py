@@ -6,6 +6,7 @@ import pytest
 import torch
 from foreign import Foreign, trainer
 from PIL import Image
+from torchvision.transforms import functional as F
 
 from benchmarks.diffusion.tiny_pipeline import draw_subject
 from geolora_pl.data import CaptionedImages, DreamBooth, PromptFile
@@ -83,6 +84,21 @@ def test_a_random_crop_or_flip_has_no_index_and_follows_the_seed(dog):
             found.append(batch["images"])
         assert torch.equal(found[0], found[1])
         assert not torch.equal(found[0], found[2])
+
+
+def test_the_left_edge_that_is_told_of_a_mirrored_crop_is_that_in_the_mirrored_image(tmp_path):
+    """A user flips and crops at random: the crop is where its geometry says in the image that the model sees."""
+    image = Image.linear_gradient("L").rotate(90).resize((40, 16))
+    (tmp_path / "wide").mkdir()
+    for name in "ab":
+        image.save(tmp_path / "wide" / f"{name}.png")
+    data = ready(DreamBooth(str(tmp_path / "wide"), PROMPT, crop="random", flip=1.0, num_workers=0))
+    mirrored = F.hflip(F.to_tensor(image.convert("RGB"))) * 2 - 1
+    for seed in range(4):
+        torch.manual_seed(seed)
+        (batch,) = data.train_dataloader()
+        left = int(batch["geometry"][0, 3])
+        assert torch.equal(batch["images"][0], mirrored[:, :, left : left + 16])
 
 
 def test_exif_and_alpha_are_as_in_the_other_sources(tmp_path):

@@ -113,6 +113,24 @@ def test_a_lora_keeps_the_best_of_each_layer_and_peft_loads_it(lora, tmp_path, h
     assert all(side.dtype == torch.float64 for side in sides)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_trained_bias_of_a_layer_that_loses_its_adapter_stays(tmp_path, compact):
+    """A user trained with bias="all": PEFT finds the bias of each layer, also where no adapter is left."""
+    model = get_peft_model(base(), LoraConfig(r=3, lora_alpha=3, target_modules=["0", "2"], bias="all"))
+    wanted = base()
+    with torch.no_grad():
+        for name, (U, sigma, V) in updates().items():
+            layer = model.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(V.mT)
+            layer.lora_B["default"].weight.copy_(U * sigma)
+            layer.base_layer.bias += 1
+            wanted.get_submodule(name).bias += 1
+        wanted[0].weight += updates()["0"][0][:, :1] * SPECTRA["0"][0] @ updates()["0"][2][:, :1].mT
+    model.save_pretrained(tmp_path / "lora")
+    shrink(tmp_path / "lora", tmp_path / "small", tau=0.3, budget=30, compact=compact)
+    close(PeftModel.from_pretrained(base(), tmp_path / "small")(X), wanted(X))
+
+
 def test_an_adapter_of_rank_0_is_shrunk_again_in_place(file):
     shrink(file, file, budget=30, overwrite=True)
     assert shrink(file, file, tau=0.1, overwrite=True) == (22, 22, 0.0, 1)

@@ -29,6 +29,7 @@ from geolora_pl.lightning.export import export
 from geolora_pl.lightning.loading import load_module
 from geolora_pl.lightning.predictions import predict
 from geolora_pl.loggers import CSVLogger
+from geolora_pl.report.drawn import drawn_pictures
 from geolora_pl.report.write import write_report
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,7 +37,7 @@ diffusers = pytest.importorskip("diffusers")
 from geolora_pl.data import DreamBooth, PromptFile  # noqa: E402
 from geolora_pl.storage.plain_file import write_weights  # noqa: E402
 from geolora_pl.tasks import TextToImage  # noqa: E402
-from geolora_pl.tasks.denoising import snr_weights, target  # noqa: E402
+from geolora_pl.tasks.denoising import snr_weights, step_generator, target  # noqa: E402
 from geolora_pl.tasks.drawing import base_alone  # noqa: E402
 from geolora_pl.tasks.internals import save_config_for_hf  # noqa: E402
 
@@ -114,16 +115,17 @@ def test_the_loss_is_the_error_of_the_noise_and_class_images_have_a_weight(folde
     batch = batch_of(module, with_class(folders, batch_size=2))
     assert batch["is_prior"].tolist() == [False, False, True, True]
     assert batch["prompts"] == [PROMPT, PROMPT, "a photo of a dog", "a photo of a dog"]
-    torch.manual_seed(3)
-    loss = module.training_step(batch)
-    torch.manual_seed(3)
+    loss = module.training_step(batch, 4)
+    numbers = step_generator(rank=0, epoch=0, batch=4)
     pipeline, scheduler = module.pipeline, module.parts.scheduler
     with torch.no_grad():
         encoded = torch.cat([pipeline.vae.encode(image[None]).latent_dist.mean for image in batch["images"]])
         spread = torch.cat([pipeline.vae.encode(image[None]).latent_dist.std for image in batch["images"]])
-        latents = (encoded + spread * torch.randn_like(encoded)) * pipeline.vae.config.scaling_factor
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(1000, (4,))
+        latents = (
+            encoded + spread * torch.randn(encoded.shape, generator=numbers)
+        ) * pipeline.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=numbers)
+        timesteps = torch.randint(1000, (4,), generator=numbers)
         states = pipeline.encode_prompt(batch["prompts"], "cpu", 1, False)[0]
         predicted = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
         expected = F.mse_loss(predicted[:2], noise[:2]) + 0.5 * F.mse_loss(predicted[2:], noise[2:])
@@ -150,6 +152,31 @@ def test_min_snr_weights_are_those_of_the_error_of_the_clean_latents(kind):
     close(weighted.double(), expected, within=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_min_snr_weights_are_finite_where_there_is_nothing_but_noise(kind, expected):
+    scheduler = diffusers.DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+    assert snr_weights(scheduler, torch.tensor([999]), 5.0).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_every_process_epoch_and_batch_draws_numbers_of_its_own_and_draws_them_again(folders):
+    """A user trains on several GPUs: processes that share a seed and a batch must not share the noise."""
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    drawn = [torch.rand(2, generator=step_generator(*place)).tolist() for place in places * 2]
+    assert len({tuple(numbers) for numbers in drawn}) == len(places)
+    assert drawn[:4] == drawn[4:]
+    losses = []
+    module = task(folders, caption_dropout=0.5)
+    module.configure_model()
+    batch = batch_of(module, dogs(folders))
+    for rank in (0, 1, 0):
+        torch.manual_seed(3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TextToImage, "global_rank", rank)
+            losses.append(module.training_step(batch, 0).item())
+    assert losses[0] != losses[1]
+    assert losses[0] == losses[2]
+
+
 def test_latents_are_kept_only_where_nothing_random_precedes_them(folders):
     for settings, of_task, kept in (
         ({}, {}, 3),
@@ -160,7 +187,7 @@ def test_latents_are_kept_only_where_nothing_random_precedes_them(folders):
         module = task(folders, **of_task)
         module.configure_model()
         data = dogs(folders, batch_size=3, **settings)
-        module.training_step(batch_of(module, data))
+        module.training_step(batch_of(module, data), 0)
         assert len(module._latents) == kept
 
 
@@ -172,6 +199,26 @@ def test_the_loss_of_held_out_images_is_a_number_of_the_model_alone(folders):
         runs = trainer(GeoLoRACallback())
         values += [runs.validate(module, dogs(folders), verbose=False)[0]["val_loss"] for _ in range(2)]
     assert len(set(values)) == 1
+
+
+def test_other_images_are_validated_by_their_own_latents(folders):
+    """A user validates one model on two folders: the second loss is that of the second folder."""
+    module, runs = task(folders), trainer(GeoLoRACallback())
+
+    def loss(module, folder):
+        data = DreamBooth(str(folders / folder), PROMPT, num_workers=0)
+        return runs.validate(module, data, verbose=False)[0]["val_loss"]
+
+    first, second = loss(module, "dog"), loss(module, "class")
+    assert first != second
+    assert second == loss(task(folders), "class")
+
+
+def test_no_latents_are_kept_of_held_out_images_either_where_none_are_wanted(folders):
+    for keep in (True, False):
+        module = task(folders, cache_latents=keep)
+        trainer(GeoLoRACallback()).validate(module, dogs(folders), verbose=False)
+        assert bool(len(module._latents)) == keep
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -237,6 +284,16 @@ def test_what_a_lora_file_cannot_hold_is_refused(folders, tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_what_was_trained_in_a_part_without_adapters_is_refused(folders, tmp_path):
+    """A user trains layers of the text encoder in full beside a UNet with adapters: nothing is lost silently."""
+    adapter = AdapterConfig(target_modules=["to_q"], modules_to_save=["final_layer_norm"])
+    module = task(folders, adapter=adapter, train_text_encoder=True)
+    module.configure_model()
+    ckpt = save(module, tmp_path / "run.ckpt", "geolora_pl.tasks.TextToImage")
+    with pytest.raises(ValueError, match=r"text_encoder\..*final_layer_norm.* was trained, which a LoRA file"):
+        export(ckpt, "diffusers", tmp_path / "lora")
+
+
 def test_a_resumed_run_equals_one_run(folders, tmp_path):
     def run(folder, ckpt_path=None, seed=0):
         L.seed_everything(seed, verbose=False)
@@ -267,6 +324,20 @@ def test_a_checkpoint_is_loaded_without_data_and_folder(folders, tmp_path):
     assert torch.equal(loaded(x, t, condition), module(x, t, condition))
     with pytest.raises(ValueError, match="a file does not decide what is fetched"):
         loaded.draw([PROMPT], [0])
+
+
+def test_a_module_of_a_checkpoint_samples_at_the_same_timesteps(folders, tmp_path):
+    """A pipeline of the hub need not say how its timesteps are spaced, and each scheduler has a default of its own."""
+    shutil.copytree(folders / "sd", tmp_path / "sd")
+    file = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in said.items() if name != "timestep_spacing"}))
+    module = TextToImage(str(tmp_path / "sd"), **QUICK)
+    module.configure_model()
+    path = save(module, tmp_path / "run.ckpt")
+    loaded = TextToImage.load_from_checkpoint(path, model_name=str(tmp_path / "sd"))
+    spacings = [one.pipeline.scheduler.config.timestep_spacing for one in (module, loaded)]
+    assert spacings == ["linspace"] * 2
 
 
 @pytest.mark.parametrize(
@@ -334,6 +405,39 @@ def test_class_images_are_drawn_once_by_the_base_model(folders, tmp_path):
     trainer(GeoLoRACallback(adapt_every=1), max_steps=2).fit(task(folders), fresh)
     assert [path.read_bytes() for path in drawn] == content
     assert drawn[0].stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_all_processes_share_the_list_of_the_class_images_that_the_first_misses(folders, tmp_path, missing):
+    """A user trains on several GPUs: what a process finds when it looks late must not change what is drawn."""
+    runs = trainer(GeoLoRACallback(adapt_every=1), max_steps=1)
+    met = []
+    of_first = {1: tmp_path / "drawn_0001.png"} if missing else {}
+    broadcast, barrier = runs.strategy.broadcast, runs.strategy.barrier
+    runs.strategy.broadcast = lambda value, src=0: of_first if isinstance(value, dict) else broadcast(value, src)
+    runs.strategy.barrier = lambda name=None: met.append(name) or barrier(name)
+    runs.fit(task(folders), with_class(folders))  # of which none is missing here
+    assert [path.name for path in tmp_path.glob("*.png")] == ["drawn_0001.png"] * missing
+    assert "class images" in met
+
+
+def test_sharded_models_are_refused_in_one_sentence(folders, monkeypatch):
+    monkeypatch.setattr(TextToImage, "device_mesh", object())
+    with pytest.raises(ValueError, match=r"strategy=ModelParallelStrategy .*: take ddp$"):
+        trainer(GeoLoRACallback()).fit(task(folders), dogs(folders))
+
+
+def test_a_report_shows_prompts_with_any_character_and_passes_over_other_folders(tmp_path):
+    steps = tmp_path / "drawn"
+    for name in ("step_00000003", "step_old"):
+        (steps / name).mkdir(parents=True)
+        (steps / name / "metadata.jsonl").write_text(
+            json.dumps({"file_name": "0.png", "text": "a\u2028dog"}, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        Image.new("RGB", (4, 4)).save(steps / name / "0.png")
+    table = drawn_pictures(tmp_path)
+    assert table.count("<img") == 1
+    assert "a\u2028dog" in table
 
 
 def test_prompts_are_drawn_while_it_trains_and_a_report_shows_them(folders, tmp_path):

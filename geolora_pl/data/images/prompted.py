@@ -204,7 +204,7 @@ class _Crops(Dataset[list[Batch]]):
             left, top = spare_x // 2, spare_y // 2
         cropped = F.crop(resized, top, left, self.size, self.size)
         if self.flip and float(torch.rand(())) < self.flip:
-            cropped = F.hflip(cropped)
+            cropped, left = F.hflip(cropped), spare_x - left  # the place in the mirrored image
         is_fixed = self.flip == 0 and (self.crop == "center" or spare_x == spare_y == 0)
         return {
             "images": F.to_tensor(cropped) * 2 - 1,
