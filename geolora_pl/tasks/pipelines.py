@@ -179,6 +179,13 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
         absent.extend(f"{name}.{key}" for key in report["missing_keys"])
         return model
 
+    with _from(model_name):
+        noise = DDPMScheduler.load_config(source, subfolder="scheduler", local_files_only=local)
+    if "beta_start" not in noise and not noise.get("trained_betas"):
+        raise ValueError(
+            f"model_name={model_name!r} has the schedule of a {noise.get('_class_name')}, without betas: only models "
+            "that were trained on those of DDPM can be adapted"
+        )
     with _from(model_name), torch.device("cpu"):
         parts = Parts(
             kind,
@@ -213,6 +220,8 @@ def _refuse_other_inputs(parts: Parts, model_name: str) -> None:
             f"model_name={model_name!r}: the UNet takes {unet.in_channels} channels and the VAE makes {latents}: a "
             "model for inpainting, depth or upscaling cannot be adapted"
         )
+    if parts.vae.config.latents_mean is not None or parts.vae.config.shift_factor is not None:
+        raise ValueError(f"model_name={model_name!r}: the VAE shifts its latents, which this task does not")
     if unet.class_embed_type is not None or unet.num_class_embeds is not None:
         raise ValueError(f"model_name={model_name!r}: the UNet needs class labels, which this task does not give it")
     if (predicted := parts.scheduler.config.prediction_type) not in _PREDICTED:

@@ -542,6 +542,15 @@ def test_pipelines_that_cannot_be_adapted_are_refused_in_one_sentence(folders, t
     refused(TextToImage(str(tmp_path / "inpaint")), "the UNet takes 9 channels and the VAE makes 4")
     save_tiny_pipeline(tmp_path / "sample", prediction_type="sample")
     refused(TextToImage(str(tmp_path / "sample")), "it predicts 'sample', and only epsilon and v_prediction")
+    for name, part, changed, message in (
+        ("edm", "scheduler/scheduler_config.json", None, "has the schedule of a EDM, without betas"),
+        ("shifted", "vae/config.json", {"latents_mean": [0.0] * 4}, "the VAE shifts its latents"),
+    ):
+        save_tiny_pipeline(tmp_path / name)
+        config = json.loads((tmp_path / name / part).read_text())
+        config = {"_class_name": "EDM", "sigma_data": 0.5} if changed is None else config | changed
+        (tmp_path / name / part).write_text(json.dumps(config))
+        refused(TextToImage(str(tmp_path / name)), message)
     refused(task(folders, size=15), "size=15 cannot be halved 1 times, as the VAE does: take a multiple of 2")
     refused(task(folders, pretrained=False), r"pretrained=False: model_args has configurations of \[\]")
     refused(task(folders, model_args={"u_net": {}}), r"model_args=\['u_net'\]: the parts of this pipeline are")
