@@ -122,6 +122,8 @@ class GeoLoRACLI(CheckpointAwareCLI):
         path = config.get("ckpt_path")
         if not path or _is_left_to_lightning(path, config):
             return
+        if subcommand == "fit" and "://" in path:
+            return  # Lightning fetches it, and nothing is taken from it here
         checkpoint = read_checkpoint(path, mmap=True)
         module_class = None if subcommand == "fit" else find_class(config.model.class_path)
         if module_class is not None and issubclass(module_class, GeoLoRAModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,3 +164,30 @@ def usual_cadence(steps: float) -> int:
         (1, 5, 10)
     """
     return 10 if steps >= 100 else max(1, int(steps // 10))
+
+
+def ranks_of_each_by_budget(
+    sigmas: Mapping[str, Tensor], ranks: Mapping[str, int], costs: Mapping[str, int], budget: int, min_rank: int = 0
+) -> dict[str, int]:
+    """The same of single adapters by name, whose ranks are numbers on the host.
+
+    Args:
+        sigmas: The singular values (k,), descending, of each adapter.
+        ranks: The most that each may have, at most k.
+        costs: Parameters that one rank of each takes, ``m + n``.
+        budget: Parameters in all.
+        min_rank: The least rank of each, or what it has if that is less.
+
+    Example:
+        >>> sigmas = {"a": torch.tensor([3.0, 2.0]), "b": torch.tensor([2.5, 0.1])}
+        >>> ranks_of_each_by_budget(sigmas, {"a": 2, "b": 2}, {"a": 10, "b": 10}, budget=30)
+        {'a': 2, 'b': 1}
+    """
+    within = ranks_by_budget(
+        [sigma.cpu()[None] for sigma in sigmas.values()],
+        [torch.tensor([ranks[name]]) for name in sigmas],
+        [costs[name] for name in sigmas],
+        budget,
+        [torch.tensor([min(ranks[name], min_rank)]) for name in sigmas],
+    )
+    return {name: int(rank) for name, rank in zip(sigmas, within, strict=True)}

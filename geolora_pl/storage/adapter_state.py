@@ -17,7 +17,7 @@ from geolora_pl.adapters.statistics import changed_buffers, running_statistics
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.math.precision import exact_products
-from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
+from geolora_pl.math.ranks import RankRule, ranks_by_tau, ranks_of_each_by_budget, resolution
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
 
 
@@ -119,15 +119,9 @@ def retracted(adapters: Mapping[str, GeoLoRALayer]) -> dict[str, Factors]:
         points = {name: _point(layer) for name, layer in adapters.items()}
         ranks = {name: _rank(layer, points[name], rule) for name, layer in adapters.items()}
     if rule is not None and rule.budget is not None:
-        least = {name: min(rank, rule.min_rank) for name, rank in ranks.items()}
-        within = ranks_by_budget(
-            [points[name].sigma.cpu()[None] for name in adapters],
-            [torch.tensor([ranks[name]]) for name in adapters],
-            [layer.in_features + layer.out_features for layer in adapters.values()],
-            rule.budget,
-            [torch.tensor([least[name]]) for name in adapters],
-        )
-        ranks = {name: int(rank) for name, rank in zip(adapters, within, strict=True)}
+        sigmas = {name: point.sigma for name, point in points.items()}
+        costs = {name: layer.in_features + layer.out_features for name, layer in adapters.items()}
+        ranks = ranks_of_each_by_budget(sigmas, ranks, costs, rule.budget, rule.min_rank)
     return {
         name: Factors(U[:, :r].clone(), S[:r, :r].clone(), V[:, :r].clone())
         for name, (U, S, V, _, _) in points.items()

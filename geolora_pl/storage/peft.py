@@ -27,6 +27,7 @@ from geolora_pl.storage.adapter_state import (
 )
 from geolora_pl.storage.atomic import atomic
 from geolora_pl.storage.fingerprint import base_parameters
+from geolora_pl.storage.plain_file import plain_copies
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -212,14 +213,14 @@ def write_folder(out_dir: Path, config: Mapping[str, Any], tensors: Mapping[str,
 
 
 def fit_to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that a file can hold: on the CPU, contiguous, each with memory of its own.
+    """Copies of finite tensors that a file can hold.
 
     Raises:
         ValueError: A value is not finite.
     """
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} is not finite, so nothing is exported: go back to a checkpoint before it")
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return plain_copies(tensors)
 
 
 def server_rank(rank: int) -> str:

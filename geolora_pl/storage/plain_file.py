@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 def write_weights(model: nn.Module, path: str | Path) -> None:
@@ -19,8 +20,11 @@ def write_weights(model: nn.Module, path: str | Path) -> None:
         model: A model without adapters.
         path: The file.
     """
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+    save_file(plain_copies(model.state_dict()), path, {"format": "pt"})
+
+
+def plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that a safetensors file can hold: on the CPU, contiguous, each with memory of its own."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    save_file(tensors, path, {"format": "pt"})

@@ -11,7 +11,7 @@ import torch
 
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import exact_products
-from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
+from geolora_pl.math.ranks import RankRule, ranks_by_tau, ranks_of_each_by_budget, resolution
 from geolora_pl.storage.adapter_file import read_adapter, write_adapter
 from geolora_pl.storage.adapter_state import Factors, alternation
 from geolora_pl.storage.atomic import refuse_existing
@@ -115,17 +115,12 @@ def _cut(factors: Mapping[str, Factors], rule: RankRule) -> tuple[dict[str, Fact
         for name, (_, sigma, _) in spectra.items()
     }
     if rule.budget is not None:
-        within = ranks_by_budget(
-            [sigma[None] for _, sigma, _ in spectra.values()],
-            [torch.tensor([ranks[name]]) for name in spectra],
-            list(sizes.values()),
-            rule.budget,
-            [torch.tensor([0]) for _ in spectra],
-        )
-        if any(ranks.values()) and not any(within):
+        sigmas = {name: sigma for name, (_, sigma, _) in spectra.items()}
+        within = ranks_of_each_by_budget(sigmas, ranks, sizes, rule.budget)
+        if any(ranks.values()) and not any(within.values()):
             least = min(sizes[name] for name, rank in ranks.items() if rank)
             raise ValueError(f"budget={rule.budget} leaves nothing: one direction takes {least} parameters at least")
-        ranks = {name: int(rank) for name, rank in zip(spectra, within, strict=True)}
+        ranks = within
     smaller: dict[str, Factors] = {}
     for name, (U, S, V) in factors.items():
         P, sigma, Qh = spectra[name]
