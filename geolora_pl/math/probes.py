@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geolora_pl.math.decomposition import factored, first, project_out, svd, without_probes
+from geolora_pl.math.decomposition import first, project_out, svd
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.math.transport import outside_tangent_space
 
@@ -32,7 +32,7 @@ class Augmentation(NamedTuple):
         sigma: (B, k), all singular values of the point plus its pending step, descending, k at most 2 R.
         P_U: (B, c, k), the coordinates of its left singular vectors.
         P_V: (B, d, k), those of its right ones.
-        R_U: (B, c, 2 R + 3 p), the coordinates of ``[U S + K | U | K_p | U_p | random]``.
+        R_U: (B, c, 2 R + 3 p), the coordinates of ``[U | K | K_p | U_p | random]``.
         R_V: (B, d, 2 R + 3 p), those of ``[V | L | V_p | L_p | random]``.
     """
 
@@ -60,15 +60,16 @@ def augment(
         L: (B, n, p + R).
         random: Numbers of shape (..., m, p) and (..., n, p); ``None`` to leave out the probes as well.
     """
-    A, B = factored(*without_probes(U, S, V, K, L))
-    rank = A.shape[-1]
+    rank, probes = S.shape[-1], U.shape[-1] - S.shape[-1]
+    of_U, of_V = [U[..., probes:], K[..., probes:]], [V[..., probes:], L[..., probes:]]
     if random is not None:
-        probes = U.shape[-1] - S.shape[-1]
         more_U, more_V = (numbers.expand(len(U), -1, -1) for numbers in random)
-        A = torch.cat([A, K[..., :probes], U[..., :probes], more_U], dim=-1)
-        B = torch.cat([B, V[..., :probes], L[..., :probes], more_V], dim=-1)
-    (Q_U, R_U), (Q_V, R_V) = torch.linalg.qr(A), torch.linalg.qr(B)
-    left, sigma, right = _triplets(R_U[..., :rank, :rank] @ R_V[..., :rank, :rank].mT)
+        of_U += [K[..., :probes], U[..., :probes], more_U]
+        of_V += [V[..., :probes], L[..., :probes], more_V]
+    (Q_U, R_U), (Q_V, R_V) = torch.linalg.qr(torch.cat(of_U, dim=-1)), torch.linalg.qr(torch.cat(of_V, dim=-1))
+    at_U, at_K = R_U[..., : 2 * rank, : 2 * rank].split(rank, dim=-1)
+    at_V, at_L = R_V[..., : 2 * rank, : 2 * rank].split(rank, dim=-1)
+    left, sigma, right = _triplets((at_U @ S + at_K) @ at_V.mT + at_U @ at_L.mT)
     P_U, P_V = (F.pad(x, (0, 0, 0, R.shape[-2] - x.shape[-2])) for x, R in ((left, R_U), (right, R_V)))
     return Augmentation(Q_U, Q_V, sigma, P_U, P_V, R_U, R_V)
 
@@ -104,7 +105,7 @@ def directions(at: Augmentation, probes: int, kept: Tensor) -> Directions:
     R = (at.R_U.shape[-1] - 3 * probes) // 2
     K, U_p, random_U = at.R_U[..., 2 * R :].split(probes, dim=-1)
     V_p, L, random_V = at.R_V[..., 2 * R :].split(probes, dim=-1)
-    U, V = at.R_U[..., R : 2 * R], at.R_V[..., :R]
+    U, V = at.R_U[..., :R], at.R_V[..., :R]
     K, L = outside_tangent_space(K, L, torch.cat([U_p, U], dim=-1), torch.cat([V_p, V], dim=-1))
     keep = first(kept, at.sigma.shape[-1])[:, None]
     left = _outside(torch.cat([K, U_p], dim=-1), at.P_U * keep)

@@ -35,6 +35,7 @@ def transport_first_moment(
     """
     of_U, of_V = U.mT @ U_new, V.mT @ V_new
     of_K, of_L = m_K.mT @ U_new, m_L.mT @ V_new
+    inside = of_L.mT @ of_U  # the part of m_L of_U + V of_K that lies in V', in its coordinates
     if probes:  # what outside_tangent_space removes, but in coordinates, which are much smaller
         K_inside = U[..., probes:].mT @ m_K[..., :probes]
         L_inside = V.mT @ m_L[..., :probes]
@@ -42,9 +43,10 @@ def transport_first_moment(
         of_L[..., :probes, :] -= L_inside.mT @ of_V
         of_L[..., probes:, :] -= K_inside @ of_V[..., :probes, :]
         of_K -= L_inside @ of_U[..., :probes, :]
+    inside += of_V.mT @ of_K
     new_K = plus_product(m_K @ of_V, U, of_L)
-    new_L = plus_product(m_L @ of_U, V, of_K)
-    return new_K, project_out(new_L, V_new[..., probes:])
+    new_L = plus_product(plus_product(m_L @ of_U, V, of_K), V_new[..., probes:], inside[..., probes:, :], -1)
+    return new_K, new_L
 
 
 def outside_tangent_space(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

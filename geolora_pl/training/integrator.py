@@ -301,10 +301,10 @@ class RankAdaptiveIntegrator:
         self._watch.coefficients_alone = self.rule.coefficient_steps > 0 and (augments or not self.rank_changes)
 
     def _carry_out(self, plan: Plan, optimizer: Optimizer | None) -> None:
+        ranks, self.truncation_error = plan.on_host()
         try:
             for group in plan.groups:
-                self._move(group, optimizer)
-            ranks, self.truncation_error = plan.on_host()
+                self._move(group, max(ranks[name] for name in group.names), optimizer)
         except BaseException:  # keep the ranks true to the factors, however many of them have moved
             for layer in self.adapters.values():
                 layer.read_rank()
@@ -320,15 +320,15 @@ class RankAdaptiveIntegrator:
             for increments in (layer.K[:, layer.probes :], layer.L)
         )
 
-    def _move(self, group: GroupPlan, optimizer: Optimizer | None) -> None:
+    def _move(self, group: GroupPlan, rank: int, optimizer: Optimizer | None) -> None:
         """Write the truncated factors of adapters of one shape and carry their moments along, all or nothing."""
         layers = [self.adapters[name] for name in group.names]
-        columns = group.sigma.shape[-1]
+        columns = max(rank, *(layer.rank for layer in layers))
         U, S, V = (stack(self.adapters, group.names, factor, columns) for factor in "USV")
         moves = group.moves[:, None, None]
         U_new, S_new, V_new = (
-            torch.where(moves, new, old)
-            for new, old in ((group.U, U), (torch.diag_embed(group.sigma), S), (group.V, V))
+            torch.where(moves, new[..., : old.shape[-1]], old)
+            for new, old in ((group.U, U), (torch.diag_embed(group.sigma[:, :columns]), S), (group.V, V))
         )
         moved: Moved = []
         if optimizer is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
-from geolora_pl.math.decomposition import computed_columns, first
+from geolora_pl.math.decomposition import first
 from geolora_pl.math.precision import summing_dtype
 from geolora_pl.math.probes import Augmentation, Directions, augment, directions, still_growing, worth_a_rank
 from geolora_pl.math.ranks import RankRule, ranks_by_budget, ranks_by_tau, resolution
@@ -86,8 +86,7 @@ def stack(adapters: Adapters, names: Sequence[str], factor: str, columns: int) -
 def columns_of(adapters: Adapters, names: Sequence[str], min_rank: int) -> tuple[int, int]:
     """How many columns of adapters of one shape to compute with, and how many may be live afterwards."""
     layer = adapters[names[0]]
-    rank = max(min_rank, *(adapters[name].rank for name in names))
-    before = computed_columns(rank, layer.max_rank, layer.probes)
+    before = min(layer.max_rank, max(1, min_rank, *(adapters[name].rank for name in names)))
     return before, min(2 * (before + layer.probes), layer.max_rank)
 
 

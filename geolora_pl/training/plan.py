@@ -106,11 +106,12 @@ def _take(adapters: Adapters, offer: Offer, what: Retraction) -> GroupPlan:
         columns=columns,
         rank=rank,
     )
-    idle = layer.probes - probes, 0
-    U = F.pad(new_basis(at.Q_U, at.P_U, new.U, source, used), idle)
-    V = F.pad(new_basis(at.Q_V, at.P_V, new.V, source, used), idle)
+    U = new_basis(at.Q_U, at.P_U, new.U, source, used)
+    V = new_basis(at.Q_V, at.P_V, new.V, source, used)
     sigma = F.pad(at.sigma, (0, max(0, rank - columns)))[:, :rank] * first(kept, rank)
-    gathered = F.pad(remembered(new.sigma, source[:, :probes], used[:, :probes], columns), idle)
+    gathered = remembered(new.sigma, source[:, :probes], used[:, :probes], columns)
+    if idle := layer.probes - probes:
+        U, V, gathered = (F.pad(of_some, (idle, 0)) for of_some in (U, V, gathered))
     return GroupPlan(offer.names, U, sigma, V, gathered, offer.ranks, offer.moves)
 
 
