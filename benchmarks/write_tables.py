@@ -40,6 +40,7 @@ NAMES = {
     "dora": "DoRA",
     "pissa": "PiSSA",
     "rslora": "rsLoRA",
+    "riemannian": "LoRA, Riemannian preconditioner (PEFT)",
     "full": "full fine-tuning",
     "head": "head only",
     "bound": "frozen, no adapters",

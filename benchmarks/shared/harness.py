@@ -35,9 +35,10 @@ def run(task: Task, method: Method, lr: float, seed: int) -> Record:
         seed: Seed.
 
     Returns:
-        ``score`` and the task's metrics, ``losses`` (means over equal parts of the run), ``scores`` during the run as
-        ``[step, seconds, score]``, ``sizes`` as ``[step, adapter parameters]``, ``seconds`` of training alone, and the
-        active adapter ``parameters``, the ``head_parameters`` and the ``ranks`` at the end.
+        ``score`` and the task's metrics, what the task's probe finds, ``losses`` (means over equal parts of the run),
+        ``scores`` during the run as ``[step, seconds, score]``, ``sizes`` as ``[step, adapter parameters]``,
+        ``seconds`` of training alone, and the active adapter ``parameters``, the ``head_parameters`` and the ``ranks``
+        at the end.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = task.make_model(seed).to(device)
@@ -74,6 +75,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> Record:
         logits, labels = task.predict(training.model, task.dev.size)
     return {
         **{name: round(value, 5) for name, value in task.judge(logits, labels).items()},
+        **task.probe(model),
         "losses": _thinned(losses),
         "scores": scores,
         "sizes": sizes,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -141,6 +142,23 @@ class LoRA:
 
 
 @dataclass(frozen=True)
+class Riemannian:
+    """PEFT's LoRA, whose gradients PEFT's optimizer multiplies by the inverse Gram matrices of the factors."""
+
+    def settings(self) -> dict[str, Any]:
+        return {"r": 8, "lora_alpha": 8, "reg": defaults(create_riemannian_optimizer)["reg"]}
+
+    def start(self, task: Task, model: nn.Module, lr: float) -> Training:
+        training = LoRA().start(task, model, lr)
+        groups = training.optimizer.param_groups
+        optimizer = create_riemannian_optimizer(training.model, AdamW, lr=lr, weight_decay=0.0)
+        optimizer.param_groups.clear()
+        for group in groups:
+            optimizer.add_param_group({name: group[name] for name in ("params", "lr", "adapters") if name in group})
+        return replace(training, optimizer=optimizer)
+
+
+@dataclass(frozen=True)
 class AdaLoRA:
     """PEFT's AdaLoRA, with its allocator called at every step.
 
@@ -228,6 +246,7 @@ METHODS: dict[str, Method] = {
     "dora": LoRA({"use_dora": True}),
     "pissa": LoRA({"init_lora_weights": "pissa"}),
     "rslora": LoRA({"use_rslora": True}),
+    "riemannian": Riemannian(),
     "full": Full(),
     "head": HeadOnly(),
 }
@@ -240,6 +259,7 @@ LRS: dict[str, tuple[float, ...]] = {
     "dora": _OF_LORA,
     "pissa": (3e-4, 1e-3, 3e-3),
     "rslora": _OF_LORA,
+    "riemannian": _OF_LORA,
     "full": (3e-5, 1e-4, 3e-4),
     "head": (1e-3, 1e-2),
 }

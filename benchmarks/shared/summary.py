@@ -36,8 +36,12 @@ class Summary:
 
 
 def best_lr(records: Iterable[Record]) -> float:
-    """The learning rate of the best score in the sweep of learning rates, which has seed 0."""
-    best: float = max((r for r in records if r["seed"] == 0), key=lambda r: r["score"])["lr"]
+    """The learning rate of the best score in the sweep of learning rates, which has seed 0, or the only one."""
+    all_runs = list(records)
+    swept = [r for r in all_runs if r["seed"] == 0]
+    if not swept and len({r["lr"] for r in all_runs}) > 1:
+        raise ValueError("no run has seed 0, so the learning rate cannot be chosen")
+    best: float = max(swept or all_runs, key=lambda r: r["score"])["lr"]
     return best
 
 
@@ -45,7 +49,7 @@ def summary(records: Records) -> Summary:
     """Summarise the runs of one method on one task."""
     lr = best_lr(records)
     runs = [r for r in records if r["lr"] == lr]
-    sweep = {r["lr"]: r["score"] for r in records if r["seed"] == 0}
+    sweep = {r["lr"]: r["score"] for r in records if r["seed"] == 0} or {lr: 0.0}
     whole = [r["scores"] for r in runs if len(r["scores"]) == max(len(r["scores"]) for r in runs)]
     return Summary(
         lr=lr,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,6 +19,7 @@ from benchmarks.shared.methods import Method
 from benchmarks.shared.paths import GLUE_FOLDER, ROOT
 from benchmarks.shared.results import Record, machine
 from benchmarks.shared.summary import best_lr
+from benchmarks.shared.task import Task
 
 _CHANGES_NO_RESULT = ("jobs", "glue", "output", "document")  # arguments that are left out of the recorded command
 KEY = ("task", "steps", "method", "settings", "warmup", "lr", "seed")  # what tells one run from another
@@ -35,6 +36,7 @@ class Planned:
         method: The method.
         lr: Learning rate.
         seed: Seed.
+        load: Returns the task of this name, from the folder of GLUE; by default one of ``tasks``.
     """
 
     task: str
@@ -43,6 +45,7 @@ class Planned:
     method: Method
     lr: float
     seed: int
+    load: Callable[[str, Path], Task] | None = None
 
     def description(self) -> Record:
         """Everything that is known about the run before it is made."""
@@ -146,7 +149,8 @@ def beyond_edge(best: float, rates: Sequence[float]) -> float | None:
 def train(planned: Planned, glue: Path) -> Record:
     """Make one run on one thread."""
     torch.set_num_threads(1)
-    task = replace(tasks.load(planned.task, glue), steps=planned.steps)
+    load = planned.load or tasks.load
+    task = replace(load(planned.task, glue), steps=planned.steps)
     result = harness.run(task, planned.method, planned.lr, planned.seed)
     return {**planned.description(), **result, "machine": machine()}
 
@@ -181,11 +185,15 @@ def start(script: Path, args: Namespace) -> tuple[Sweep, dict[str, int]]:
         script: The script that was started, for the record.
         args: Arguments from :func:`make_parser`.
     """
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in _CHANGES_NO_RESULT}
-    words = [["--" + name, *map(str, value if isinstance(value, list) else [value])] for name, value in given.items()]
-    command = " ".join(["python", script.resolve().relative_to(ROOT).as_posix(), *chain.from_iterable(words)])
     loaded = {
         name: tasks.load(name, args.glue).steps for name in args.tasks
     }  # this also pretrains held_out's model, once
     steps = {name: args.steps or of_task for name, of_task in loaded.items()}
-    return Sweep(args.output, command, args.jobs, args.glue), steps
+    return Sweep(args.output, command(script, args), args.jobs, args.glue), steps
+
+
+def command(script: Path, args: Namespace) -> str:
+    """The command that was given, without the arguments that change no result."""
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in _CHANGES_NO_RESULT}
+    words = [["--" + name, *map(str, value if isinstance(value, list) else [value])] for name, value in given.items()]
+    return " ".join(["python", script.resolve().relative_to(ROOT).as_posix(), *chain.from_iterable(words)])

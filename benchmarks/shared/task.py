@@ -7,7 +7,7 @@ transformers do, because PEFT's AdaLoRA adds its penalty only to a loss that the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class Task:
         steps: Steps of a run.
         head_lr: Learning rate of the head.
         part: Number of samples of ``dev`` that judge a run while it trains.
+        probe: What else is to be found out about the model at the end, as a part of the result.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     steps: int
     head_lr: float
     part: int = 300
+    probe: Callable[[nn.Module], dict[str, float]] = lambda model: {}
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Full training batches of samples of similar length, without end; their order depends on the seed alone."""
@@ -102,6 +104,18 @@ class Task:
         metrics = make_metrics(self.metrics, self.num_classes)
         values = {name: metric(predicted, labels).nan_to_num().item() for name, metric in metrics.items()}
         return {"score": sum(values.values()) / len(values), **values}
+
+
+def held_back(task: Task) -> Task:
+    """The task with a tenth of its training samples, the last ones, in place of its held-out samples."""
+    size = task.train.size * 9 // 10
+    train, dev = (_some(task.train, range(*of_part)) for of_part in ((0, size), (size, task.train.size)))
+    return replace(task, train=train, dev=dev)
+
+
+def _some(samples: Samples, index: range) -> Samples:
+    lengths = None if samples.lengths is None else [samples.lengths[i] for i in index]
+    return Samples(len(index), lambda chosen: samples.batch([index[i] for i in chosen]), lengths)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

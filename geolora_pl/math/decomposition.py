@@ -40,14 +40,14 @@ class Decomposition(NamedTuple):
     V: Tensor
 
 
-def computed_columns(rank: int, max_rank: int, probes: int = 0) -> int:
-    """How many of ``max_rank`` columns are computed with: those of the live rank and more, with the probes 8, 16, ...
+def computed_columns(rank: int, max_rank: int, probes: int = 0, multiple: int = 4) -> int:
+    """How many of ``max_rank`` columns to compute with: those of the live rank, and with the probes a multiple of 4.
 
     Example:
         >>> computed_columns(0, 16), computed_columns(9, 64), computed_columns(9, 12), computed_columns(6, 16, probes=2)
-        (8, 16, 12, 6)
+        (4, 12, 12, 6)
     """
-    return min(max_rank, -(-(max(1, rank) + probes) // 8) * 8 - probes)
+    return min(max_rank, -(-(max(1, rank) + probes) // multiple) * multiple - probes)
 
 
 def without_probes(U: Tensor, S: Tensor, V: Tensor, K: Tensor, L: Tensor) -> Factors:

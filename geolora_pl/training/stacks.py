@@ -15,6 +15,7 @@ from geolora_pl.math.decomposition import computed_columns
 
 # Measured on one core for 72 adapters of 768 and 3072 rows.
 _CACHED = 2**18  # entries; 2**15 up to all of them were tried
+_ALIKE = 8  # to a multiple of which columns are rounded up, so that more adapters have equally many
 _WORTH_LEAVING_OUT = 32  # zero columns; fewer cost less than memory that is not contiguous
 
 
@@ -50,7 +51,7 @@ def _columns(K: Tensor) -> int:
     whole = K.shape[1]
     if K.device.type != "cpu" or (adapter := adapter_of(K)) is None:
         return whole
-    live = adapter.probes + computed_columns(adapter.rank, adapter.max_rank, adapter.probes)
+    live = adapter.probes + computed_columns(adapter.rank, adapter.max_rank, adapter.probes, _ALIKE)
     return live if whole - live >= _WORTH_LEAVING_OUT else whole
 
 

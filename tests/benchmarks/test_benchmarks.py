@@ -58,7 +58,7 @@ TRAINED = {
     "geolora": (".K", ".L"),
     "adalora": ("lora_A", "lora_B", "lora_E"),
     "dora": ("lora_A", "lora_B", "lora_magnitude_vector"),
-    **dict.fromkeys(("lora", "pissa", "rslora"), ("lora_A", "lora_B")),
+    **dict.fromkeys(("lora", "pissa", "rslora", "riemannian"), ("lora_A", "lora_B")),
     "full": ("",),
     "head": (),
 }

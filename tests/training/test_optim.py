@@ -338,7 +338,7 @@ def test_live_columns_alone_and_all_columns_take_the_same_step(monkeypatch, geom
             assert optimizer.state[ours].keys() == takes_all.state[theirs].keys()
             for key, value in optimizer.state[ours].items():
                 close(value, takes_all.state[theirs][key], within=EXACT)
-        live.append([computed_columns(adapter.rank, 48) for adapter in adapters])
+        live.append([computed_columns(adapter.rank, 48, multiple=8) for adapter in adapters])
         integrator.step(optimizer)
     changes = {b - a for before, after in pairwise(live) for a, b in zip(before, after, strict=True)}
     assert min(changes) < 0 < max(changes)

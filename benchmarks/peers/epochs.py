@@ -1,0 +1,146 @@
+"""Whole epochs of GLUE: learning rates chosen on a part cut from the training set, scores on the official dev sets.
+
+    python benchmarks/peers/epochs.py
+    python benchmarks/peers/epochs.py --tasks mrpc cola --methods geolora lora full --jobs 1
+
+Three learning rates per method, in factors of 3 around its usual best, are tried with seed 0 for a third of the steps,
+with a tenth of the training set to judge them by. The best one is repeated with seeds 11, 12 and 13, which nothing was
+chosen with, on the whole training set. Results are appended to ``benchmarks/results/epochs.jsonl``, one line per run;
+a run that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from math import sqrt
+from statistics import mean, stdev
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers import comparison
+from benchmarks.shared import forgetting, sweep, tasks
+from benchmarks.shared.methods import METHODS
+from benchmarks.shared.paths import GLUE_FOLDER, RESULTS
+from benchmarks.shared.results import Record
+from benchmarks.shared.summary import best_lr
+from benchmarks.shared.sweep import Planned, Sweep
+from benchmarks.shared.task import Task, held_back
+
+EPOCHS = {"mrpc": 3, "rte": 5, "cola": 3, "stsb": 3, "sst2": 1}
+CHOSEN_BY = ("stsb", "sst2")  # tasks by which this package's defaults were chosen
+SEEDS = (11, 12, 13)
+LRS: dict[str, tuple[float, ...]] = {
+    "geolora": (0.1, 0.3, 1.0),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "rslora": (3e-4, 1e-3, 3e-3),
+    "pissa": (3e-4, 1e-3, 3e-3),
+    "dora": (1e-3, 3e-3, 1e-2),
+    "adalora": (3e-3, 1e-2, 3e-2),
+    "riemannian": (1e-3, 3e-3, 1e-2),
+    "full": (3e-5, 1e-4, 3e-4),
+    "head": (1e-3, 1e-2, 1e-1),
+}
+_CUT = " (a tenth of its training set held back)"
+
+
+def whole(name: str, glue: Path) -> Task:
+    """A task that also tells what its model forgets."""
+    return replace(tasks.load(name, glue), probe=partial(forgetting.similarity, glue=glue))
+
+
+def cut(name: str, glue: Path) -> Task:
+    """A task that is judged by a tenth of its training set."""
+    return held_back(tasks.load(name.removesuffix(_CUT), glue))
+
+
+def run(runs: Sweep, names: Sequence[str], methods: Sequence[str]) -> list[Record]:
+    """Choose the learning rates, and make the runs with them; one pair of a task and a method after the other.
+
+    Args:
+        runs: Makes the runs.
+        names: The tasks.
+        methods: The methods.
+    """
+    found = []
+    for name in names:
+        task = tasks.load(name, runs.glue)
+        steps = EPOCHS[name] * (task.train.size // task.batch_size)
+        for method in methods:
+            choices = [Planned(name + _CUT, steps // 3, method, METHODS[method], lr, 0, cut) for lr in LRS[method]]
+            lr = best_lr(runs.make(choices))
+            found += runs.make([Planned(name, steps, method, METHODS[method], lr, seed, whole) for seed in SEEDS])
+    return found
+
+
+def finals(records: Sequence[Record]) -> list[Record]:
+    """The runs that are reported, without those by which learning rates were chosen."""
+    return [record for record in records if record["seed"] in SEEDS]
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """One row per method: scores with their standard errors, parameters, and what is left of a skill not trained.
+
+    Args:
+        records: From :func:`finals`.
+    """
+    names = dict.fromkeys(r["task"] for r in records)
+    by_pair: Mapping[tuple[str, str], list[Record]] = {
+        (name, method): [r for r in records if (r["task"], r["method"]) == (name, method)]
+        for name in names
+        for method in dict.fromkeys(r["method"] for r in records)
+    }
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        of_tasks = [by_pair[name, method] for name in names]
+        scores = [_with_error([r["score"] for r in runs]) for runs in of_tasks]
+        parameters = " / ".join(f"{mean(r['parameters'] for r in runs):,.0f}" if runs else "-" for runs in of_tasks)
+        rates = " / ".join(f"{runs[0]['lr']:g}" if runs else "-" for runs in of_tasks)
+        kept = [r["zero_shot"] for name, runs in zip(names, of_tasks, strict=True) if name != "stsb" for r in runs]
+        lines.append([method, *scores, parameters, rates, f"{mean(kept):.3f}" if kept else "-"])
+    return lines
+
+
+def header(records: Sequence[Record]) -> list[str]:
+    """Names of the columns of :func:`rows`; a star marks the tasks by which this package's defaults were chosen."""
+    names = dict.fromkeys(r["task"] for r in records)
+    marked = [f"{name}*" if name in CHOSEN_BY else name for name in names]
+    return ["method", *marked, "parameters", "lr", "STS-B untrained"]
+
+
+def _with_error(scores: Sequence[float]) -> str:
+    if not scores:
+        return "-"
+    return f"{mean(scores):.3f}" + (f" ± {stdev(scores) / sqrt(len(scores)):.3f}" if len(scores) > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--methods", nargs="+", choices=LRS, default=list(LRS))
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--glue", type=Path, default=GLUE_FOLDER, help="folder of GLUE in the official layout")
+    parser.add_argument("--output", type=Path, default=RESULTS / "epochs.jsonl")
+    args = parser.parse_args(arguments)
+    runs = Sweep(args.output, sweep.command(Path(__file__), args), args.jobs, args.glue)
+    records = finals(run(runs, args.tasks, args.methods))
+    for columns, lines in (
+        (header(records), rows(records)),
+        (["method", *args.tasks, "all"], comparison.paired(records, args.tasks)),
+    ):
+        table = Table(*columns)
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
