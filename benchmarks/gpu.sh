@@ -7,6 +7,7 @@
 #
 # PYTHON says which Python, CARRIED which folder, and PERCENT how much of the time limits counts, for slower machines.
 set -u -o pipefail
+FROM=$PWD
 cd "$(dirname "$0")/.." || exit
 
 PYTHON=${PYTHON:-python3}
@@ -43,25 +44,25 @@ part() {
 
 run() {
     failed=0
-    step=(benchmarks/speed/throughput.py step memory)
+    throughput=benchmarks/speed/throughput.py
     if [[ $WHERE == cpu ]]; then
-        small=(--device cpu --threads 1 --rounds 10 --methods geolora bound)
-        sst2=(--device cpu --precision 32-true --steps 2 --epochs 1)
+        small=(step --device cpu --threads 1 --rounds 10 --methods geolora bound)
+        sst2=(--device cpu --precision 32-true --batches 2 --epochs 1)
         bert=("${small[@]}" --model bert_tiny --batch_size 8 --length 8)
         vit=("${small[@]}" --model vit_384x6 --batch_size 1)
         event=(--device cpu --threads 1 --rounds 10)
     else
+        compared=(step memory --device cuda --threads 8 --methods geolora lora adalora full bound)
         sst2=(--device cuda)
-        compared=(--device cuda --threads 8 --rounds 40 --methods geolora defaults lora adalora full bound)
         bert=("${compared[@]}" --model bert_base --batch_size 32 256 --length 128)
-        vit=("${compared[@]}" --model vit_base --batch_size 32 256)
+        vit=("${compared[@]}" --model vit_base --batch_size 128)
         event=(--device cuda --threads 8 --rounds 40)
     fi
     part cuda_tests 150 benchmarks/gpu/cuda_tests.py
     part sst2 110 benchmarks/gpu/sst2.py --folder "$CARRIED" "${sst2[@]}"
-    part bert_base 90 "${step[@]}" "${bert[@]}" --name bert_base_cuda
-    part vit_base 90 "${step[@]}" "${vit[@]}" --name vit_base_cuda
-    part event 40 benchmarks/speed/throughput.py event "${event[@]}"
+    part bert_base 90 $throughput "${bert[@]}" --name "bert_base_$WHERE"
+    part vit_base 90 $throughput "${vit[@]}" --name "vit_base_$WHERE"
+    part event 60 $throughput event "${event[@]}"
     echo "== $failed parts failed, $SECONDS seconds in all"
     return $((failed != 0))
 }
@@ -70,7 +71,8 @@ case "${1:-}" in
     prepare) prepare ;;
     run)
         OUT=${2:?run needs a folder for the results} WHERE=${3:-cuda}
-        mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && SITE=$(mktemp -d) || exit
+        [[ $OUT == /* ]] || OUT=$FROM/$OUT
+        mkdir -p "$OUT" && SITE=$(mktemp -d) || exit
         trap 'rm -rf "$SITE"' EXIT
         # Not into a virtual environment: made from within another, it would not see the packages of that one.
         wheels=("$CARRIED"/wheels/*.whl)

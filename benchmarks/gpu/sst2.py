@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="bf16-mixed", help="as for Lightning's Trainer")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=-1, help="the most steps; by default all of the epochs")
+    parser.add_argument("--batches", type=int, help="the most batches of an epoch; by default all")
     return parser
 
 
@@ -131,14 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         devices=1,
         precision=args.precision,
         max_epochs=args.epochs,
-        max_steps=args.steps,
+        limit_train_batches=args.batches,
+        limit_val_batches=args.batches,
         callbacks=[callback, found],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.fit(
-        TextClassification(str(args.folder / MODEL_FOLDER)), datamodule=Tokens(args.folder / TOKENS_FILE, args.batch_size)
+        TextClassification(str(args.folder / MODEL_FOLDER)),
+        datamodule=Tokens(args.folder / TOKENS_FILE, args.batch_size),
     )
 
 
