@@ -58,7 +58,7 @@ run() {
         vit=("${compared[@]}" --model vit_base --batch_size 128)
         event=(--device cuda --threads 8 --rounds 40)
     fi
-    part cuda_tests 150 benchmarks/gpu/cuda_tests.py
+    part cuda_tests 180 benchmarks/gpu/cuda_tests.py
     part sst2 110 benchmarks/gpu/sst2.py --folder "$CARRIED" "${sst2[@]}"
     part bert_base 90 $throughput "${bert[@]}" --name "bert_base_$WHERE"
     part vit_base 90 $throughput "${vit[@]}" --name "vit_base_$WHERE"

@@ -20,7 +20,7 @@ from benchmarks.shared import results
 from benchmarks.shared.paths import ROOT
 from benchmarks.shared.results import Record
 
-# Other versions than the tested ones may warn of what newer ones deprecate; a test that hangs is no reason to wait long.
+# Other versions than those that are tested warn of what newer ones deprecate; a test that hangs is not waited for long.
 OPTIONS = ("-m", "cuda", "-W", "default", "--timeout", "60", "--rootdir", str(ROOT), str(ROOT / "tests" / "cuda"))
 
 

@@ -56,9 +56,10 @@ def test_what_is_carried_is_the_model_in_half_the_bytes_and_the_texts_in_tokens(
 
 @pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 def test_a_training_from_what_is_carried_writes_what_it_found(folder, tmp_path):
-    sst2.main(["--folder", str(folder), *"--device cpu --precision 32-true --batch_size 2 --epochs 2".split()])
+    sizes = {"device": "cpu", "precision": "32-true", "batch_size": 2, "epochs": 2}
+    sst2.main([f"--{name}={value}" for name, value in {"folder": folder, **sizes}.items()])
     written = json.loads((tmp_path / "sst2_cpu.json").read_text())
-    assert written["command"].startswith("python benchmarks/gpu/sst2.py --folder")
+    assert written["command"].startswith("python benchmarks/gpu/sst2.py --folder=")
     found = written["results"]
     assert [epoch["steps"] for epoch in found["epochs"]] == [2, 4]
     assert all(0 <= epoch["val_accuracy"] <= 1 for epoch in found["epochs"])

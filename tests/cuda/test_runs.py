@@ -105,9 +105,9 @@ def test_a_process_of_its_own_with_nccl_and_synchronised_statistics_trains_as_wi
     assert module.body[-1].num_batches_tracked == 6 * EPOCHS
 
 
-def test_nccl_takes_what_processes_tell_each_other(monkeypatch):
+def test_nccl_takes_what_processes_tell_each_other(monkeypatch, tmp_path):
     """One process is told that there are two, so that every message is sent, to itself."""
-    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29577", rank=0, world_size=1)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     device = torch.device("cuda")
     tensors = [torch.arange(5, device=device), torch.randn(3, 2, device=device), torch.ones(2, device=device) > 0]

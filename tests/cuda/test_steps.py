@@ -107,19 +107,19 @@ def test_nor_does_it_in_a_run_of_lightning(precision):
     with warnings.catch_warnings():
         callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=2 * SETTLED)
         settings = {"accelerator": "gpu", "devices": 1, "precision": precision}
-        trainer(callback, waits, **settings).fit(Foreign(RiemannianAdamOf), on_the_device(2 * SETTLED))
+        trainer(callback, waits, **settings).fit(Foreign(riemannian_adam), on_the_device(2 * SETTLED))
     torch.cuda.set_sync_debug_mode("default")
     assert not waits.stacks, waits.stacks[0]
 
 
-def RiemannianAdamOf(parameters, lr):  # noqa: N802  # called as a class of optimizers is
+def riemannian_adam(parameters, lr):
     return RiemannianAdam([p for p in parameters if p.requires_grad], lr=lr)
 
 
 def test_a_retraction_on_the_device_is_that_on_the_host():
     ranks, updates = [], []
     for device in ("cpu", "cuda"):
-        model, optimizer, integrator = adapted(torch.float64, device)
+        _, optimizer, integrator = adapted(torch.float64, device)
         generator = torch.Generator().manual_seed(2)
         for _ in range(3):
             for layer in integrator.adapters.values():
