@@ -94,7 +94,8 @@ class Found(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        measured = {name: value.item() for name, value in trainer.callback_metrics.items()}  # waits for the device
+        logged = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("rank/")}
+        measured = {name: value.item() for name, value in logged.items()}  # waits for the device
         self.epochs.append({"steps": trainer.global_step, "seconds": time.perf_counter() - self.start, **measured})
         integrator = self.callback.integrator
         assert integrator is not None
