@@ -9,14 +9,14 @@ What can be measured:
 *   ``step``: the time of the parts of a step, with the methods taking turns at every step in one process.
 *   ``memory``: the peak memory of each method, in a process of its own.
 *   ``loss``: the time until a given loss is reached.
-*   ``event``: one adaptation of the 72 adapters of a BERT-base, batched and one by one.
+*   ``event``: one adaptation of the 72 adapters of a BERT-base, batched, one by one, and without QR.
 *   ``growth``: how the cost of a step grows with width, depth, rank and batch.
 *   ``map``: rows by width on one thread and on two; where a step is cheaper than LoRA's.
 *   ``guard``: whether a small step has become slower than the committed one, which ``--update`` replaces; the exit
     status is 1 if it has.
 
-Results go to ``benchmarks/results/throughput_*.json`` and ``docs/figures``, and to the terminal, which also shows
-whether they meet their targets.
+Results go to ``benchmarks/results/throughput_*.json`` and ``docs/figures`` (or where ``GEOLORA_RESULTS`` and
+``GEOLORA_FIGURES`` say), and to the terminal, which also shows whether they meet their targets.
 """
 
 from __future__ import annotations
@@ -205,11 +205,13 @@ def show_costs(record: Record, args: argparse.Namespace) -> None:
 def measure_event(args: argparse.Namespace, command: str) -> None:
     """Measure, save and show one adaptation of many adapters."""
     event = adaptation_event.measure(args.device, args.rounds)
-    results.write("throughput_event", command, event)
+    results.write("throughput_event" if args.device == "cpu" else "throughput_event_cuda", command, event)
     lines = [
         ["milliseconds, batched", spread(event["batched"]), "5" if args.device == "cuda" else "-", "-"],
         ["milliseconds, one by one", spread(event["one_by_one"]), "-", "-"],
         _judged("batched over one by one", event["ratio"], EVENT_TARGET),
+        ["milliseconds, by Gram and Cholesky", spread(event["gram_cholesky"]), "-", "-"],
+        ["Gram and Cholesky over QR", spread(event["gram_cholesky_ratio"]), "-", "-"],
     ]
     show(JUDGED, lines, f"one adaptation of {event['adapters']} adapters")
 

@@ -1,0 +1,1 @@
+"""A row for PEFT's own comparison of methods on MetaMathQA."""
