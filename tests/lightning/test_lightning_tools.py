@@ -31,7 +31,7 @@ def fitted(*callbacks, **settings):
 
 
 def test_early_stopping_ends_a_run_after_its_last_retraction():
-    module, callback, of_fit = fitted(EarlyStopping("val_loss", patience=1, min_delta=100.0), max_epochs=50)
+    _, callback, of_fit = fitted(EarlyStopping("val_loss", patience=1, min_delta=100.0), max_epochs=50)
     assert of_fit.current_epoch == 2
     assert callback.integrator.adaptations > 0
     assert not callback.integrator.unfinished
