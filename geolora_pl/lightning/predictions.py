@@ -30,8 +30,8 @@ class PredictionWriter(BasePredictionWriter):
     """Write what ``predict`` finds, one row per input, in the order of the inputs.
 
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
-    file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
-    in a regression. Label and numbers are empty where they are not finite, which a warning says. The classes are named
+    file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), the number in a
+    regression, or the text that was written. Label and numbers are empty where they are not finite, which a warning says. The classes are named
     by the module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would
     run as a formula gets an apostrophe before it; JSON lines are exact.
 
@@ -82,23 +82,24 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Gather the predictions of all processes and write them."""
         by_set = predictions if len(batch_indices) > 1 else [predictions]
-        mine: dict[tuple[int, int], Tensor] = {}
+        mine: dict[tuple[int, int], Tensor | str] = {}
         for number, (batches, indices_of_batches) in enumerate(zip(by_set, batch_indices, strict=True)):
             for batch, indices in zip(batches, indices_of_batches, strict=True):
-                if not isinstance(batch, Tensor) or batch.dim() not in (1, 2) or len(batch) != len(indices):
+                if not _can_be_written(batch) or len(batch) != len(indices):
                     raise ValueError(
-                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes) or "
-                        "numbers (batch,) for the predictions to be written"
+                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes), numbers "
+                        "(batch,) or a list of texts for the predictions to be written"
                     )
-                for index, prediction in zip(indices, batch.detach().float().cpu(), strict=True):
-                    mine[number, index] = prediction
+                of_batch = batch.detach().float().cpu() if isinstance(batch, Tensor) else batch
+                mine |= {(number, index): prediction for index, prediction in zip(indices, of_batch, strict=True)}
         everything = [mine]
         if trainer.world_size > 1:
             everything = [{}] * trainer.world_size
             torch.distributed.all_gather_object(everything, mine)
         if trainer.is_global_zero:
             found = {key: prediction for of_process in everything for key, prediction in of_process.items()}
-            if broken := sum(not prediction.isfinite().all() for prediction in found.values()):
+            numbers = [prediction for prediction in found.values() if isinstance(prediction, Tensor)]
+            if broken := sum(not prediction.isfinite().all() for prediction in numbers):
                 rank_zero_warn(
                     f"{broken} of {len(found)} predictions are not finite, so their label or number is left empty: "
                     "look at the inputs and at the checkpoint",
@@ -143,13 +144,22 @@ def predict(
     return rows
 
 
-def _rows(found: dict[tuple[int, int], Tensor], module: object, data: object, sets: int) -> list[Row]:
+def _can_be_written(batch: object) -> bool:
+    if isinstance(batch, Tensor):
+        return batch.dim() in (1, 2)
+    return isinstance(batch, list) and all(isinstance(text, str) for text in batch)
+
+
+def _rows(found: dict[tuple[int, int], Tensor | str], module: object, data: object, sets: int) -> list[Row]:
     names = _names(module, data)
     inputs: dict[str, list[str]] = (getattr(data, "predict_inputs", None) or {}) if sets == 1 else {}
     rows = []
     for (number, index), prediction in sorted(found.items(), key=lambda item: item[0]):
         row: Row = ({"set": number} if sets > 1 else {}) | {"index": index}
         row |= {column: values[index] for column, values in inputs.items()}
+        if isinstance(prediction, str):
+            rows.append(row | {"prediction": prediction})
+            continue
         if prediction.dim() == 0:
             rows.append(row | {"prediction": _finite(prediction.item())})
             continue
