@@ -68,6 +68,11 @@ def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(token for token in tokens if token is not None)
 
 
+def end_at(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model end its texts with any of its :func:`stop_tokens`, wherever it is loaded."""
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token with which the chat template ends a turn of the assistant, if there is one."""
     if not tokenizer.chat_template:

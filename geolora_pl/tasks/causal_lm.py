@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
 
-from geolora_pl.tasks.answers import answer, encode_asked, show_answers, start_answers, stop_tokens
+from geolora_pl.tasks.answers import answer, encode_asked, end_at, show_answers, start_answers
 from geolora_pl.tasks.chat_template import read_template, template_from_checkpoint
 from geolora_pl.tasks.packing import check_isolation
 from geolora_pl.tasks.transformer import Batch, TransformerTask
@@ -29,7 +29,7 @@ class CausalLM(TransformerTask):
     The model is any that ``AutoModelForCausalLM`` builds. Only the adapters are trained, by default those of the linear
     layers of the blocks; embeddings and ``lm_head`` are frozen, whether they are tied or not.
 
-    After each validation it can write what it makes of a few prompts, to the folder of the run (``generated.jsonl``) and
+    After each validation it can write what it makes of a few prompts to the folder of the run (``generated.jsonl``) and
     to TensorBoard. It takes the likeliest token each time, so that the run is the same without. With conversations, a
     prompt is what a user says, and ``predict`` gives the answers.
 
@@ -95,7 +95,7 @@ class CausalLM(TransformerTask):
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``; it knows the token that ends an answer."""
-        self.model.generation_config.eos_token_id = stop_tokens(self.model, self.tokenizer)
+        end_at(self.model, self.tokenizer)
         super().save_model(folder)
 
     def setup(self, stage: str) -> None:
@@ -112,8 +112,12 @@ class CausalLM(TransformerTask):
         """Refuse a model that sees the neighbours of a text, and prompts that are too long."""
         self._check_isolation()
         if self.prompts:
-            start_answers(self.trainer)
             self._room(self._asked()["input_ids"].shape[1])
+
+    def on_train_start(self) -> None:
+        """Remove what another run has written in the folder of this one."""
+        if self.prompts:
+            start_answers(self.trainer)
 
     def on_validation_start(self) -> None:
         """Refuse a model that sees the neighbours of a text."""

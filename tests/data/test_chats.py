@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import datasets
 import pytest
@@ -145,7 +146,7 @@ def test_packed_conversations_are_whole_and_each_starts_at_its_own_position(tmp_
         assert batch["input_ids"].shape[1] <= limit
         for row, position, label in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
             starts = [*(position == 0).nonzero()[:, 0].tolist(), len(row)]
-            for begin, end in zip(starts, starts[1:], strict=False):
+            for begin, end in pairwise(starts):
                 assert position[begin:end].tolist() == list(range(end - begin))
                 if (label[begin:end] != IGNORED).any():  # the rest is padding
                     found.append((row[begin:end].tolist(), label[begin:end].tolist()))
@@ -159,9 +160,8 @@ def test_what_is_asked_ends_where_the_answer_begins_and_is_padded_before_it(file
     batch = next(iter(data.predict_dataloader()))
     expected = [
         ids("<user> one two<end><assistant>"),
-        ids(
-            "<system> a film<end><user> is the film good<end><assistant> very good<end><user> and the plot<end><assistant>"
-        ),
+        ids("<system> a film<end><user> is the film good<end><assistant> very good<end><user> and the plot<end>")
+        + ids("<assistant>"),
         ids("<user> the plot<end><assistant>"),
     ]
     assert set(batch) == {"input_ids", "attention_mask"}
@@ -219,7 +219,7 @@ def test_other_files_are_refused(tmp_path):
             "{% if add_generation_prompt %}<assistant> but {% endif %}",
             "line 1: the chat template writes the last turn of the assistant in another way",
         ),
-        ("{% if 0 %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0].content }}", "{% generation %} of the chat template is emp"),
+        ("{% if 0 %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0].content }}", "marks none"),
     ],
 )
 def test_a_template_that_is_missing_or_does_not_suit_is_refused(file, tmp_path, template, message):

@@ -102,8 +102,10 @@ class ChatDataModule(TokenDataModule):
             return tokens
         learnt = [any(label != IGNORED for label in labels[1:]) for labels in tokens["labels"]]
         if not all(learnt):
-            note(f"{name}: {learnt.count(False)} of {len(learnt)} conversations have no answer in the first {limit} "
-                 "tokens (max_length) and are left out")
+            note(
+                f"{name}: {learnt.count(False)} of {len(learnt)} conversations have no answer in the first {limit} "
+                "tokens (max_length) and are left out"
+            )
             if not any(learnt):
                 raise ValueError(f"max_length={limit} leaves no token of an answer in any conversation: raise it")
             tokens = tokens.select(np.flatnonzero(learnt))

@@ -183,9 +183,7 @@ class Sequences:
         if lengths[0] is not None:
             del batch["attention_mask"]
             width = batch["input_ids"].shape[1]
-            positions = [
-                torch.cat([torch.arange(n) for n in (*of_row, width - sum(of_row))]) for of_row in lengths
-            ]
+            positions = [torch.cat([torch.arange(n) for n in (*of_row, width - sum(of_row))]) for of_row in lengths]
             batch["position_ids"] = torch.stack(positions)
             batch["labels"][batch["position_ids"] == 0] = IGNORED
         return batch

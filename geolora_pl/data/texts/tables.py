@@ -184,6 +184,7 @@ def read_text(path: Path) -> str:
 
 
 def refuse_missing(path: Path) -> None:
+    """Refuse a file that is missing, empty, a Git LFS pointer or not readable."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file (from {Path.cwd()})")
     if not path.stat().st_size:

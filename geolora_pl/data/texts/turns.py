@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,13 +35,13 @@ def encode_chats(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, l
     Raises:
         ValueError: The template refuses a conversation, or its last turn cannot be found.
     """
-    columns: Columns = {name: [] for name in ("input_ids", "labels", "length", "cut", "rewritten")}
+    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "length", "cut", "rewritten")}
     for text, where in zip(batch["chat"], batch["where"], strict=True):
         ids, learnt, rewritten = _encode(json.loads(text), where, tokenizer)
         labels = np.where(learnt, ids, IGNORED)[:limit].tolist()
         values = (ids[:limit], labels, len(labels), len(ids) > limit, rewritten)
         for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)  # type: ignore[arg-type]  # in the order of their names
+            column.append(value)  # in the order of their names
     return columns
 
 
@@ -75,7 +75,7 @@ def _renderer(chat: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenize
     """The function that applies the template to messages, and says where it refuses them."""
     apply = partial(tokenizer.apply_chat_template, tools=chat.get("tools"))
 
-    def render(messages: Sequence[Mapping[str, Any]], tokenize: bool = False, **settings: Any) -> Any:
+    def render(messages: list[dict[str, Any]], tokenize: bool = False, **settings: Any) -> Any:
         try:
             return apply(messages, tokenize=tokenize, **settings)
         except (TemplateError, TypeError, ValueError) as error:  # a template may raise, and be wrong
@@ -94,7 +94,7 @@ def _encode(
         marked = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         learnt = np.array(marked["assistant_masks"], bool)
         if not learnt.any():
-            raise ValueError(f"{where} has turns of the assistant, but {{% generation %}} of the chat template is empty")
+            raise ValueError(f"{where} has an answer, but {{% generation %}} of the chat template marks none")
         return marked["input_ids"], learnt, False
     whole = render(messages)
     spans = _spans(messages, whole, render)
@@ -114,9 +114,7 @@ def _encode(
     return encoded["input_ids"], learnt, len(spans) < turns
 
 
-def _spans(
-    messages: Sequence[Mapping[str, Any]], whole: str, render: Callable[..., str]
-) -> list[tuple[int, int]]:
+def _spans(messages: list[dict[str, Any]], whole: str, render: Callable[..., str]) -> list[tuple[int, int]]:
     """Where in the whole text the turns of the assistant are, without those that it does not write as they began."""
     spans = []
     for number, message in enumerate(messages):
