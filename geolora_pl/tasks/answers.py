@@ -79,8 +79,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     written = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    behind = tokenizer(written.rpartition("answer")[2].strip(), add_special_tokens=False)["input_ids"]
-    return behind[0] if behind and behind[0] in tokenizer.added_tokens_decoder else None
+    _, said, behind = written.rpartition("answer")
+    tokens = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"] if said else []
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
 
 
 def encode_asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, as_chat: bool) -> dict[str, Any]:
@@ -92,23 +93,14 @@ def encode_asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, 
         as_chat: Whether they are what a user says, which the chat template writes; otherwise they are as they are.
     """
     if as_chat:
-        prompts = [
-            str(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                )
-            )
-            for prompt in prompts
-        ]
-    encoded = tokenizer(
-        list(prompts),
-        add_special_tokens=not as_chat,
-        padding=True,
-        padding_side="left",
-        return_token_type_ids=False,
-        return_tensors="pt",
-    )
-    return dict(encoded)
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        written = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
+    else:
+        tokens = tokenizer(list(prompts))["input_ids"]
+    # A few tokenizers end every text, but this one goes on.
+    rows = [{"input_ids": ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids} for ids in tokens]
+    return dict(tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
 
 
 def start_answers(trainer: L.Trainer) -> None:

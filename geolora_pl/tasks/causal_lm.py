@@ -68,6 +68,8 @@ class CausalLM(TransformerTask):
         super().__init__(model_name, **kwargs)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if any(not prompt.strip() for prompt in prompts or ()):
+            raise ValueError(f"prompts={prompts!r}: one is empty, and there is nothing to go on with: remove it")
         self.chat_template = read_template(chat_template)
         self.prompts = prompts or []
         self.max_new_tokens = max_new_tokens

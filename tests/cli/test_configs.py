@@ -207,16 +207,9 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         columns = [settings["text_column"], settings["label_column"]]
         write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
-    if source == "ChatFiles":
-        rows = [{"prompt": "is the film good", "completion": "very good"}] * 20
-        datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
-        return {
-            "data.init_args.train_file": folder / "train.parquet",
-            "data.init_args.cache_dir": folder / "cache",
-            "data.init_args.max_length": 9,
-        }
-    if source == "LanguageFiles":
-        columns = [settings[name] for name in ("prompt_column", "completion_column") if settings[name]]
+    if source in ("LanguageFiles", "ChatFiles"):
+        ours = ["prompt", "completion"]
+        columns = ours if source == "ChatFiles" else [name for ending in ours if (name := settings[f"{ending}_column"])]
         rows = {name: ["a good film", "the plot was not bad"] * 20 for name in columns or [settings["text_column"]]}
         datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
         return {

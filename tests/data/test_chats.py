@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import datasets
 import pytest
@@ -108,7 +109,7 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path, messages):
     chats = [
         *CHATS,
         turns("one"),
-        turns("two"),
+        turns(),
         turns("one", " "),
         [{"role": "assistant", "content": "one"}, *turns("two", "three")],
         [{"role": "system", "content": ""}, *turns("one", "two")],
@@ -169,6 +170,20 @@ def test_what_is_asked_ends_where_the_answer_begins_and_is_padded_before_it(file
         assert row[mask.bool()].tolist() == tokens
         assert mask.tolist() == [0] * (len(row) - len(tokens)) + [1] * len(tokens)
     assert data.predict_inputs == {"prompt": ["one two", "and the plot", "the plot"]}
+
+
+def test_the_template_of_the_page_marks_what_the_assistant_says(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    template = re.search(r"```jinja\n(.*?)```", page, re.S)[1]
+    chat = turns("one", "two", "three", "four", system="a film")
+    tokenizer = chat_tokenizer(template)
+    written = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert written == "system:\na film\nuser:\none\nassistant:\ntwo[SEP]\nuser:\nthree\nassistant:\nfour[SEP]\n"
+    asked = tokenizer.apply_chat_template(chat[:4], tokenize=False, add_generation_prompt=True)
+    assert written.startswith(asked)
+    data = made(write_chats(tmp_path / "chats.jsonl", [chat]), tmp_path, template, packed=False)
+    learnt = [label for label in data.splits["train"][0]["labels"] if label != IGNORED]
+    assert learnt == ids("two[SEP]four[SEP]")
 
 
 def test_token_ids_are_made_again_for_another_template(file, tmp_path):

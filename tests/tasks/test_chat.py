@@ -1,14 +1,19 @@
 """Chats: what a model learns of a dialogue, what it sees of a neighbour, what it writes while it trains."""
 
 import json
+import os
+import socket
 
 import pytest
 import torch
 from foreign import trainer
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_chat import SIZE, TEMPLATE, chat_tokenizer, save_tiny_chat, turns
 from tiny_text import save_tiny_decoder
+from tokenizers.processors import TemplateProcessing
 from tolerance import NETWORK, close
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -49,7 +54,8 @@ def test_a_packed_text_is_read_as_if_it_were_alone(tmp_path, family, attention):
         close(logits, module({"input_ids": text[None]})[0], NETWORK)
     seen = module({"input_ids": row["input_ids"]})[0, 7:10]
     assert (seen - packed[1]).abs().max() > 0.01 * packed[1].abs().max()
-    check_isolation(module.model, module, 26, torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        check_isolation(module.model.to(dtype), module, 26, torch.device("cpu"))
 
 
 def test_flash_attention_gets_the_rows_joined_as_it_finds_texts_in_one_row_alone(tmp_path, monkeypatch):
@@ -233,6 +239,14 @@ def test_the_end_of_a_turn_ends_an_answer():
     assert turn_end(chat_tokenizer()) == chat_tokenizer().convert_tokens_to_ids("<end>")
     assert turn_end(chat_tokenizer(None)) is None
     assert turn_end(chat_tokenizer(TEMPLATE.replace("<end>", " film"))) is None
+    assert turn_end(chat_tokenizer("<end>{% for message in messages %}one<end>{% endfor %}")) is None
+
+
+def test_a_prompt_that_the_tokenizer_would_end_goes_on():
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    expected = tokenizer("one two", add_special_tokens=False)["input_ids"]
+    assert encode_asked(tokenizer, ["one two"], as_chat=False)["input_ids"].tolist() == [expected]
 
 
 def test_sampling_settings_of_the_model_do_not_matter_and_are_kept(tmp_path):
@@ -251,6 +265,8 @@ def test_mistakes_are_refused(tmp_path):
     name = save_tiny_chat(tmp_path / "model")
     with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
         CausalLM(name, max_new_tokens=0)
+    with pytest.raises(ValueError, match="one is empty"):
+        CausalLM(name, prompts=["a", " "])
     with pytest.raises(ValueError, match=r"chat_template='no\.jinja' is not a file"):
         CausalLM(name, chat_template="no.jinja")
     (tmp_path / "text.jinja").write_text("hello")
@@ -259,3 +275,26 @@ def test_mistakes_are_refused(tmp_path):
     runs = trainer(GeoLoRACallback(), max_steps=1, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match="a prompt has 33 tokens and the model 32 positions"):
         runs.fit(CausalLM(save_tiny_chat(tmp_path / "gpt2", "gpt2"), prompts=["one " * 30]), chats(tmp_path))
+
+
+def in_process(rank, port, strategy, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    settings = {"devices": 2, "strategy": sharded if strategy == "fsdp2" else "ddp", "default_root_dir": folder}
+    runs = trainer(GeoLoRACallback(), max_epochs=2, plugins=[TorchElasticEnvironment()], **settings)
+    runs.fit(CausalLM(str(folder / "model"), prompts=["one", "a film"], max_new_tokens=3), chats(folder))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_write_while_they_train_and_neither_waits_for_the_other(tmp_path, strategy):
+    """A model that is sharded hangs if the first process alone lets it write."""
+    save_tiny_chat(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(in_process, (port, strategy, tmp_path), 2, start_method="fork")
+    rows = [json.loads(line) for line in (tmp_path / "generated.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(n, p) for n in (1, 2) for p in ("one", "a film")]

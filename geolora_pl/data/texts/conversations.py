@@ -106,7 +106,7 @@ def to_dataset(rows: Iterable[tuple[str, Row]], source: object, *, answered: boo
 
 def _chat_of(row: Row, where: str) -> dict[str, Any]:
     """The messages of a row as the chat templates know them, with the tools that they may call."""
-    turns = row.get("messages") or row.get("conversations")
+    turns = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     prompt, completion = row.get("prompt"), row.get("completion")
     if turns is None and isinstance(prompt, str) and isinstance(completion, str | None):
         turns = [{"role": "user", "content": prompt}]
