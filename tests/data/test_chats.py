@@ -82,6 +82,20 @@ def test_a_turn_that_the_template_rewrites_is_not_learnt_and_counted(tmp_path, m
     assert "train: 1 of 2 conversations have earlier turns that the chat template writes in another way" in messages()
 
 
+def test_all_turns_are_learnt_where_the_template_ends_a_conversation_with_the_end_of_a_text(tmp_path, messages):
+    """Templates of Phi end what is not to be answered with one more token, which no earlier turn has."""
+    ending = TEMPLATE + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    data = made(write_chats(tmp_path / "chats.jsonl", [LONG]), tmp_path, ending, packed=False)
+    learnt = [label for label in data.splits["train"][0]["labels"] if label != IGNORED]
+    assert learnt == ids("very good<end>not bad<end>[SEP]")
+    assert "special token" not in messages()
+
+
+def test_a_template_without_an_end_of_a_turn_is_noted(file, tmp_path, messages):
+    made(file, tmp_path, TEMPLATE.replace("<end>", " ."), packed=False)
+    assert "train: 3 of 3 conversations end with no special token in the chat template" in messages()
+
+
 def test_tools_and_calls_reach_the_template(tmp_path):
     template = (
         "{% for tool in tools %}{{ tool.function.name }} {% endfor %}"

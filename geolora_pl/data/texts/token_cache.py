@@ -22,6 +22,7 @@ _MARKS = {
     "empty": "texts have no tokens and are read as an end of text",
     "rewritten": "conversations have earlier turns that the chat template writes in another way once they are answered "
     "(such as without thinking), so that only the others are learnt",
+    "endless": "conversations end with no special token in the chat template, from which a model hardly learns to end",
 }
 
 

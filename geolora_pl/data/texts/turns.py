@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from geolora_pl.data.texts.sequences import IGNORED, Columns
 
+_END = 3  # tokens at the end of a turn, among which a special one is looked for; a line feed may follow it
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -29,17 +30,22 @@ def encode_chats(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, l
         limit: Number of tokens that a conversation is cut to, at its end.
 
     Returns:
-        The columns ``input_ids``, ``labels``, ``length``, ``cut``, whether a conversation was cut, and ``rewritten``,
-        whether the template writes an earlier turn in another way once it has been answered, so that it is not learnt.
+        The columns ``input_ids``, ``labels``, ``length``, ``cut``, whether a conversation was cut, ``rewritten``,
+        whether the template writes an earlier turn in another way once it has been answered, so that it is not learnt,
+        and ``endless``, whether the last turn ends without a special token.
 
     Raises:
         ValueError: The template refuses a conversation, or its last turn cannot be found.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "length", "cut", "rewritten")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("input_ids", "labels", "length", "cut", "rewritten", "endless")
+    }
+    special = set(tokenizer.added_tokens_decoder)
     for text, where in zip(batch["chat"], batch["where"], strict=True):
         ids, learnt, rewritten = _encode(json.loads(text), where, tokenizer)
         labels = np.where(learnt, ids, IGNORED)[:limit].tolist()
-        values = (ids[:limit], labels, len(labels), len(ids) > limit, rewritten)
+        endless = special.isdisjoint(np.array(ids)[learnt][-_END:].tolist())
+        values = (ids[:limit], labels, len(labels), len(ids) > limit, rewritten, endless)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)  # in the order of their names
     return columns
@@ -97,7 +103,7 @@ def _encode(
             raise ValueError(f"{where} has an answer, but {{% generation %}} of the chat template marks none")
         return marked["input_ids"], learnt, False
     whole = render(messages)
-    spans = _spans(messages, whole, render)
+    spans = _spans(messages, whole, render, tokenizer.eos_token)
     if not spans or spans[-1][1] < len(whole.rstrip()):
         raise ValueError(
             f"{where}: the chat template writes the last turn of the assistant in another way than it asks for it "
@@ -114,15 +120,19 @@ def _encode(
     return encoded["input_ids"], learnt, len(spans) < turns
 
 
-def _spans(messages: list[dict[str, Any]], whole: str, render: Callable[..., str]) -> list[tuple[int, int]]:
+def _spans(
+    messages: list[dict[str, Any]], whole: str, render: Callable[..., str], end: str | None
+) -> list[tuple[int, int]]:
     """Where in the whole text the turns of the assistant are, without those that it does not write as they began."""
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render(messages[:number], add_generation_prompt=True)
-        # A line feed after the token that ends a turn belongs to the next one.
+        # A line feed after the token that ends a turn belongs to the next one; some templates end as a text does, too.
         after = render(messages[: number + 1]).rstrip()
-        if whole.startswith(before) and whole.startswith(after) and len(after) > len(before):
-            spans.append((len(before), len(after)))
+        ends = (after, after.removesuffix(end).rstrip()) if end else (after,)
+        found = [len(until) for until in ends if whole.startswith(until) and len(until) > len(before)]
+        if found and whole.startswith(before):
+            spans.append((len(before), found[0]))
     return spans
