@@ -147,7 +147,7 @@ class CausalLM(TransformerTask):
         if "position_ids" in inputs and is_flash_attention_requested(self.model.config):
             inputs = {name: tensor.flatten()[None] for name, tensor in inputs.items()}
         logits: Tensor = self.model(**inputs, use_cache=False).logits
-        return logits.view(*shape, -1)
+        return logits.reshape(*shape, -1)
 
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of predicting the successor of each token, and which successors are learnt.

@@ -25,12 +25,11 @@ class LanguageDataModule(TokenDataModule):
     appended to its prompt unchanged, so begin it with a space if the model should write one; only the completion and
     the end-of-text token are learnt. There are two kinds of sequences:
 
-    - Packed sequences: blocks of up to ``max_length`` tokens, with little or no padding. If texts are isolated, whole
-      ones are put together, and each is read as if it were alone; a text that is too long goes on in another block.
-      Otherwise all are joined and cut, and a token sees earlier texts of its block. All token ids of a split are held
-      in memory.
-    - Single texts: a text that is too long loses its end, and a pair first loses the beginning of its prompt, also if
-      it is packed.
+    - Packed sequences: blocks of ``max_length`` tokens. Either all texts are joined and cut, so that nothing is padded
+      or lost, and a token sees earlier texts of its block. Or texts are isolated: whole ones are put together, with
+      little padding, and each is read as if it were alone. A text that is too long then goes on in another block, and a
+      pair is cut as a single one. All token ids of a split are held in memory.
+    - Single texts: a text that is too long loses its end, and a pair first loses the beginning of its prompt.
 
     Args:
         text_column: The column of texts, if there are no prompts.
