@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from tolerance import NETWORK, close
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, RiemannianAdam, predict
 from geolora_pl.data import ChatFiles, LanguageFiles
@@ -69,7 +70,9 @@ def test_flash_attention_gets_the_rows_joined_as_it_finds_texts_in_one_row_alone
     given = []
     module.model.register_forward_pre_hook(lambda _, args, named: given.append(named), with_kwargs=True)
     close(module(batch), expected, NETWORK)
-    assert given[0]["input_ids"].shape == given[0]["position_ids"].shape == (1, 16)
+    assert given[0]["input_ids"].shape == (1, 16)
+    (begins, _), _ = prepare_fa_kwargs_from_position_ids(given[0]["position_ids"])  # as flash attention finds the texts
+    assert begins.tolist() == [0, 4, 8, 12, 16]
 
 
 class SeesAll(nn.Module):
