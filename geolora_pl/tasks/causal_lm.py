@@ -206,13 +206,13 @@ class CausalLM(TransformerTask):
             )
         return min(self.max_new_tokens, (self.max_positions or length + self.max_new_tokens) - length)
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor | list[str]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor | list[dict[str, str]]:
         """Return the answer to each conversation, or the mean loss of each sequence's learnt tokens, in nats (batch,).
 
         A batch without labels holds conversations to answer.
         """
         if "labels" not in batch:
-            return self._answer(batch)
+            return [{"generated": text} for text in self._answer(batch)]
         losses, learnt = self.token_losses(batch)
         return losses.sum(1) / learnt.sum(1).clamp_min(1)
 

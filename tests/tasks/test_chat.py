@@ -198,7 +198,7 @@ def test_predict_gives_the_answers_in_their_order(tmp_path):
     data = ChatFiles(predict_file=file, max_length=20, batch_size=2, cache_dir=str(tmp_path / "cache"))
     rows = predict(module, data, tmp_path / "answers.jsonl", accelerator="cpu")
     assert [row["prompt"] for row in rows] == ["and the plot", "one two", "and the plot"]
-    assert rows[0]["prediction"] == rows[2]["prediction"]
+    assert rows[0]["generated"] == rows[2]["generated"]
     tokenizer = chat_tokenizer()
     one = tokenizer.apply_chat_template(OTHER[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     written = module.model.generate(
@@ -209,7 +209,7 @@ def test_predict_gives_the_answers_in_their_order(tmp_path):
         ),
     )
     expected = tokenizer.decode(written[0, one["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert rows[1]["prediction"] == expected
+    assert rows[1]["generated"] == expected
     assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == rows
 
 
