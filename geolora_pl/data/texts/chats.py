@@ -111,7 +111,7 @@ class ChatDataModule(TokenDataModule):
             tokens = tokens.select(np.flatnonzero(learnt))
         return pack_apart(tokens, limit) if self.packed else tokens
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> ChatSequences:
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Sequences:
         """Return the function that pads a batch to its longest sequence."""
         return ChatSequences(tokenizer, multiple)
 
