@@ -19,6 +19,7 @@ from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lightning.monitor import show_picture, shows_pictures
 from geolora_pl.report.drawn import FOLDER, folder_of_step
 from geolora_pl.storage.atomic import atomic
+from geolora_pl.tasks.modes import evaluation
 
 METADATA = "metadata.jsonl"
 _AT_ONCE = 4  # images of one prompt
@@ -38,10 +39,7 @@ def draw(
         steps: Steps of the sampler, at least 1.
         guidance_scale: How much more the prompt counts than no prompt; 1 for no guidance.
     """
-    modes = [(part, part.training) for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    for part, _ in modes:
-        part.eval()
-    try:
+    with evaluation(*(part for part in pipeline.components.values() if isinstance(part, nn.Module))):
         drawn = pipeline(
             prompt=list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -50,9 +48,6 @@ def draw(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
         )
-    finally:
-        for part, mode in modes:
-            part.train(mode)
     return list(drawn.images)
 
 

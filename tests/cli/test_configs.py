@@ -15,6 +15,7 @@ import pytest
 import yaml
 from glue_files import write_glue, write_tsv
 from image_files import write_cifar, write_image_folder, write_tiny_imagenet
+from tiny_chat import save_tiny_chat
 from tiny_text import save_tiny_decoder, save_tiny_model
 
 from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
-LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
+LANGUAGE = {"text/chat", "text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
 NOT_OF_THE_PAPER = {
     "quickstart",
     "image/folder",
@@ -168,6 +169,8 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings = config["model"]["init_args"]
     if config["model"]["class_path"].endswith(".TextClassification"):
         return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
+    if config["data"]["class_path"].endswith(".ChatFiles"):
+        return {"model.init_args.model_name": save_tiny_chat(folder / "model")}
     if config["model"]["class_path"].endswith(".CausalLM"):
         return {"model.init_args.model_name": save_tiny_decoder(folder / "model", DECODER[settings["model_name"]])}
     if config["model"]["class_path"].endswith(".TextToImage"):
@@ -204,8 +207,9 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         columns = [settings["text_column"], settings["label_column"]]
         write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
-    if source == "LanguageFiles":
-        columns = [settings[name] for name in ("prompt_column", "completion_column") if settings[name]]
+    if source in ("LanguageFiles", "ChatFiles"):
+        ours = ["prompt", "completion"]
+        columns = ours if source == "ChatFiles" else [name for ending in ours if (name := settings[f"{ending}_column"])]
         rows = {name: ["a good film", "the plot was not bad"] * 20 for name in columns or [settings["text_column"]]}
         datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
         return {

@@ -103,8 +103,23 @@ def test_a_prompt_is_no_label_and_gives_way_to_its_completion(tmp_path, pairs, t
         assert row["length"] == len(row["input_ids"]) <= limit
 
 
-def test_packed_pairs_keep_their_masks(tmp_path, pairs):
-    data = attach(of_pairs(pairs, tmp_path, max_length=8, packed=True), plain_tokenizer())
+def test_packed_pairs_are_whole(tmp_path, pairs):
+    data = attach(of_pairs(pairs, tmp_path, max_length=12, packed=True, batch_size=12), plain_tokenizer())
+    rows = data.splits["val"]
+    alone = attach(of_pairs(pairs, tmp_path, max_length=12), plain_tokenizer()).splits["val"]
+    found = []
+    for row in rows:
+        begin = 0
+        for length in row["texts"]:
+            found.append((row["input_ids"][begin : begin + length], row["labels"][begin : begin + length]))
+            begin += length
+        assert begin == row["length"] == len(row["input_ids"]) <= 12
+    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in alone)
+    assert len(rows) < len(alone)
+
+
+def test_joined_pairs_keep_their_masks(tmp_path, pairs):
+    data = attach(of_pairs(pairs, tmp_path, max_length=8, packed=True, isolated=False), plain_tokenizer())
     rows = data.splits["val"]
     tokens, labels = ([token for row in rows[name][:] for token in row] for name in ("input_ids", "labels"))
     expected = [(ids(p), [*ids(c), EOS]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]

@@ -37,7 +37,7 @@ OWNERS = [
     LanguageDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule"}
+BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule", "ChatDataModule"}
 
 
 def defaults(owner):

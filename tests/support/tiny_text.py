@@ -75,9 +75,10 @@ FAMILIES = {
         "bos_token_id": 3,
         "eos_token_id": 3,
     },
+    "gpt_neox": {**_COMMON, "pad_token_id": None, "bos_token_id": 2, "eos_token_id": 3},
     "qwen3": {**_COMMON, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": 3},
 }
-DECODERS = {"llama", "gpt2", "qwen3"}
+DECODERS = {"llama", "gpt2", "qwen3", "gpt_neox"}
 
 
 def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedTokenizerFast:

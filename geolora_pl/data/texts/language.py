@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.hub import check_split_names, load_hub, select
-from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack
+from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack, pack_apart
 from geolora_pl.data.texts.tables import read_table
 from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
 from geolora_pl.notes import note
@@ -25,8 +25,10 @@ class LanguageDataModule(TokenDataModule):
     appended to its prompt unchanged, so begin it with a space if the model should write one; only the completion and
     the end-of-text token are learnt. There are two kinds of sequences:
 
-    - Packed sequences: all texts are joined and cut into blocks of ``max_length``, so that nothing is padded or lost.
-      A token then sees earlier texts of its block. All token ids of a split are held in memory.
+    - Packed sequences: blocks of ``max_length`` tokens. Either all texts are joined and cut, so that nothing is padded
+      or lost, and a token sees earlier texts of its block. Or texts are isolated: whole ones are put together, with
+      little padding, and each is read as if it were alone. A text that is too long then goes on in another block, and a
+      pair is cut as a single one. All token ids of a split are held in memory.
     - Single texts: a text that is too long loses its end, and a pair first loses the beginning of its prompt.
 
     Args:
@@ -34,6 +36,8 @@ class LanguageDataModule(TokenDataModule):
         prompt_column: The column of prompts, for pairs.
         completion_column: The column of completions, for pairs.
         packed: Whether sequences are packed; by default texts are and pairs are not.
+        isolated: Whether each text of a packed sequence is read as if it were alone; by default pairs are and texts are
+            not, which often are parts of one, as the lines of an article are.
         **kwargs: Arguments of :class:`TokenDataModule`; ``batch_size`` counts sequences.
 
     Raises:
@@ -46,6 +50,7 @@ class LanguageDataModule(TokenDataModule):
         prompt_column: str | None = None,
         completion_column: str | None = None,
         packed: bool | None = None,
+        isolated: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -59,6 +64,9 @@ class LanguageDataModule(TokenDataModule):
         named = {"prompt": prompt_column, "completion": completion_column} if self.pairs else {"text": text_column}
         self.columns: dict[str, str] = {ours: theirs for ours, theirs in named.items() if theirs is not None}
         self.packed = not self.pairs if packed is None else packed
+        self.isolated = self.packed and (self.pairs if isolated is None else isolated)
+        if isolated and not self.packed:
+            raise ValueError("isolated=True is for packed sequences, and single ones always are: leave it out")
 
     @property
     def a_sample_is_a_text(self) -> bool:
@@ -95,7 +103,7 @@ class LanguageDataModule(TokenDataModule):
         self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
     ) -> datasets.Dataset:
         """Make sequences of ``input_ids``, with ``labels`` if not every token is learnt."""
-        cut = None if self.packed else limit
+        cut = None if self.packed and not (self.pairs and self.isolated) else limit
         encode = encode_pairs if self.pairs else encode_texts
         ends = (str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))
         tokens = cached(
@@ -105,7 +113,9 @@ class LanguageDataModule(TokenDataModule):
             self.cache_dir,
             name,
         )
-        return pack(tokens, limit) if self.packed else tokens
+        if not self.packed:
+            return tokens
+        return pack_apart(tokens, limit) if self.isolated else pack(tokens, limit)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Sequences:
         """Return the function that pads a batch to its longest sequence, with labels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
@@ -77,7 +79,7 @@ def _open(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def pack(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
-    """Join all sequences and cut them into blocks.
+    """Join all sequences and cut them into blocks, in which a token sees all that is before it.
 
     Args:
         tokens: Columns of lists of numbers, with the same lengths in every column, and the column ``length``.
@@ -99,8 +101,71 @@ def pack(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
     return datasets.Dataset(pa.table({**columns, "length": np.diff(ends)}))
 
 
+def pack_apart(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
+    """Put whole sequences into blocks, in which each is read as if it were alone.
+
+    The longest go first, each into the block with the least room that is enough (best fit). Only what is longer than a
+    block is cut into several, of which nothing is lost.
+
+    Args:
+        tokens: Columns of lists of numbers, with the same lengths in every column, and the column ``length``.
+        size: Largest number of tokens per block.
+
+    Returns:
+        The columns, and ``texts``: the lengths of the texts in each block.
+
+    Example:
+        >>> tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5], [6]], "length": [3, 2, 1]})
+        >>> pack_apart(tokens, 4).to_dict()
+        {'input_ids': [[1, 2, 3, 6], [4, 5]], 'length': [4, 2], 'texts': [[3, 1], [2]]}
+    """
+    table = tokens.with_format("arrow")[:]
+    ends = np.cumsum(table["length"].to_numpy())
+    begins = ends - table["length"].to_numpy()
+    pieces = [(b, min(b + size, end)) for begin, end in zip(begins, ends, strict=True) for b in range(begin, end, size)]
+    lengths = [end - begin for begin, end in pieces]
+    blocks = _best_fit(lengths, size)
+    totals = [sum(lengths[piece] for piece in block) for block in blocks]
+    order = np.concatenate([np.arange(*pieces[piece]) for block in blocks for piece in block])
+    cuts = np.cumsum([0, *totals])
+    columns = {
+        name: pa.LargeListArray.from_arrays(cuts, pc.list_flatten(table[name]).combine_chunks().take(pa.array(order)))
+        for name in table.column_names
+        if name != "length"
+    }
+    texts = [[lengths[piece] for piece in block] for block in blocks]
+    return datasets.Dataset(pa.table({**columns, "length": totals, "texts": texts}))
+
+
+def _best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Which of the lengths are in each block, in the order of their first ones."""
+    blocks: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # the blocks by their room
+    rooms: list[int] = []  # the rooms that there are, sorted
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
+        place = bisect_left(rooms, lengths[piece])
+        if place == len(rooms):
+            block, room = len(blocks), size
+            blocks.append([])
+        else:
+            room = rooms[place]
+            block = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+        blocks[block].append(piece)
+        if left := room - lengths[piece]:
+            if left not in with_room:
+                insort(rooms, left)
+            with_room.setdefault(left, []).append(block)
+    return sorted(sorted(block) for block in blocks)
+
+
 class Sequences:
     """Make a batch of sequences, padded on the right; padding is not learnt.
+
+    Blocks of texts that are read as if they were alone get ``position_ids`` in the place of the attention mask. Those
+    restart with each text, which the models of transformers take for the beginning of another text, which sees nothing
+    of the one before it. Padding is one more text, and the first token of a text is not learnt, as of a text alone.
 
     Args:
         tokenizer: The tokenizer, which pads; its padding token may also be the end-of-text token.
@@ -112,7 +177,13 @@ class Sequences:
 
     def __call__(self, samples: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         """Return a batch; samples without labels get their own tokens as labels."""
-        batch: Mapping[str, Tensor] = self.collate(
-            [{**sample, "labels": sample.get("labels", sample["input_ids"])} for sample in samples]
-        )
+        rows = [{**sample, "labels": sample.get("labels", sample["input_ids"])} for sample in samples]
+        lengths = [row.pop("texts", None) for row in rows]
+        batch: dict[str, Tensor] = dict(self.collate(rows))
+        if lengths[0] is not None:
+            del batch["attention_mask"]
+            width = batch["input_ids"].shape[1]
+            positions = [torch.cat([torch.arange(n) for n in (*of_row, width - sum(of_row))]) for of_row in lengths]
+            batch["position_ids"] = torch.stack(positions)
+            batch["labels"][batch["position_ids"] == 0] = IGNORED
         return batch

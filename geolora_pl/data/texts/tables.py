@@ -46,7 +46,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
-    _refuse_missing(path)
+    refuse_missing(path)
     try:
         with parquet.ParquetFile(path) as file:
             _check_columns(path, columns, file.schema_arrow.names)
@@ -166,7 +166,7 @@ def read_text(path: Path) -> str:
     Raises:
         ValueError: The file is missing, empty, a Git LFS pointer or not in UTF-8.
     """
-    _refuse_missing(path)
+    refuse_missing(path)
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is text in UTF-16: save it as UTF-8")
@@ -183,7 +183,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _refuse_missing(path: Path) -> None:
+def refuse_missing(path: Path) -> None:
+    """Refuse a file that is missing, empty, a Git LFS pointer or not readable."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file (from {Path.cwd()})")
     if not path.stat().st_size:

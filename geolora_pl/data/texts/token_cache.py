@@ -20,6 +20,9 @@ from geolora_pl.notes import note
 _MARKS = {
     "cut": "texts are cut to max_length={longest} tokens",
     "empty": "texts have no tokens and are read as an end of text",
+    "rewritten": "conversations have earlier turns that the chat template writes in another way once they are answered "
+    "(such as without thinking), so that only the others are learnt",
+    "endless": "conversations end with no special token in the chat template, from which a model hardly learns to end",
 }
 
 
@@ -150,5 +153,5 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"truncation": None, "padding": None}
     about: list[Any] = [tokenizer.truncation_side, tokenizer.model_input_names, tokenizers.__version__]
-    about.append(getattr(tokenizer, "split_special_tokens", False))
+    about += [getattr(tokenizer, "split_special_tokens", False), tokenizer.chat_template]
     return hashlib.sha256(json.dumps([state, about]).encode()).hexdigest()
