@@ -1,6 +1,7 @@
 """A stand-in of the Hugging Face hub on this machine, for its real client: repositories as folders."""
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -30,8 +31,12 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.commits, self.private, self.requests, self.down = {}, {}, [], False
         self.address = f"http://127.0.0.1:{self.server_port}"
+        self.reset()
+
+    def reset(self):
+        """Forget everything."""
+        self.commits, self.private, self.requests, self.down = {}, {}, [], False
 
     def files(self, repo, revision="main"):
         """The files of a branch or commit, by their names; ``None`` where there is none."""
@@ -89,13 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{asked['organization']}/{asked['name']}"
         if not self.is_known:
             self.fail(401)
-        elif repo in self.server.commits:
-            self.fail(409)
         else:
-            private = asked.get("private") or asked.get("visibility") == "private"
-            self.server.private[repo] = private
-            self.server.commits[repo] = {"main": [{".gitattributes": b""}]}
-            self.send({"url": f"{self.server.address}/{repo}"})
+            is_new = repo not in self.server.commits
+            if is_new:
+                private = asked.get("private") or asked.get("visibility") == "private"
+                self.server.add(repo, {".gitattributes": b""}, private=private)
+            self.send({"url": f"{self.server.address}/{repo}"}, 200 if is_new else 409)
 
     def about(self, body, repo, revision=None, what=None, name=None):
         hub, revision = self.server, revision or "main"
@@ -140,8 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", sha(files))
         self.finish_with(files[name])
 
-    def send(self, answer):
-        self.send_response(200)
+    def send(self, answer, status=200):
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.finish_with(json.dumps(answer).encode())
 
@@ -158,22 +162,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+@functools.cache
+def started():
+    """The stand-in of this process: its address stays the same, because libraries keep clients of their own."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The stand-in, which the client of this process takes for the hub: with an empty cache, and logged in."""
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    constants = "huggingface_hub.constants."
-    monkeypatch.setattr(f"{constants}ENDPOINT", server.address)
-    monkeypatch.setattr(
-        f"{constants}HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(f"{constants}HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(f"{constants}HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.setattr(f"{constants}HF_HUB_OFFLINE", False)
+    """The stand-in, which the client of this process takes for the hub: without files or cache, and logged in."""
+    server = started()
+    server.reset()
+    url = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no_token"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.address)  # of the functions without a client
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return server
