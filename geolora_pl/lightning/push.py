@@ -75,6 +75,11 @@ def push_to_hub(
         Traceback (most recent call last):
         ValueError: repo_id='name without a user' cannot be the name of a repository: write user/name, ...
     """
+    if not isinstance(source, nn.Module) and not Path(source).exists():
+        raise ValueError(
+            f"source='{source}' is neither a file nor a folder (from {Path.cwd()}): name a checkpoint, the folder of a "
+            "run or an adapter file"
+        )
     refuse_what_cannot_be_pushed(repo_id, token)
     if base_model is not None and not is_on_hub(base_model):
         raise ValueError(f"base_model={base_model!r} must be the name of a model on the hub, and no path: correct it")
@@ -117,11 +122,6 @@ def _read(source: nn.Module | str | Path, run: str | Path | None, config: str | 
                 f"source='{file}' holds no checkpoint: name a run with one, a .ckpt file or an adapter file"
             )
         file = checkpoints[-1]
-    if not file.is_file():
-        raise ValueError(
-            f"source='{file}' is neither a file nor a folder (from {Path.cwd()}): name a checkpoint, the folder of a "
-            "run or an adapter file"
-        )
     if not zipfile.is_zipfile(file):
         return _Found(read_adapter(file), run=of_run)
     # Lightning takes seconds to import, and a model or an adapter file is pushed without it.

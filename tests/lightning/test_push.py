@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from exported import SIZE, move, save
-from hub_server import TOKEN, hub  # noqa: F401  # a fixture
+from exported import SIZE, fails, move, save
+from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_text import save_tiny_decoder, save_tiny_model
@@ -13,6 +13,7 @@ from tolerance import NETWORK, close, rounding
 from torch import nn
 
 from geolora_pl import AdapterConfig, inject_adapters, load_adapter, push_to_hub, save_adapter
+from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.adapter_file import read_adapter
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 
@@ -292,3 +293,26 @@ def test_images_say_no_base_that_they_were_not_trained_on(hub, tmp_path):
     push_to_hub(module.model, "user/name", base_model="timm/vit_tiny_patch16_224.augreg_in21k")
     text = hub.files("user/name")["README.md"].decode()
     assert 'create_model("hf_hub:timm/vit_tiny_patch16_224.augreg_in21k", pretrained=True, num_classes=2)' in text
+
+
+def test_the_command_pushes_a_run(hub, tmp_path, capsys):
+    _, run = text_run(hub, tmp_path)
+    main(["push", "--source", str(run), "--repo_id", "user/name", "--private", "--commit_message", "first"])
+    assert capsys.readouterr().out == f"{hub.address}/user/name: load it with load_adapter(model, 'user/name')\n"
+    assert hub.private["user/name"]
+    assert set(hub.files("user/name")) == WHOLE | {".gitattributes"}
+
+
+def test_the_command_says_a_mistake_in_one_line(hub, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    fails(["push", "--source", "gone", "--repo_id", "user/name"], "source='gone' is neither a file nor", capsys)
+    command = ["push", "--source", str(tmp_path / "a.safetensors"), "--repo_id", "user/name"]
+    fails(command, "is corrupt or not a safetensors file", capsys)
+    monkeypatch.delenv("HF_TOKEN")
+    fails(command, "without a token of the hub: log in with 'hf auth login', or set HF_TOKEN", capsys)
+
+
+def test_a_run_without_a_checkpoint_is_told_so(hub, tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        push_to_hub(tmp_path, "user/name")

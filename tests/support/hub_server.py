@@ -9,8 +9,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-import pytest
-
 TOKEN = "hf_of_the_tests"
 _CREATE = re.compile(r"/api/repos/create")
 _API = re.compile(r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)(/(?P<what>\w+)/(?P<revision>[^/]+))?/?")
@@ -170,8 +168,7 @@ def started():
     return server
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+def stand_in(monkeypatch, tmp_path):
     """The stand-in, which the client of this process takes for the hub: without files or cache, and logged in."""
     server = started()
     server.reset()
