@@ -181,8 +181,9 @@ def _base_of(found: _Found) -> str | None:
 def _building(found: _Found, base: str | None) -> list[str]:
     """Lines of Python that make the base."""
     kind = type(found.model).__name__
-    if base is not None and hasattr(found.module, "save_lora"):
-        return ["from diffusers import DiffusionPipeline", f'pipeline = DiffusionPipeline.from_pretrained("{base}")']
+    if hasattr(found.module, "save_lora"):
+        made = "...  # the base" if base is None else f'DiffusionPipeline.from_pretrained("{base}")'
+        return ["from diffusers import DiffusionPipeline", f"pipeline = {made}"]
     if base is not None and _is_of("timm", found):
         classes = getattr(found.model, "num_classes", 0)
         made = f'model = create_model("hf_hub:{base}", pretrained=True, num_classes={classes})'
