@@ -128,8 +128,14 @@ def _read(source: nn.Module | str | Path, run: str | Path | None, config: str | 
     from geolora_pl.lightning.loading import load_module
 
     module = load_module(file, config)
-    step = read_checkpoint(file, mmap=True).get("global_step")
-    return _Found(capture(module.model), module.model, module, of_run or _run_around(file), step)
+    step = read_checkpoint(file, mmap=True).get("global_step")  # of a strange file perhaps no number
+    return _Found(
+        capture(module.model),
+        module.model,
+        module,
+        of_run or _run_around(file),
+        step if isinstance(step, int) else None,
+    )
 
 
 def _run_around(checkpoint: Path) -> Run | None:

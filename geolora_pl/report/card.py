@@ -110,9 +110,11 @@ def _about(state: AdapterState, contents: Contents) -> str:
     ranks = _ranks(state)
     base = _plain(contents.base) if contents.base else "a base that has no name on the hub"
     said = [
-        f"A low-rank adapter of {base}, made by geolora\\_pl, which finds the rank of every layer while it trains.",
-        f"It has {_parameters(state, ranks):,} parameters in {len(ranks)} layers, with ranks from "
-        f"{min(ranks.values())} to {max(ranks.values())} (at most {max(state.max_ranks.values())} were allowed).",
+        f"A low-rank adapter of {base}, made by geolora\\_pl, which finds the rank of every layer while it trains "
+        "([GeoLoRA](https://arxiv.org/abs/2410.18720)).",
+        f"It has {_parameters(state, ranks):,} parameters, in adapters of {len(ranks)} layer{'s'[: len(ranks) > 1]} "
+        f"with ranks from {min(ranks.values())} to {max(ranks.values())} (at most {max(state.max_ranks.values())} were "
+        "allowed).",
     ]
     if state.trained:
         said.append(f"Beside them this was trained in full: {', '.join(map(_plain, state.trained))}.")

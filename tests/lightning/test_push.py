@@ -7,6 +7,7 @@ import torch
 from exported import SIZE, fails, move, save
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
 from tiny_text import save_tiny_decoder, save_tiny_model
 from tolerance import NETWORK, close, rounding
@@ -120,6 +121,13 @@ def test_a_decoder_is_loaded_by_all_three(hub, tmp_path):
     assert len(code_of(card)) == 3
     for code in code_of(card):
         close(logits(loaded_by(code), IDS), logits(module.model, IDS), within=rounding(torch.float32, NETWORK))
+
+
+def test_peft_loads_a_model_of_ones_own_whose_base_has_no_name(hub, model):
+    push_to_hub(model, "user/name")
+    theirs = PeftModel.from_pretrained(plain_model(), "user/name").eval()
+    close(logits(theirs, X), logits(model, X), within=rounding(torch.float32, NETWORK))
+    assert b'"auto_mapping": null' in hub.files("user/name")["adapter_config.json"]
 
 
 def test_the_card_says_what_the_run_found(hub, tmp_path):

@@ -76,6 +76,8 @@ def test_each_library_stays_in_its_rooms(path):
         assert "transformers" not in used or here == "huggingface"
     if here != "tasks":
         assert "diffusers" not in used
+    if here not in {"storage", "report"}:
+        assert "huggingface_hub" not in used
     if here != "report":
         assert "matplotlib" not in used
 
