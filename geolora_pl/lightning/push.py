@@ -16,7 +16,7 @@ from geolora_pl.report.runs import Run, read_run
 from geolora_pl.storage.adapter_file import read_adapter, write_adapter
 from geolora_pl.storage.adapter_state import AdapterState, capture
 from geolora_pl.storage.checkpoint import read_checkpoint
-from geolora_pl.storage.hub import ADAPTER, CARD, PICTURE, push, refuse_what_cannot_be_pushed
+from geolora_pl.storage.hub import ADAPTER, CARD, PICTURE, is_hub_name, push, refuse_what_cannot_be_pushed
 from geolora_pl.storage.peft import PREFIX, as_lora, write_folder
 
 _HUB_TASKS = {  # by the endings of the classes of transformers
@@ -81,7 +81,7 @@ def push_to_hub(
             "run or an adapter file"
         )
     refuse_what_cannot_be_pushed(repo_id, token)
-    if base_model is not None and not is_on_hub(base_model):
+    if base_model is not None and not is_hub_name(base_model):
         raise ValueError(f"base_model={base_model!r} must be the name of a model on the hub, and no path: correct it")
     found = _read(source, run, config)
     base = base_model or _base_of(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from geolora_pl.report.runs import Run
-from geolora_pl.storage.hub import is_repo_id
+from geolora_pl.storage.hub import is_hub_name
 
 _SHOWN = re.compile(
     r"seed_everything|trainer\.(max_epochs|max_steps|precision|accumulate_grad_batches|gradient_clip_val)"
@@ -100,7 +100,7 @@ def data_of(settings: Mapping[str, object]) -> DataSource | None:
 
 def is_on_hub(name: str) -> bool:
     """Whether a name may be that of a model or data set on the hub, and is no path on this machine."""
-    return (is_repo_id(name) or is_repo_id(f"owner/{name}")) and not Path(name).exists()
+    return is_hub_name(name) and not Path(name).exists()
 
 
 def _text(name: str, value: object) -> str:

@@ -29,8 +29,16 @@ def is_repo_id(name: str) -> bool:
         >>> is_repo_id("user/name"), is_repo_id("name"), is_repo_id("../name"), is_repo_id("runs/a.safetensors")
         (True, False, False, False)
     """
-    if name.count("/") != 1 or name.endswith(_ENDINGS):
-        return False
+    return name.count("/") == 1 and not name.endswith(_ENDINGS) and is_hub_name(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a text can be the name of a model or data set on the hub, with its owner or without.
+
+    Example:
+        >>> is_hub_name("gpt2"), is_hub_name("user/name"), is_hub_name("/home/user/name")
+        (True, True, False)
+    """
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except ValueError:
@@ -51,17 +59,21 @@ def located(path: str | Path, revision: str | None = None, token: str | None = N
         lora: Whether only a LoRA of PEFT is looked for.
 
     Returns:
-        The file, or the folder of the LoRA; a path that leads nowhere as it is.
+        The file, or the folder of the LoRA.
 
     Raises:
-        ValueError: The repository cannot be read, or a revision is given for a path.
+        ValueError: There is neither a path nor a repository of that name, the repository cannot be read, or a revision
+            is given for a path.
 
     Example:
-        >>> located("absent.safetensors").name
-        'absent.safetensors'
+        >>> located("gone.safetensors")
+        Traceback (most recent call last):
+        ValueError: gone.safetensors is not a file or folder (from ...), nor a repository of the hub, user/name
     """
-    if not Path(path).exists() and is_repo_id(str(path)):
-        return _fetched(str(path), revision, token, lora)
+    if not Path(path).exists():
+        if is_repo_id(str(path)):
+            return _fetched(str(path), revision, token, lora)
+        raise ValueError(f"{path} is not a file or folder (from {Path.cwd()}), nor a repository of the hub, user/name")
     if revision is not None:
         raise ValueError(f"revision={revision!r} is for a repository of the hub, and {path} is not one: leave it out")
     of_ours = Path(path, ADAPTER)

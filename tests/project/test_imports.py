@@ -102,7 +102,7 @@ STEPS = [
     ("import geolora_pl; geolora_pl.__version__", OF_LIGHTNING | OF_TASKS | {"torch"}),
     ("from geolora_pl.cli.dispatch import main; main(['--version'])", OF_LIGHTNING | OF_TASKS | {"torch"}),
     (
-        "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, export_peft, save_adapter",
+        "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, push_to_hub, save_adapter",
         OF_LIGHTNING | OF_TASKS,
     ),
     ("from geolora_pl.cli.dispatch import main; main(['ranks', '--help'])", OF_LIGHTNING | OF_TASKS),

@@ -136,13 +136,11 @@ def test_offline_the_cache_serves(hub, model, ours, lora, monkeypatch, kind):
             {"path": "user/of_another"},
             "user/of_another does not fit the model: the adapter was trained on another base",
         ),
-        ({"path": "./user/name"}, "is not a file"),
-        ({"path": "user"}, "user is not a file"),
-        ({"path": "runs/gone.safetensors"}, "gone.safetensors is not a file"),
-        (
-            {"path": "runs/gone.safetensors", "revision": "v1"},
-            "revision='v1' is for a repository of the hub, and runs/",
-        ),
+        ({"path": "./user/name"}, "./user/name is not a file or folder (from "),
+        ({"path": "user"}, "user is not a file or folder"),
+        ({"path": "hf://user/name"}, "hf://user/name is not a file or folder (from "),
+        ({"path": "runs/gone.safetensors"}, "nor a repository of the hub, user/name"),
+        ({"path": __file__, "revision": "v1"}, "revision='v1' is for a repository of the hub, and "),
     ],
 )
 def test_mistakes_are_one_sentence_and_the_model_stays(hub, ours, lora, how, message):
