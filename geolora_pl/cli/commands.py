@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--private", action="store_true", default=None, help="Nobody else may see it; by default as the owner has it."
     )
     push.add_argument("--revision", metavar="BRANCH", help="By default the main one.")
-    push.add_argument("--commit_message", metavar="TEXT")
+    push.add_argument("--commit_message", metavar="TEXT", help="What the commit says.")
 
     report = add("report", "Write a page about one run or several.")
     report.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from geolora_pl.adapters.wrappers import unwrapped
+from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.report.card import Contents, Library, model_card, rank_picture
 from geolora_pl.report.public import is_on_hub
 from geolora_pl.report.runs import Run, read_run
@@ -50,8 +52,9 @@ def push_to_hub(
 
     Args:
         source: A model with adapters (the model into which PEFT will load them, not a module around it), the checkpoint
-            of a run, the folder of a run, which stands for its last checkpoint, or an adapter file. A file is pushed
-            without a LoRA of PEFT, which is made of a model alone.
+            of a run, the folder of a run, which stands for its last checkpoint, or an adapter file. There is no LoRA of
+            PEFT of a file, which does not say what kinds of layers it is for, or of what PEFT cannot hold; a warning
+            and the card say so.
         repo_id: The name of the repository, ``user/name``; it is made if it is not there.
         run: The folder of the run with scores and settings; of a checkpoint by default the one that holds it.
         config: The run's configuration, where a checkpoint alone does not name its module.
@@ -91,10 +94,17 @@ def push_to_hub(
         write_adapter(replace(found.state, base_name=base), folder / ADAPTER)
         rank_picture(found.state).save(folder / PICTURE)
         contents = Contents(
-            repo_id, base, _building(found, base), _task_of(found), library, _is_of("transformers", found)
+            repo_id,
+            base,
+            build=_building(found, base),
+            task=_task_of(found),
+            library=library,
+            of_transformers=_is_of("transformers", found),
+            problem=problem,
         )
-        card = model_card(found.state, replace(contents, problem=problem), found.run, found.step)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(model_card(found.state, contents, found.run, found.step), encoding="utf-8")
+        if problem is not None:
+            warnings.warn(f"{repo_id} gets no LoRA of PEFT: {problem}", GeoLoRAWarning, stacklevel=2)
         return push(folder, repo_id, private=private, revision=revision, commit_message=commit_message, token=token)
 
 
@@ -116,12 +126,12 @@ def _read(source: nn.Module | str | Path, run: str | Path | None, config: str | 
             return _Found(capture(plain), plain, run=of_run)
     file = Path(source)
     if file.is_dir():
-        of_run = of_run or read_run(file)
-        if not (checkpoints := read_run(file).checkpoints):
+        here = read_run(file)
+        if not here.checkpoints:
             raise ValueError(
                 f"source='{file}' holds no checkpoint: name a run with one, a .ckpt file or an adapter file"
             )
-        file = checkpoints[-1]
+        file, of_run = here.checkpoints[-1], of_run or here
     if not zipfile.is_zipfile(file):
         return _Found(read_adapter(file), run=of_run)
     # Lightning takes seconds to import, and a model or an adapter file is pushed without it.
@@ -178,7 +188,7 @@ def _base_of(found: _Found) -> str | None:
     if name is None:
         name = found.state.base_name if _is_of("transformers", found) else None
     elif settings.get("model.init_args.pretrained") is False or settings.get("model.init_args.checkpoint_path"):
-        return None
+        return None  # the architecture has that name, and its weights are others
     elif _is_of("timm", found):
         name = f"timm/{found.state.base_name}"
     return name if isinstance(name, str) and is_on_hub(name) else None

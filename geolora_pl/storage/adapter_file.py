@@ -139,7 +139,7 @@ def read_adapter(path: str | Path) -> AdapterState:
         ValueError: The file is missing, broken, of a newer version or not an adapter.
     """
     if not Path(path).is_file():
-        kind = "a folder, and of PEFT's import_peft loads one" if Path(path).is_dir() else "not a file"
+        kind = "a folder, which import_peft loads if it is of PEFT" if Path(path).is_dir() else "not a file"
         raise ValueError(f"{path} is {kind} (from {Path.cwd()})")
     try:
         with safe_open(path, "pt") as file:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from exported import SIZE, fails, move, save
-from hub_server import TOKEN
+from hub_server import READER, TOKEN
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -13,7 +13,7 @@ from tiny_text import save_tiny_decoder, save_tiny_model
 from tolerance import NETWORK, close, rounding
 from torch import nn
 
-from geolora_pl import AdapterConfig, inject_adapters, load_adapter, push_to_hub, save_adapter
+from geolora_pl import AdapterConfig, GeoLoRAWarning, inject_adapters, load_adapter, push_to_hub, save_adapter
 from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.adapter_file import read_adapter
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
@@ -183,7 +183,8 @@ def test_nothing_of_this_machine_goes_out(hub, tmp_path, monkeypatch):
     push_to_hub(path, "user/of_a_folder")
     push_to_hub(local.model, "user/of_a_model", run=run)
     save_adapter(local.model, tmp_path / "a.safetensors")
-    push_to_hub(tmp_path / "a.safetensors", "user/of_a_file", run=run)
+    with pytest.warns(GeoLoRAWarning, match="it comes from an adapter file"):
+        push_to_hub(tmp_path / "a.safetensors", "user/of_a_file", run=run)
     for repo in ("user/of_a_folder", "user/of_a_model", "user/of_a_file"):
         for name, content in hub.files(repo).items():
             for secret in (str(tmp_path), "secret", "hf_"):
@@ -204,7 +205,8 @@ def test_a_model_that_peft_cannot_hold_is_pushed_for_this_library(hub, tmp_path)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     base = copy.deepcopy(model)
     inject_adapters(model, AdapterConfig(target_modules=["0"]))
-    push_to_hub(move(model), "user/name")
+    with pytest.warns(GeoLoRAWarning, match="user/name gets no LoRA of PEFT: 1 has running statistics"):
+        push_to_hub(move(model), "user/name")
     files = hub.files("user/name")
     assert set(files) == WHOLE - {"adapter_config.json", "adapter_model.safetensors"} | {".gitattributes"}
     card = ModelCard(files["README.md"].decode())
@@ -218,7 +220,8 @@ def test_a_further_push_replaces_the_files_of_the_first_and_no_other(hub, model,
     push_to_hub(model, "user/name")
     hub.add("user/name", {**hub.files("user/name"), "notes.txt": b"mine"})
     save_adapter(model, tmp_path / "a.safetensors")
-    push_to_hub(tmp_path / "a.safetensors", "user/name", commit_message="again")
+    with pytest.warns(GeoLoRAWarning, match="it comes from an adapter file"):
+        push_to_hub(tmp_path / "a.safetensors", "user/name", commit_message="again")
     files = hub.files("user/name")
     assert set(files) == {".gitattributes", "notes.txt", "README.md", "geolora_adapter.safetensors", "ranks.png"}
 
@@ -284,10 +287,16 @@ def test_without_a_token_nothing_is_asked_for(hub, model, monkeypatch):
     assert hub.requests == []
 
 
-def test_a_token_that_the_hub_refuses(hub, model):
-    with pytest.raises(ValueError, match=r"the hub refuses user/name \(401\): log in"):
-        push_to_hub(model, "user/name", token="hf_wrong")
-    assert hub.commits == {}
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize(("token", "status"), [("hf_wrong", 401), (READER, 403)])
+def test_a_token_that_the_hub_refuses(hub, model, token, status, is_there):
+    """A user's token is wrong or may only read, or the repository is somebody else's."""
+    if is_there:
+        hub.add("user/name", {"README.md": b"mine"})
+    with pytest.raises(ValueError, match=rf"the hub refuses user/name \({status}\): log in .* that may write to it"):
+        push_to_hub(model, "user/name", token=token)
+    assert not is_there or hub.files("user/name") == {"README.md": b"mine"}
+    assert is_there or hub.commits == {}
 
 
 def test_images_say_no_base_that_they_were_not_trained_on(hub, tmp_path):

@@ -9,7 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_of_the_tests"
+TOKEN, READER = "hf_of_the_tests", "hf_reader"  # the second one may not write
 _CREATE = re.compile(r"/api/repos/create")
 _API = re.compile(r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)(/(?P<what>\w+)/(?P<revision>[^/]+))?/?")
 _FILE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
@@ -75,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         if self.server.down:
             self.fail(500)
+        elif self.headers.get("Authorization") and not self.is_known:
+            self.fail(401, message="Invalid credentials in Authorization header")
         elif path == "/api/validate-yaml":
             self.send({})
         elif _CREATE.fullmatch(path):
@@ -86,12 +88,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def is_known(self):
+        return self.headers.get("Authorization") in (f"Bearer {TOKEN}", f"Bearer {READER}")
+
+    @property
+    def may_write(self):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def create(self, asked):
         repo = f"{asked['organization']}/{asked['name']}"
-        if not self.is_known:
-            self.fail(401)
+        if not self.may_write:
+            self.fail(403 if self.is_known else 401)
         else:
             is_new = repo not in self.server.commits
             if is_new:
@@ -103,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub, revision = self.server, revision or "main"
         if repo not in hub.commits or (hub.private[repo] and not self.is_known):
             self.fail(404 if self.is_known else 401, "RepoNotFound")
-        elif self.command == "POST" and not self.is_known:
+        elif self.command == "POST" and not self.may_write:
             self.fail(403)
         elif what == "branch":
             hub.commits[repo].setdefault(revision, list(hub.commits[repo]["main"]))
@@ -147,10 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.finish_with(json.dumps(answer).encode())
 
-    def fail(self, status, code=None):
+    def fail(self, status, code=None, message=None):
         self.send_response(status)
-        if code is not None:
-            self.send_header("X-Error-Code", code)
+        for name, said in {"X-Error-Code": code, "X-Error-Message": message}.items():
+            if said is not None:
+                self.send_header(name, said)
         self.finish_with(b"{}")
 
     def finish_with(self, content):
