@@ -93,7 +93,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, revision: str | None = N
     if file.is_dir():
         import_peft(model, file)
         return
-    is_checkpoint = file.is_file() and zipfile.is_zipfile(file)
+    # A checkpoint is one where the user names that file; what the hub gives is never unpickled.
+    is_checkpoint = file == Path(path) and zipfile.is_zipfile(file)
     state = None if is_checkpoint else read_adapter(file)
     try:
         if state is None:

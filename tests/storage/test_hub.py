@@ -1,4 +1,5 @@
 import copy
+import io
 import re
 
 import pytest
@@ -57,6 +58,17 @@ def test_a_file_on_the_hub_is_loaded_by_its_name_and_nothing_else_is_fetched(hub
     load_adapter(fresh, "user/name")
     assert torch.equal(fresh(X), model(X))
     assert hub.downloaded == [OURS]
+
+
+@pytest.mark.parametrize("is_polyglot", [False, True])
+def test_a_pickle_under_the_name_of_our_file_is_not_opened(hub, ours, monkeypatch, is_polyglot):
+    """A stranger puts a checkpoint into the place of the adapter file, or at its end, where torch would look for it."""
+    checkpoint = io.BytesIO()
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"}, checkpoint)
+    hub.add("user/name", {OURS: (ours if is_polyglot else b"") + checkpoint.getvalue()})
+    monkeypatch.setattr("torch.load", None)
+    with pytest.raises(ValueError, match="is corrupt or not a safetensors file"):
+        load_adapter(base(), "user/name")
 
 
 @pytest.mark.parametrize("load", [load_adapter, import_peft])
