@@ -202,7 +202,7 @@ def _building(found: _Found, base: str | None) -> list[str]:
         return ["from diffusers import DiffusionPipeline", f"pipeline = {made}"]
     if base is not None and _is_of("timm", found):
         classes = getattr(found.model, "num_classes", 0)
-        made = f'model = create_model("hf_hub:{base}", pretrained=True, num_classes={classes})'
+        made = f'model = create_model("hf-hub:{base}", pretrained=True, num_classes={classes})'
         return ["from timm import create_model", made]
     if base is not None and _is_of("transformers", found):
         labels = getattr(getattr(found.model, "config", None), "num_labels", 0)

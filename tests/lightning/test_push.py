@@ -299,17 +299,40 @@ def test_a_token_that_the_hub_refuses(hub, model, token, status, is_there):
     assert is_there or hub.commits == {}
 
 
-def test_images_say_no_base_that_they_were_not_trained_on(hub, tmp_path):
+def test_a_hub_that_breaks_down_is_one_sentence(hub, model, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
+    hub.down = True
+    with pytest.raises(ValueError, match=r"user/name: the hub cannot do this \(.*500.*\): look at the connection"):
+        push_to_hub(model, "user/name")
+
+
+@pytest.mark.parametrize(
+    ("weights", "base"),
+    [
+        ("pretrained: true", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("pretrained: false", None),
+        ("checkpoint_path: pkg://geolora_pl/configs/vit_fashion_mnist.safetensors", None),
+    ],
+)
+def test_a_base_of_timm_is_named_where_its_weights_are_those_of_the_hub(hub, tmp_path, weights, base):
     """The quickstart's weights are a file, so that the name of their architecture is not that of their base."""
     module = ImageClassification("vit_tiny_patch16_224", False, model_args=SIZE, num_classes=2)
     module.configure_model()
-    push_to_hub(move(module).model, "user/name")
-    data = ModelCard(hub.files("user/name")["README.md"].decode()).data.to_dict()
-    assert "base_model" not in data
-    assert data["pipeline_tag"] == "image-classification"
-    push_to_hub(module.model, "user/name", base_model="timm/vit_tiny_patch16_224.augreg_in21k")
-    text = hub.files("user/name")["README.md"].decode()
-    assert 'create_model("hf_hub:timm/vit_tiny_patch16_224.augreg_in21k", pretrained=True, num_classes=2)' in text
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    settings = f"model: {{init_args: {{model_name: vit_tiny_patch16_224, {weights}}}}}"
+    (tmp_path / "config.yaml").write_text(settings)
+    push_to_hub(move(module).model, "user/name", run=tmp_path)
+    card = ModelCard(hub.files("user/name")["README.md"].decode())
+    assert card.data.base_model == base
+    assert card.data.pipeline_tag == "image-classification"
+    code = f'create_model("hf-hub:{base}", pretrained=True, num_classes=2)'
+    assert (code in card.text) == (base is not None)
+
+
+def test_a_base_is_named_by_the_user(hub, model):
+    push_to_hub(model, "user/name", base_model="user/base")
+    assert ModelCard(hub.files("user/name")["README.md"].decode()).data.base_model == "user/base"
+    assert b'"base_model_name_or_path": "user/base"' in hub.files("user/name")["adapter_config.json"]
 
 
 def test_the_command_pushes_a_run(hub, tmp_path, capsys):

@@ -143,6 +143,7 @@ def test_offline_the_cache_serves(hub, model, ours, lora, monkeypatch, kind):
         ({"path": "user/name", "revision": "v2"}, "user/name has no revision='v2': name a branch, a tag or a commit"),
         ({"path": "user/other"}, f"user/other has no {OURS}, nor {CONFIG} with {WEIGHTS}: name the repository of an"),
         ({"path": "user/half"}, f"user/half has no {OURS}, nor {CONFIG} with {WEIGHTS}"),
+        ({"path": "user/gated"}, "user/gated is gated: accept its terms on the hub, and log in with 'hf auth login'"),
         ({"path": "user/broken"}, "is corrupt or not a safetensors file"),
         (
             {"path": "user/of_another"},
@@ -161,6 +162,8 @@ def test_mistakes_are_one_sentence_and_the_model_stays(hub, ours, lora, how, mes
     hub.add("user/other", {"README.md": b"x", "adapter_model.bin": b"x"})
     hub.add("user/half", {CONFIG: lora[CONFIG]})
     hub.add("user/broken", {OURS: ours[:100]})
+    hub.add("user/gated", {OURS: ours})
+    hub.gated.add("user/gated")
     hub.add("user/of_another", {OURS: ours})
     if "another" in how["path"]:
         with torch.no_grad():

@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         private: Whether a repository is private.
         requests: What was asked for, as method and path.
         down: Whether the hub answers nothing but errors.
+        gated: The repositories whose terms nobody has accepted.
     """
 
     daemon_threads = True
@@ -34,7 +35,7 @@ class Hub(ThreadingHTTPServer):
 
     def reset(self):
         """Forget everything."""
-        self.commits, self.private, self.requests, self.down = {}, {}, [], False
+        self.commits, self.private, self.requests, self.down, self.gated = {}, {}, [], False, set()
 
     def files(self, repo, revision="main"):
         """The files of a branch or commit, by their names; ``None`` where there is none."""
@@ -109,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, revision = self.server, revision or "main"
         if repo not in hub.commits or (hub.private[repo] and not self.is_known):
             self.fail(404 if self.is_known else 401, "RepoNotFound")
+        elif repo in hub.gated:
+            self.fail(403, "GatedRepo")
         elif self.command == "POST" and not self.may_write:
             self.fail(403)
         elif what == "branch":
