@@ -100,4 +100,5 @@ def hub(monkeypatch, tmp_path):
     """A stand-in of the Hugging Face hub for its client in this process, without repositories."""
     from hub_server import stand_in
 
-    return stand_in(monkeypatch, tmp_path)
+    with stand_in(monkeypatch, tmp_path) as server:
+        yield server

@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import re
+import socket
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -29,12 +31,8 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", _port()), _Handler)
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self.reset()
-
-    def reset(self):
-        """Forget everything."""
         self.commits, self.private, self.requests, self.down, self.gated = {}, {}, [], False, set()
 
     def files(self, repo, revision="main"):
@@ -60,7 +58,7 @@ def sha(files):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # no connection is kept, and so no thread: other tests fork
 
     def log_message(self, *args):
         pass
@@ -171,17 +169,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @functools.cache
-def started():
-    """The stand-in of this process: its address stays the same, because libraries keep clients of their own."""
-    server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+def _port():
+    """One port for all tests of this process, because libraries keep clients of their own with the first address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
+@contextmanager
 def stand_in(monkeypatch, tmp_path):
     """The stand-in, which the client of this process takes for the hub: without files or cache, and logged in."""
-    server = started()
-    server.reset()
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
     url = server.address + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
         "ENDPOINT": server.address,
@@ -193,4 +193,7 @@ def stand_in(monkeypatch, tmp_path):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.address)  # of the functions without a client
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return server
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
