@@ -11,9 +11,11 @@ from typing import NamedTuple
 from geolora_pl.report.runs import Run
 from geolora_pl.storage.hub import is_hub_name
 
+# By their names, of which the last part is an argument of a class and never a key that the user has chosen.
 _SHOWN = re.compile(
     r"seed_everything|trainer\.(max_epochs|max_steps|precision|accumulate_grad_batches|gradient_clip_val)"
-    r"|geolora\.[\w.]+|(model|data)\.(class_path|init_args\.[\w.]+)"
+    r"|geolora\.(adapter\.)?\w+|(model|data)\.(class_path|init_args\.\w+)"
+    r"|model\.init_args\.(adapter|model_args|(optimizer|lr_scheduler)(\.init_args)?)\.\w+"
 )
 # Settings whose texts are words of a library or names of layers; a text of any other may be the user's own.
 _WORDS = re.compile(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub  # which imports a name of its own at its first use
+import huggingface_hub  # which imports its public names at their first use, and its modules not at all
 
 from geolora_pl.storage.peft import CONFIG, WEIGHTS
 
@@ -39,8 +39,10 @@ def is_hub_name(name: str) -> bool:
         >>> is_hub_name("gpt2"), is_hub_name("user/name"), is_hub_name("/home/user/name")
         (True, True, False)
     """
+    from huggingface_hub.utils import validate_repo_id
+
     try:
-        huggingface_hub.utils.validate_repo_id(name)
+        validate_repo_id(name)
     except ValueError:
         return False
     return True

@@ -105,6 +105,7 @@ STEPS = [
         "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, push_to_hub, save_adapter",
         OF_LIGHTNING | OF_TASKS,
     ),
+    ("from geolora_pl.storage.hub import is_repo_id; assert is_repo_id('user/name')", OF_LIGHTNING | OF_TASKS),
     ("from geolora_pl.cli.dispatch import main; main(['ranks', '--help'])", OF_LIGHTNING | OF_TASKS),
     ("from geolora_pl import GeoLoRACallback, GeoLoRAModule, predict", OF_TASKS),
     ("from geolora_pl.cli.dispatch import main; sys.argv[1:] = ['--help']; main()", OF_TASKS),

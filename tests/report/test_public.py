@@ -17,6 +17,7 @@ from geolora_pl.report.public import data_of, public_settings
         ("model.class_path", "mine.Secret"),
         ("model.init_args.optimizer", "mine.Secret"),
         ("model.init_args./home/me", 3),
+        ("model.init_args.class_weights.guilty", 3.0),
         ("geolora.budget", None),
         ("ckpt_path", "last.ckpt"),
     ],
