@@ -13,6 +13,7 @@ from geolora_pl.lightning.callback import GeoLoRACallback as GeoLoRACallback
 from geolora_pl.lightning.module import GeoLoRAModule as GeoLoRAModule
 from geolora_pl.lightning.predictions import PredictionWriter as PredictionWriter
 from geolora_pl.lightning.predictions import predict as predict
+from geolora_pl.lightning.push import push_to_hub as push_to_hub
 from geolora_pl.storage.adapter_file import load_adapter as load_adapter
 from geolora_pl.storage.adapter_file import save_adapter as save_adapter
 from geolora_pl.storage.library import AdapterLibrary as AdapterLibrary

@@ -93,3 +93,12 @@ def messages(capfd, caplog):
         return text
 
     return read
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in of the Hugging Face hub for its client in this process, without repositories."""
+    from hub_server import stand_in
+
+    with stand_in(monkeypatch, tmp_path) as server:
+        yield server

@@ -27,7 +27,7 @@ class _WarnsFirst:
             warnings.warn(
                 "save_pretrained writes the adapters under names that from_pretrained does not know, so that their "
                 "layers would come back random: merge_adapters(model) first, or save the adapters alone (save_adapter, "
-                "export_peft)",
+                "export_peft, or push_to_hub of geolora_pl)",
                 GeoLoRAWarning,
                 stacklevel=2,
             )

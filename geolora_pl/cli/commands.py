@@ -1,4 +1,4 @@
-"""The commands about checkpoints and runs that train nothing: export, ranks, report, shrink."""
+"""The commands about checkpoints and runs that train nothing: export, push, ranks, report, shrink."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from geolora_pl.cli.called import called
 from geolora_pl.cli.mistakes import one_line
 from geolora_pl.lightning.export import FORMATS, export
+from geolora_pl.lightning.push import push_to_hub
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.report.printable import printable
 from geolora_pl.report.printed import print_summary
@@ -64,7 +65,7 @@ def _sparkline(sigma: Tensor) -> str:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run ``export``, ``ranks``, ``report`` or ``shrink``.
+    """Run ``export``, ``push``, ``ranks``, ``report`` or ``shrink``.
 
     Args:
         args: The command and its arguments.
@@ -76,9 +77,18 @@ def main(args: Sequence[str]) -> None:
         if command == "ranks":
             print_summary(ranks_table(**given), [], Console())
             return
-        commands: dict[str, Callable[..., str]] = {"export": export, "report": _report, "shrink": _shrink}
+        commands: dict[str, Callable[..., str]] = {
+            "export": export,
+            "push": _push,
+            "report": _report,
+            "shrink": _shrink,
+        }
         said = commands[command](**given)
         Console().print(printable(said), soft_wrap=True, markup=False, highlight=False)
+
+
+def _push(source: str, repo_id: str, **how: Any) -> str:
+    return f"{push_to_hub(source, repo_id, **how)}: load it with load_adapter(model, {repo_id!r})"
 
 
 def _report(run: Sequence[str], output: str | None) -> str:
@@ -123,6 +133,26 @@ def _parser() -> argparse.ArgumentParser:
         "--compact", action="store_true", help="peft, diffusers: each adapter at its own rank, none of rank 0."
     )
     export.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+
+    push = add(
+        "push",
+        "Push an adapter to the Hugging Face hub, with a card: from there it is loaded here, by PEFT and by "
+        "transformers. Log in with 'hf auth login' or set HF_TOKEN first.",
+    )
+    push.add_argument(
+        "--source",
+        required=True,
+        help="The folder of a run, which stands for its last checkpoint, a checkpoint, or an adapter file.",
+    )
+    push.add_argument("--repo_id", required=True, metavar="USER/NAME", help="The repository, which is made if needed.")
+    push.add_argument("--run", metavar="FOLDER", help="The run with scores and settings; by default that of --source.")
+    push.add_argument("--config", help="The run's configuration: for modules of your own, and small checkpoints.")
+    push.add_argument("--base_model", metavar="NAME", help="The name of the base on the hub, where it is not known.")
+    push.add_argument(
+        "--private", action="store_true", default=None, help="Nobody else may see it; by default as the owner has it."
+    )
+    push.add_argument("--revision", metavar="BRANCH", help="By default the main one.")
+    push.add_argument("--commit_message", metavar="TEXT", help="What the commit says.")
 
     report = add("report", "Write a page about one run or several.")
     report.add_argument(

@@ -23,6 +23,7 @@ COMMANDS = {
     "test": "compute the metrics of a checkpoint on the test data",
     "predict": "write what a checkpoint predicts to a file",
     "export": "write the model of a checkpoint for other libraries",
+    "push": "push an adapter to the Hugging Face hub, with a card",
     "ranks": "show the adapters of a checkpoint",
     "report": "write a page about one run or several",
     "shrink": "make an adapter or a LoRA smaller, without training",
@@ -59,7 +60,7 @@ def main(args: ArgsType = None) -> None:
         from geolora_pl.cli import completion
 
         completion.main(words, COMMANDS, main)
-    elif command in ("export", "ranks", "report", "shrink"):
+    elif command in ("export", "push", "ranks", "report", "shrink"):
         from geolora_pl.cli import commands
 
         commands.main(words)

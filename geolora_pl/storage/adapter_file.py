@@ -27,6 +27,8 @@ from geolora_pl.storage.adapter_state import (
 )
 from geolora_pl.storage.atomic import atomic
 from geolora_pl.storage.checkpoint import load_checkpoint, read_checkpoint
+from geolora_pl.storage.hub import located
+from geolora_pl.storage.peft_import import import_peft
 
 _FORMAT, _VERSION = "geolora_pl.adapter", 1
 _KINDS = ("adapters", "trained", "buffers")  # a tensor's name in the file starts with one of these
@@ -59,7 +61,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     write_adapter(capture(model), path)
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> None:
+def load_adapter(model: nn.Module, path: str | Path, *, revision: str | None = None, token: str | None = None) -> None:
     """Load a file of :func:`save_adapter` into its base, plain or with fresh adapters; training can go on from it.
 
     The whole file is checked before the model is touched. A plain model gets the adapters of the file, and what was
@@ -69,22 +71,34 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     A checkpoint of a run is taken as well, which is how a LightningModule that got its adapters from the callback comes
     back from one: its ``load_from_checkpoint`` knows nothing of adapters. All weights are those of the checkpoint then.
 
+    A name of the hub stands for the adapter file in that repository, or for its LoRA of PEFT where it has no such file,
+    as :func:`~geolora_pl.import_peft` loads it. A folder is taken like a repository. Only safetensors and JSON are
+    fetched, and nothing of them is run.
+
     Args:
         model: The base that the adapter was trained on, in any precision.
-        path: The adapter file or the checkpoint.
+        path: The adapter file, the checkpoint, a folder, or the name of a repository on the hub, ``user/name``; a path
+            that exists goes first.
+        revision: A branch, tag or commit of the repository.
+        token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
 
     Raises:
-        ValueError: The file is missing, broken, of a newer version or not an adapter, or the model is not its base;
-            nothing is loaded then.
+        ValueError: The file is missing, broken, of a newer version or not an adapter, the repository cannot be read, or
+            the model is not its base; nothing is loaded then.
 
     Example:
         See :func:`save_adapter`.
     """
-    is_checkpoint = Path(path).is_file() and zipfile.is_zipfile(path)
-    state = None if is_checkpoint else read_adapter(path)
+    file = located(path, revision, token)
+    if file.is_dir():
+        import_peft(model, file)
+        return
+    # A checkpoint is one where the user names that file; what the hub gives is never unpickled.
+    is_checkpoint = file == Path(path) and zipfile.is_zipfile(file)
+    state = None if is_checkpoint else read_adapter(file)
     try:
         if state is None:
-            load_checkpoint(model, read_checkpoint(path))
+            load_checkpoint(model, read_checkpoint(file))
             return
         check(model, state)
         apply(model, state)
@@ -126,7 +140,8 @@ def read_adapter(path: str | Path) -> AdapterState:
         ValueError: The file is missing, broken, of a newer version or not an adapter.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file (from {Path.cwd()})")
+        kind = "a folder, which import_peft loads if it is of PEFT" if Path(path).is_dir() else "not a file"
+        raise ValueError(f"{path} is {kind} (from {Path.cwd()})")
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})

@@ -24,6 +24,7 @@ from geolora_pl.storage.adapter_state import (
     write,
 )
 from geolora_pl.storage.fingerprint import base_parameters
+from geolora_pl.storage.hub import located
 
 
 class AdapterLibrary:
@@ -72,14 +73,20 @@ class AdapterLibrary:
         """The names of all adapters, in the order in which they were added."""
         return list(self._states)
 
-    def load(self, name: str, path: str | Path) -> None:
+    def load(self, name: str, path: str | Path, *, revision: str | None = None, token: str | None = None) -> None:
         """Read a file under a name; the adapter in use stays in use, with what training has changed in it.
 
+        Args:
+            name: The name in this library.
+            path: The file, or the name of a repository on the hub, ``user/name``, as :func:`load_adapter` takes it.
+            revision: A branch, tag or commit of the repository.
+            token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+
         Raises:
-            ValueError: The name is taken, or the file is broken or was made on another base.
+            ValueError: The name is taken, or the file is broken, was made on another base or cannot be fetched.
         """
         self._refuse_taken(name)
-        state = read_adapter(path)
+        state = read_adapter(located(path, revision, token))
         in_use = {key: tensor.detach().clone() for key, tensor in self._tensors().items() if key in self._of_base}
         write(self.model, self._of_base)  # the hash is that of the base alone
         try:

@@ -106,23 +106,23 @@ class Lora:
     extra: Sequence[str]
 
 
-def as_lora(model: nn.Module, *, compact: bool = False) -> Lora:
+def as_lora(model: nn.Module, *, compact: bool = False, state: AdapterState | None = None) -> Lora:
     """The adapters of a model as a LoRA of PEFT, before it is written.
 
     Args:
         model: A model with adapters.
         compact: Whether each adapter keeps its own rank, as in :func:`export_peft`.
+        state: What has been captured of the model already, for which the whole base is hashed.
 
     Raises:
         ValueError: The model has no adapters, or something was trained that PEFT cannot hold.
     """
     with unwrapped(model) as plain:
-        return _as_lora(plain, compact)
+        return _as_lora(plain, compact, state or capture(plain))
 
 
-def _as_lora(model: nn.Module, compact: bool) -> Lora:
+def _as_lora(model: nn.Module, compact: bool, state: AdapterState) -> Lora:
     """The same of a plain model."""
-    state = capture(model)
     adapters = find_adapters(model)
     for name, layer in adapters.items():
         if (reason := _refusal(layer)) is not None:

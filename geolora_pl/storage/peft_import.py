@@ -27,6 +27,7 @@ from geolora_pl.storage.adapter_state import (
     config_of,
     leading,
 )
+from geolora_pl.storage.hub import located
 from geolora_pl.storage.peft import CONFIG, PREFIX, WEIGHTS, is_linear
 
 # These settings of PEFT's LoRA change what the adapter computes, so that it is not a plain LoRA.
@@ -46,7 +47,14 @@ _OTHER_KINDS = (
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
 
 
-def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> None:
+def import_peft(
+    model: nn.Module,
+    folder: str | Path,
+    max_rank: int = 16,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> None:
     r"""Start from a LoRA of PEFT: the model gets adapters that compute exactly what the LoRA computes.
 
     .. math:: s B A = U S V^T, \qquad s = \texttt{lora\_alpha} / r \text{ or } \texttt{lora\_alpha} / \sqrt r
@@ -56,12 +64,15 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
 
     Args:
         model: The plain base of the LoRA.
-        folder: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the name of a repository
+            on the hub that holds them, ``user/name``; a path that exists goes first.
         max_rank: Number of columns allocated per adapter; a LoRA of a larger rank gets as many columns as its rank.
+        revision: A branch, tag or commit of the repository.
+        token: For a private repository; by default the one of ``hf auth login`` or ``HF_TOKEN``.
 
     Raises:
-        ValueError: The folder is broken, holds another kind of adapter such as DoRA, or does not fit the model; the
-            model does not change then.
+        ValueError: The folder is broken or cannot be fetched, holds another kind of adapter such as DoRA, or does not
+            fit the model; the model does not change then.
 
     Example:
         >>> import tempfile
@@ -76,8 +87,9 @@ def import_peft(model: nn.Module, folder: str | Path, max_rank: int = 16) -> Non
         raise ValueError("the model already has adapters: merge_adapters(model) first, or take a fresh model")
     if max_rank < 1:
         raise ValueError(f"max_rank={max_rank} must be at least 1")
+    found = located(folder, revision, token, lora=True)
     with unwrapped(model) as plain:
-        _import(plain, Path(folder), max_rank)
+        _import(plain, found, max_rank)
 
 
 def _import(model: nn.Module, folder: Path, max_rank: int) -> None:

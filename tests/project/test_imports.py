@@ -76,6 +76,8 @@ def test_each_library_stays_in_its_rooms(path):
         assert "transformers" not in used or here == "huggingface"
     if here != "tasks":
         assert "diffusers" not in used
+    if here not in {"storage", "report"}:
+        assert "huggingface_hub" not in used
     if here != "report":
         assert "matplotlib" not in used
 
@@ -100,9 +102,10 @@ STEPS = [
     ("import geolora_pl; geolora_pl.__version__", OF_LIGHTNING | OF_TASKS | {"torch"}),
     ("from geolora_pl.cli.dispatch import main; main(['--version'])", OF_LIGHTNING | OF_TASKS | {"torch"}),
     (
-        "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, export_peft, save_adapter",
+        "from geolora_pl import AdapterLibrary, RankAdaptiveIntegrator, RiemannianAdam, push_to_hub, save_adapter",
         OF_LIGHTNING | OF_TASKS,
     ),
+    ("from geolora_pl.storage.hub import is_repo_id; assert is_repo_id('user/name')", OF_LIGHTNING | OF_TASKS),
     ("from geolora_pl.cli.dispatch import main; main(['ranks', '--help'])", OF_LIGHTNING | OF_TASKS),
     ("from geolora_pl import GeoLoRACallback, GeoLoRAModule, predict", OF_TASKS),
     ("from geolora_pl.cli.dispatch import main; sys.argv[1:] = ['--help']; main()", OF_TASKS),

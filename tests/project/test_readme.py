@@ -34,7 +34,7 @@ def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["geolora_pl"])
     calls = commands(PAGE, tmp_path)
-    assert len(calls) == 20
+    assert len(calls) == 21
     for program, *arguments in calls:
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)

@@ -60,7 +60,7 @@ def mine(monkeypatch):
 
 
 @pytest.mark.parametrize("page", having("python"))
-def test_python_runs(page, here, monkeypatch):
+def test_python_runs(page, here, hub, monkeypatch):
     quiet_trainers(monkeypatch)
     names = {"__name__": "page"}
     for snippet in blocks(page, "python"):

@@ -51,6 +51,7 @@ def understood(arguments: list[str], capfd) -> None:
         return
     missing = {
         "export": "last.ckpt' is not a file",
+        "push": "' is neither a file nor a folder",
         "ranks": "last.ckpt' is not a file",
         "report": "' is not a folder",
         "shrink": " is not a file",

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.diffusion.tiny_pipeline import LENGTH, SIZE, draw_subject, save_tiny_pipeline
-from geolora_pl import AdapterConfig, GeoLoRACallback
+from geolora_pl import AdapterConfig, GeoLoRACallback, push_to_hub
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.lightning.export import export
@@ -249,6 +249,20 @@ def test_peft_loads_the_adapters_of_all_parts_convolutions_included(folders, tmp
     parts = nn.ModuleDict({"unet": theirs.unet, "text_encoder": theirs.text_encoder})
     PeftModel.from_pretrained(parts, tmp_path / "lora").eval()  # which puts the LoRAs into the parts
     np.testing.assert_allclose(images(theirs), expected, atol=1e-5)
+
+
+def test_diffusers_loads_a_pushed_run_by_its_name(folders, tmp_path, hub):
+    """A user pushes a DreamBooth run, and others draw with it by the code on its card."""
+    module = task(folders)
+    module.configure_model()
+    ckpt = save(move(module), tmp_path / "run.ckpt", "geolora_pl.tasks.TextToImage")
+    push_to_hub(ckpt, "user/dog", base_model="user/base")
+    card = hub.files("user/dog")["README.md"].decode()
+    assert 'pipeline = DiffusionPipeline.from_pretrained("user/base")' in card
+    assert "pipeline_tag: text-to-image" in card
+    theirs = load(module, folders / "sd")
+    theirs.load_lora_weights("user/dog")
+    np.testing.assert_allclose(images(theirs), images(module.pipeline), atol=1e-5)
 
 
 def test_weights_that_may_run_code_are_refused(folders, tmp_path):
