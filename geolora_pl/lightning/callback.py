@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.experts import frozen_experts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
+from geolora_pl.adapters.quantised import has_quantised_weights
 from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.checks import (
     check_compatible,
@@ -281,7 +282,7 @@ class GeoLoRACallback(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what the weights do not tell, keep to plain values, and leave the base out, if asked to."""
         describe_adapters(checkpoint, pl_module)
-        if self.small_checkpoints:
+        if self.small_checkpoints or has_quantised_weights(pl_module):  # which could not be loaded
             shrink(checkpoint, pl_module, self._run.base_of(pl_module) if self._run else describe_base(pl_module))
         keep_plain(checkpoint)
 
