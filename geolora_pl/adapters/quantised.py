@@ -12,20 +12,21 @@ from geolora_pl.adapters.targets import all_names
 _LEAST = AdapterConfig(init_rank=1, max_rank=1, probes=0)
 
 
-def has_quantised_weights(model: nn.Module) -> bool:
-    """Whether a parameter of a model holds codes, such as 4-bit integers, in place of the numbers of a weight.
+def quantised_names(model: nn.Module) -> list[str]:
+    """All names of the parameters that hold codes, such as 4-bit integers, in place of the numbers of a weight.
 
-    The state dict of such a model cannot be loaded: it has entries of which torch knows nothing (bitsandbytes), or
-    tensors of a class of their own (torchao).
+    The state dict of a model with such parameters cannot be loaded: it has entries of which torch knows nothing
+    (bitsandbytes), or tensors of a class of their own (torchao).
 
     Example:
-        >>> has_quantised_weights(nn.Sequential(nn.Linear(4, 4)))
-        False
+        >>> quantised_names(nn.Sequential(nn.Linear(4, 4)))
+        []
     """
-    return any(
-        not parameter.is_floating_point() or type(parameter).dequantize is not Tensor.dequantize
-        for parameter in model.parameters()
-    )
+    return [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.is_floating_point() or type(parameter).dequantize is not Tensor.dequantize
+    ]
 
 
 def loadable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def loadable_state(model: nn.Module) -> dict[str, Tensor]:
         ['weight', 'bias']
     """
     state: dict[str, Tensor] = model.state_dict()
-    if not has_quantised_weights(model):
+    if not quantised_names(model):
         return state
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}

@@ -191,8 +191,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Make a model plain whose adapters are merged: without quantised layers, and without a word of them."""
-    dequantise(model)
+    """Make a quantised model plain whose adapters are merged, in the type of its configuration, in place."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
+        dequantise(model)
         quantizer.remove_quantization_config(model)
+        model.to(dtype=model.config.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.adapters.config import AdapterConfig
-from geolora_pl.adapters.quantised import has_quantised_weights
+from geolora_pl.adapters.quantised import quantised_names
 from geolora_pl.adapters.targets import find_modules_to_save
 from geolora_pl.lightning.internals import datamodule_of, precision_of
 from geolora_pl.lightning.module import GeoLoRAModule
@@ -214,7 +214,7 @@ class TransformerTask(GeoLoRAModule):
             saved = find_modules_to_save(model, self.adapter.modules_to_save)
             widen(model, last, None)
             widen(model, [name for name in saved if name not in last], model.dtype)
-        if has_quantised_weights(model):
+        if quantised_names(model):
             prepare_layers(model)
             note(f"{self.model_name} is quantised: checkpoints leave it out, and need it again when they are loaded")
         if self.gradient_checkpointing:
