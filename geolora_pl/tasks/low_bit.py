@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
-from transformers.quantizers import HfQuantizer
-from transformers.utils import (
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.import_utils import (
     is_accelerate_available,
     is_bitsandbytes_available,
     is_flash_attn_2_available,
@@ -46,6 +46,13 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """
     if value is not None and value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+def dtype_of(name: Dtype, config: PreTrainedConfig) -> torch.dtype:
+    """Return the type that a name stands for; with ``auto`` that of the configuration, if it says one."""
+    said = config.dtype if name == "auto" else name
+    dtype = getattr(torch, said) if isinstance(said, str) else said
+    return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
 
 def check_quantization(quantization: Mapping[str, Any] | None) -> None:
@@ -159,7 +166,7 @@ def prepare_layers(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  # no attribute of every module
 
 
 def widen(model: nn.Module, names: Iterable[str], outputs: torch.dtype | None) -> None:
@@ -196,4 +203,4 @@ def forget_quantization(model: PreTrainedModel) -> None:
     if quantizer is not None:
         dequantise(model)
         quantizer.remove_quantization_config(model)
-        model.to(dtype=model.config.dtype)
+        nn.Module.to(model, dtype=dtype_of("auto", model.config))

@@ -24,6 +24,7 @@ from geolora_pl.tasks.low_bit import (
     check_attention,
     check_choice,
     check_quantization,
+    dtype_of,
     enable_checkpointing,
     forget_quantization,
     keep_quantization,
@@ -166,12 +167,12 @@ class TransformerTask(GeoLoRAModule):
 
     def _held(self, config: PreTrainedConfig) -> dict[str, Any]:
         """How the weights are held, as arguments of ``from_pretrained``, once it is clear that they can be."""
-        self._refuse_conflicts()
         held: dict[str, Any] = {}
         dtype = torch.get_default_dtype()
         if self.weights_dtype is not None:
-            dtype = config.dtype or dtype if self.weights_dtype == "auto" else getattr(torch, self.weights_dtype)
-            held["dtype"] = dtype
+            dtype = held["dtype"] = dtype_of(self.weights_dtype, config)
+        if self.weights_dtype is not None or self.quantization is not None:
+            self._refuse_conflicts(dtype)
         if self.attn_implementation is not None:
             held["attn_implementation"] = check_attention(self.attn_implementation)
             try:
@@ -188,16 +189,14 @@ class TransformerTask(GeoLoRAModule):
             held["quantization_config"] = quantization_config(self.quantization, dtype, left)
         return held
 
-    def _refuse_conflicts(self) -> None:
-        """Refuse other settings with which weights of 16 bits or less do not go together."""
-        if self.weights_dtype is None and self.quantization is None:
-            return
+    def _refuse_conflicts(self, dtype: torch.dtype) -> None:
+        """Refuse other settings with which those of the weights do not go together."""
         if (precision := precision_of(self)) in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision={precision!r} makes all weights 16 bits, those of the head included: leave dtype and "
                 "quantization out, or take precision bf16-mixed, with which what is trained stays float32"
             )
-        if self.adapter.train_bias:
+        if self.adapter.train_bias and (self.quantization is not None or dtype in (torch.bfloat16, torch.float16)):
             raise ValueError(
                 f"train_bias={self.adapter.train_bias!r}: the biases of such a base may be rounded at every step: set "
                 "train_bias to false, or leave dtype and quantization out"

@@ -1,0 +1,353 @@
+"""Bases of 16, 8 and 4 bits, with the real layers of bitsandbytes and torchao on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import trainer
+from lightning.pytorch.callbacks import Callback
+from peft import PeftModel
+from safetensors.torch import load_file
+from text_files import write
+from tiny_text import make_tokenizer, save_tiny_decoder, save_tiny_model
+from tolerance import NETWORK, close
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from geolora_pl import AdapterConfig, GeoLoRACallback, export_peft, load_adapter, save_adapter
+from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.dispatch import main
+from geolora_pl.data import LanguageFiles, TextFiles
+from geolora_pl.lightning.export import export
+from geolora_pl.tasks import CausalLM, TextClassification, low_bit
+
+TEXTS = ["the film was good", "bad", "one two three four five six seven", "a plot and a film"] * 3
+X = {"input_ids": torch.arange(4, 12)[None]}
+BITS = [4, 8]
+
+
+@pytest.fixture(autouse=True)
+def _libraries():
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    return save_tiny_decoder(tmp_path / "model", "llama", hidden_size=64, intermediate_size=96)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return LanguageFiles(
+        *[write(tmp_path / "texts.jsonl", text=TEXTS)] * 2, max_length=8, batch_size=4, cache_dir=tmp_path / "cache"
+    )
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    file = write(tmp_path / "train.tsv", text=TEXTS, label=["pos", "neg"] * 6)
+    return TextFiles(file, val_file=file, batch_size=4, cache_dir=tmp_path / "cache")
+
+
+def fitted(module, data, *more, **settings):
+    runs = trainer(GeoLoRACallback(), *more, **{"max_epochs": 2, **settings})
+    runs.fit(module, data)
+    return runs
+
+
+def holds(weight, bits):
+    """Whether a weight is one of the library's own, of so many bits."""
+    return type(weight).__name__ == {4: "Params4bit", 8: "Int8Tensor"}[bits]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quantised_decoder_learns_in_float32_adapters_also_after_a_validation(decoder, texts, bits):
+    """A user sets ``quantization: {bits: 4}``: every adapter of the quantised layers is trained, in every step.
+
+    Where the CPU has instructions for bfloat16, bitsandbytes packs its weights anew at the first validation, and the
+    layers below get no gradient from then on, or fail.
+    """
+
+    class Seen(Callback):
+        gradients = ()
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.gradients += (min(layer.L.grad.abs().sum() for layer in find_adapters(module).values()),)
+
+    module, seen = CausalLM(decoder, dtype="bfloat16", quantization={"bits": bits}), Seen()
+    runs = fitted(module, texts, seen)
+    layers = find_adapters(module.model)
+    assert len(layers) == 14
+    assert all(holds(layer.base.weight, bits) for layer in layers.values())
+    assert all(factor.dtype == torch.float32 for layer in layers.values() for factor in (layer.U, layer.K, layer.L))
+    assert module.model.lm_head.weight.dtype == module.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert len(seen.gradients) == runs.global_step == 6
+    assert min(seen.gradients) > 0
+    assert runs.callback_metrics["val_loss"] < 3.2
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_checkpoint_leaves_a_quantised_base_out_and_a_resumed_run_equals_one_run(decoder, texts, tmp_path, bits):
+    """A user resumes a run on a quantised base, and predicts with its checkpoint: the base comes from its files."""
+
+    def make():
+        return CausalLM(decoder, quantization={"bits": bits})
+
+    torch.manual_seed(3)
+    whole = make()
+    fitted(whole, texts, max_epochs=2)
+    torch.manual_seed(3)
+    runs = trainer(GeoLoRACallback(), max_epochs=2, max_steps=3)
+    first = make()
+    runs.fit(first, texts)
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    assert {name.rpartition(".")[2] for name in saved} == set("USVKL")
+
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", pretrained=True).eval()
+    assert torch.equal(loaded(X), first.eval()(X))
+    again = make()
+    trainer(GeoLoRACallback(), max_epochs=2).fit(again, texts, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert torch.equal(again.eval()(X), whole.eval()(X))
+
+    other = save_tiny_decoder(tmp_path / "other", "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    plain = AutoModelForCausalLM.from_pretrained(other)
+    plain.model.layers[0].mlp.up_proj.weight.data.neg_()
+    plain.save_pretrained(other)
+    with pytest.raises(ValueError, match="this base is not the one"):
+        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", pretrained=True, model_name=other)
+    with pytest.raises(ValueError, match="pretrained of the checkpoint is not taken from a file"):
+        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_head_is_float32_and_not_quantised_and_exports_give_its_logits(tmp_path, labelled, bits):
+    """A user classifies with a quantised encoder: its head and pooler are trained in float32."""
+    name = save_tiny_model(tmp_path / "model", "bert", hidden_size=64, intermediate_size=96)
+    module = TextClassification(name, dtype="bfloat16", quantization={"bits": bits})
+    fitted(module, labelled)
+    model = module.model
+    assert holds(model.bert.encoder.layer[0].output.dense.base.weight, bits)
+    for part in (model.bert.pooler.dense, model.classifier):
+        assert type(part) is nn.Linear
+        assert part.weight.dtype == torch.float32
+        assert part.weight.requires_grad
+    batch = make_tokenizer()(["good film", "the plot was"], padding=True, return_tensors="pt")
+    logits = module.eval()(batch)
+    assert logits.dtype == torch.float32
+
+    def base():
+        return TextClassification(name, num_classes=2, dtype="bfloat16", quantization={"bits": bits}).build_model()
+
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    plain = base()
+    load_adapter(plain, tmp_path / "adapter.safetensors")
+    assert torch.equal(plain.eval()(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_exports_of_a_quantised_base_compute_what_was_trained(decoder, texts, tmp_path, bits, monkeypatch):
+    """A user exports a run on a quantised base: for PEFT on that base, and as plain weights for from_pretrained."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"model_name": decoder, "quantization": {"bits": bits}}
+    module = CausalLM(**settings, adapter=AdapterConfig(target_modules="auto", exclude_modules=["v_proj"]))
+    fitted(module, texts).save_checkpoint(tmp_path / "run.ckpt")
+    logits = module.eval()(X)
+
+    export_peft(module.model, tmp_path / "peft")
+    served = PeftModel.from_pretrained(CausalLM(**settings).build_model(), str(tmp_path / "peft")).eval()
+    close(served(**X).logits, logits, NETWORK)
+
+    Path("run.yaml").write_text(
+        f"model:\n  class_path: CausalLM\n  init_args:\n    model_name: {decoder}\n    quantization: {{bits: {bits}}}\n"
+        "    adapter: {target_modules: auto, exclude_modules: [v_proj]}\n"
+    )
+    export("run.ckpt", "merged", "merged", config="run.yaml")
+    assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
+    assert {weight.dtype for weight in load_file("merged/model.safetensors").values()} == {torch.float32}
+    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+    assert type(merged.model.layers[0].self_attn.v_proj) is nn.Linear
+    close(merged(**X).logits, logits, NETWORK)
+
+    save_adapter(module.model, "adapter.safetensors")
+    with pytest.raises(ValueError, match="and quantised as it was then"):
+        load_adapter(CausalLM(decoder).build_model(), "adapter.safetensors")
+    load_adapter(CausalLM(**settings).build_model(), "adapter.safetensors")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_that_are_stored_quantised_are_adapted_as_they_are(decoder, texts, tmp_path, bits):
+    """A user names a model whose files are quantised already."""
+    CausalLM(decoder, quantization={"bits": bits}).build_model().save_pretrained(tmp_path / "stored")
+    make_tokenizer("llama").save_pretrained(tmp_path / "stored")
+    module = CausalLM(str(tmp_path / "stored"))
+    fitted(module, texts).save_checkpoint(tmp_path / "run.ckpt")
+    assert all(holds(layer.base.weight, bits) for layer in find_adapters(module.model).values())
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", pretrained=True).eval()
+    assert torch.equal(loaded(X), module.eval()(X))
+    with pytest.raises(ValueError, match="are quantised already: leave it out"):
+        CausalLM(str(tmp_path / "stored"), quantization={"bits": bits}).build_model()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_head_on_a_base_of_16_bits_is_trained_in_float32_and_a_checkpoint_is_whole(tmp_path, labelled, precision):
+    """A user sets ``dtype: bfloat16``: what is trained is float32, and the checkpoint needs no folder."""
+    name = save_tiny_model(tmp_path / "model", "roberta")
+    module = TextClassification(name, dtype="bfloat16", adapter=AdapterConfig("auto", modules_to_save=("LayerNorm",)))
+    module.configure_model()
+    head = module.model.classifier.dense.weight.clone()
+    fitted(module, labelled, precision=precision).save_checkpoint(tmp_path / "run.ckpt")
+    types = {p.dtype: set() for p in module.model.parameters()}
+    for parameter in module.model.parameters():
+        types[parameter.dtype].add(parameter.requires_grad)
+    assert types[torch.bfloat16] == {False}
+    assert True in types[torch.float32]
+    assert not torch.equal(module.model.classifier.dense.weight, head)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    loaded = TextClassification.load_from_checkpoint(tmp_path / "run.ckpt").eval()
+    batch = make_tokenizer("roberta")(["good film", "bad"], padding=True, return_tensors="pt")
+    assert torch.equal(loaded(batch), module.eval()(batch))
+    assert loaded.model.roberta.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float16), (None, torch.float32)])
+def test_the_type_is_that_of_the_file_if_asked_for(tmp_path, dtype, expected):
+    name = save_tiny_decoder(tmp_path / "model", "llama")
+    AutoModelForCausalLM.from_pretrained(name, dtype=torch.float16).save_pretrained(name)
+    module = CausalLM(name, dtype=dtype)
+    module.configure_model()
+    assert module.model.dtype == expected
+    assert module.hparams["dtype"] == (dtype and "float16")
+
+
+def test_attention_is_computed_as_asked_for_and_a_checkpoint_does_not_say_how(decoder, texts, tmp_path):
+    outputs = []
+    for kind in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        module = CausalLM(decoder, attn_implementation=kind)
+        module.configure_model()
+        assert module.model.config._attn_implementation == kind
+        outputs.append(module.eval()(X))
+    close(*outputs, NETWORK)
+    runs = fitted(CausalLM(decoder, attn_implementation="eager"), texts)
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_checkpointing_of_the_blocks_changes_no_gradient_of_a_quantised_base(decoder):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = CausalLM(decoder, quantization={"bits": 4}, gradient_checkpointing=checkpointing)
+        module.configure_model()
+        assert module.model.is_gradient_checkpointing == checkpointing
+        module(X).square().sum().backward()
+        gradients.append([layer.L.grad for layer in find_adapters(module).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8' must be one of auto, bfloat16, float16, float32"),
+        ({"attn_implementation": "magic"}, "attn_implementation='magic' must be one of eager, sdpa, flash_attention_2"),
+        ({"quantization": {"bits": 3}}, "must say {bits: 4} or {bits: 8}"),
+        ({"quantization": {"bits": [4]}}, "must say {bits: 4} or {bits: 8}"),
+        ({"quantization": {"bits": 4, "kind": "nf4"}}, "quantization.kind='nf4' is not a setting with 4 bits: choose"),
+        ({"quantization": {"bits": 4, "bnb_4bit_quant_type": "nf3"}}, "must be one of nf4, fp4"),
+        ({"quantization": {"bits": 4, "bnb_4bit_use_double_quant": 1}}, "must be true or false"),
+        ({"quantization": {"bits": 8, "modules_to_not_convert": ["(a+)+"]}}, "must be a list of names of modules"),
+        ({"quantization": {"bits": 8}, "pretrained": False}, "quantization is for pretrained weights"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_refused_at_once(settings, message):
+    with pytest.raises(ValueError) as error:
+        CausalLM("somewhere", **settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": {"bits": 4}, "adapter": AdapterConfig("auto", train_bias=True)}, "train_bias=True"),
+        ({"dtype": "float16", "adapter": AdapterConfig("auto", train_bias="all")}, "train_bias='all'"),
+        ({"attn_implementation": "flash_attention_2"}, "needs a GPU and the package flash-attn"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_training(decoder, settings, message, monkeypatch):
+    monkeypatch.setattr(low_bit, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(low_bit, "is_kernels_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        CausalLM(decoder, **settings).configure_model()
+
+
+def test_a_model_without_such_attention_is_refused_with_the_setting(tmp_path):
+    name = save_tiny_model(tmp_path / "model", "deberta-v2")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' does not suit"):
+        TextClassification(name, num_classes=2, attn_implementation="sdpa").configure_model()
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"quantization": {"bits": 8}}])
+def test_a_precision_that_makes_everything_16_bits_is_refused_beside_them(decoder, texts, settings):
+    with pytest.raises(ValueError, match="precision='bf16-true' makes all weights 16 bits"):
+        fitted(CausalLM(decoder, **settings), texts, precision="bf16-true")
+
+
+@pytest.mark.parametrize(("bits", "library"), [(4, "bitsandbytes"), (8, "torchao")])
+def test_a_missing_library_is_named_with_what_to_install(decoder, monkeypatch, bits, library):
+    monkeypatch.setattr(low_bit, f"is_{library}_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"needs {library}: pip install 'geolora_pl\[lowbit\]'"):
+        CausalLM(decoder, quantization={"bits": bits}).configure_model()
+
+
+def test_a_checkpoint_says_no_more_of_quantisation_than_a_user_may(decoder, texts, tmp_path):
+    fitted(CausalLM(decoder, quantization={"bits": 8}), texts).save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["quantization"] = {"bits": 8, "quant_type": "evil.Evil"}
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="quant_type='evil.Evil' is not a setting with 8 bits"):
+        CausalLM.load_from_checkpoint(tmp_path / "evil.ckpt", pretrained=True)
+
+
+def test_the_command_line_takes_the_settings_and_a_checkpoint_predicts(decoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "texts.jsonl", text=TEXTS)
+    common = [
+        "--model=geolora_pl.tasks.CausalLM",
+        f"--model.model_name={decoder}",
+        "--model.quantization={bits: 4, bnb_4bit_quant_type: fp4, bnb_4bit_use_double_quant: false}",
+        "--model.dtype=bfloat16",
+        "--model.attn_implementation=eager",
+        "--model.gradient_checkpointing=true",
+        "--data=geolora_pl.data.LanguageFiles",
+        "--data.train_file=texts.jsonl",
+        "--data.cache_dir=cache",
+        "--data.max_length=8",
+        "--data.batch_size=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+    ]
+    main(["fit", *common, "--trainer.max_epochs=1", "--trainer.default_root_dir=run"])
+    (checkpoint,) = Path("run").rglob("*.ckpt")
+    main(["validate", *common, f"--ckpt_path={checkpoint}"])
+
+
+def test_the_classes_of_a_merged_classifier_come_from_the_base_of_4_bits(tmp_path, labelled):
+    name = save_tiny_model(tmp_path / "model", "bert", hidden_size=64, intermediate_size=96)
+    module = TextClassification(name, quantization={"bits": 4})
+    fitted(module, labelled)
+    batch = make_tokenizer()(["good film"], return_tensors="pt")
+    logits = module.eval()(batch)
+    from geolora_pl import merge_adapters
+
+    merge_adapters(module.model)
+    (tmp_path / "out").mkdir()
+    module.save_model(tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    close(merged(**batch).logits, logits, NETWORK)
+    assert set(merged.config.id2label.values()) == {"pos", "neg"}
