@@ -43,6 +43,7 @@ DECODER = {
 }
 
 TWO_STEPS = {
+    "trainer.accumulate_grad_batches": 1,
     "trainer.max_epochs": 1,
     "trainer.limit_train_batches": 2,
     "trainer.limit_val_batches": 1,
