@@ -46,6 +46,17 @@ def loadable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name in known or name.endswith("_extra_state")}
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """Keep the 4-bit layers of bitsandbytes from a form of their weights for evaluation that training cannot use.
+
+    On a CPU with instructions for bfloat16 they take it at the first evaluation, do not leave it in training, and then
+    have no gradient.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor and no module
+
+
 @torch.no_grad()
 def dequantise(model: nn.Module) -> None:
     """Replace every quantised linear layer of a model without adapters by a plain one, in place.

@@ -22,6 +22,7 @@ from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
     check_monitors,
+    check_sends_no_codes,
     check_trainer,
     optimizer_of_adapters,
 )
@@ -162,6 +163,7 @@ class GeoLoRACallback(L.Callback):
             inject_adapters(pl_module, self.adapter)
             setattr(pl_module, _INJECTED, self.adapter)
         if names := quantised_names(pl_module):  # the same everywhere, and some cannot be sent
+            check_sends_no_codes(trainer)
             leave_to_each_process(pl_module, names)
 
     def _check_origin(self, pl_module: L.LightningModule) -> None:

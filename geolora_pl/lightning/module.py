@@ -302,7 +302,9 @@ class GeoLoRAModule(L.LightningModule):
         Raises:
             ValueError: A name is missing or unknown (if ``strict``), or a shape differs.
         """
-        own, state_dict = loadable_state(self), dict(state_dict)
+        own = loadable_state(self)
+        beside = self.state_dict().keys() - own.keys()  # the scales of quantised weights
+        state_dict = {name: value for name, value in state_dict.items() if name not in beside}
         for name, layer in self.named_modules(remove_duplicate=False):
             if isinstance(layer, GeoLoRALayer):
                 layer.fit_probes(state_dict, f"{name}.")

@@ -158,17 +158,6 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def prepare_layers(model: nn.Module) -> None:
-    """Keep the 4-bit layers of bitsandbytes from a form of their weights for evaluation that training cannot use.
-
-    On a CPU with bfloat16 instructions they take it at the first evaluation, do not leave it in training, and then
-    have no gradient.
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  # no attribute of every module
-
-
 def widen(model: nn.Module, names: Iterable[str], outputs: torch.dtype | None) -> None:
     """Hold modules that are trained in full in float32, in a model of less, where small steps would be rounded away.
 

@@ -29,7 +29,6 @@ from geolora_pl.tasks.low_bit import (
     forget_quantization,
     keep_quantization,
     modules_left_plain,
-    prepare_layers,
     quantization_config,
     widen,
 )
@@ -214,7 +213,6 @@ class TransformerTask(GeoLoRAModule):
             widen(model, last, None)
             widen(model, [name for name in saved if name not in last], model.dtype)
         if quantised_names(model):
-            prepare_layers(model)
             note(f"{self.model_name} is quantised: checkpoints leave it out, and need it again when they are loaded")
         if self.gradient_checkpointing:
             enable_checkpointing(model)

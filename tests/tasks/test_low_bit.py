@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from foreign import trainer
+from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from peft import PeftModel
 from safetensors.torch import load_file
 from text_files import write
 from tiny_text import make_tokenizer, save_tiny_decoder, save_tiny_model
 from tolerance import NETWORK, close
+from torch import distributed as dist
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, export_peft, load_adapter, merge_adapters, save_adapter
@@ -355,3 +357,52 @@ def test_the_classes_of_a_merged_classifier_come_from_the_base_of_4_bits(tmp_pat
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     close(merged(**batch).logits, logits, NETWORK)
     assert set(merged.config.id2label.values()) == {"pos", "neg"}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_ddp_trains_on_a_quantised_base(decoder, texts, bits):
+    """A user trains with DDP, which packs what it sends; the weights of torchao cannot be packed."""
+    module = CausalLM(decoder, quantization={"bits": bits})
+    try:
+        fitted(module, texts, devices=1, strategy="ddp", max_epochs=1)
+    finally:
+        dist.destroy_process_group()
+    assert all(layer.S.any() for layer in find_adapters(module.model).values())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_forked_process_cannot_send_a_quantised_base_back(decoder, texts):
+    module = CausalLM(decoder, quantization={"bits": 8})
+    module.configure_model()
+    with pytest.raises(ProcessRaisedException, match="use strategy='ddp'"):
+        fitted(module, texts, devices=2, strategy="ddp_fork", max_epochs=1)
+
+
+class OfYourOwn(Foreign):
+    """A module with layers of bitsandbytes, which knows nothing of us."""
+
+    def __init__(self):
+        super().__init__()
+        from bitsandbytes.nn import LinearNF4
+
+        for name in ("0", "2"):
+            plain = self.body[int(name)]
+            layer = LinearNF4(plain.in_features, plain.out_features, compute_dtype=torch.float32)
+            layer.load_state_dict(plain.state_dict())
+            setattr(self.body, name, layer.to("cpu"))  # which quantises it
+
+
+def test_a_module_of_your_own_with_4_bit_layers_resumes(tmp_path):
+    """A user puts 4-bit layers into a LightningModule: a run goes on from its checkpoint, which leaves them out."""
+
+    def runs(epochs):
+        return trainer(GeoLoRACallback(adapter=ADAPTER), max_epochs=epochs)
+
+    first = runs(1)
+    first.fit(OfYourOwn(), loader(), loader())
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    assert not any("weight." in name for name in torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"])
+    again, second = OfYourOwn(), runs(2)
+    second.fit(again, loader(), loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert second.global_step == 2 * first.global_step
+    assert all(layer.S.any() for layer in find_adapters(again).values())
