@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, export_peft, load_adapter, merge_adapters, save_adapter
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.quantised import keep_trainable
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import LanguageFiles, TextFiles
 from geolora_pl.lightning.export import export
@@ -165,7 +166,9 @@ def test_exports_of_a_quantised_base_compute_what_was_trained(decoder, texts, tm
     logits = module.eval()(X)
 
     export_peft(module.model, tmp_path / "peft")
-    served = PeftModel.from_pretrained(CausalLM(**settings).build_model(), str(tmp_path / "peft")).eval()
+    base = CausalLM(**settings).build_model()
+    keep_trainable(base)  # the other form takes no layer of 96 inputs
+    served = PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()
     close(served(**X).logits, logits, NETWORK)
 
     adapter = {"target_modules": "auto", "exclude_modules": ["v_proj"]}
