@@ -25,8 +25,14 @@ def quantised_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not parameter.is_floating_point() or type(parameter).dequantize is not Tensor.dequantize
+        if type(parameter).dequantize is not Tensor.dequantize or _is_packed(parameter)
     ]
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter is of integers and of a class of its own; a plain one is what the user means."""
+    is_whole = not (parameter.is_floating_point() or parameter.is_complex())
+    return is_whole and type(parameter) is not nn.Parameter
 
 
 def loadable_state(model: nn.Module) -> dict[str, Tensor]:

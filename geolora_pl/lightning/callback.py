@@ -163,7 +163,8 @@ class GeoLoRACallback(L.Callback):
             inject_adapters(pl_module, self.adapter)
             setattr(pl_module, _INJECTED, self.adapter)
         if names := quantised_names(pl_module):  # the same everywhere, and some cannot be sent
-            check_sends_no_codes(trainer)
+            if stage == "fit":
+                check_sends_no_codes(trainer)
             leave_to_each_process(pl_module, names)
 
     def _check_origin(self, pl_module: L.LightningModule) -> None:

@@ -31,7 +31,7 @@ _SETTINGS: Mapping[int, Mapping[str, type | tuple[str, ...]]] = {
     4: {
         "bnb_4bit_quant_type": ("nf4", "fp4"),
         "bnb_4bit_use_double_quant": bool,
-        "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
+        "bnb_4bit_compute_dtype": ("bfloat16", "float32"),  # not float16, to which it would round biases of float32
         "llm_int8_skip_modules": list,
     },
     8: {"modules_to_not_convert": list},

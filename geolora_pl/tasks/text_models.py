@@ -205,8 +205,7 @@ def load_model(
             the file, because the trainer sets the precision of a run; ``attn_implementation``, ``quantization_config``.
 
     Returns:
-        The model, in training mode, and the names of the modules that have no pretrained
-        weights.
+        The model, in training mode, and the names of the modules that have no pretrained weights.
 
     Raises:
         ValueError: The weights cannot be loaded.

@@ -1,8 +1,10 @@
 """Bases of 16, 8 and 4 bits, with the real layers of bitsandbytes and torchao on the CPU."""
 
 import json
+import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, export_peft, load_adapter, merge_adapters, save_adapter
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.adapters.quantised import keep_trainable
+from geolora_pl.adapters.quantised import keep_trainable, quantised_names
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import LanguageFiles, TextFiles
 from geolora_pl.lightning.export import export
@@ -348,28 +350,38 @@ def test_the_command_line_takes_the_settings_and_a_checkpoint_predicts(decoder, 
     main(["validate", *common, f"--ckpt_path={checkpoint}"])
 
 
-def test_the_classes_of_a_merged_classifier_come_from_the_base_of_4_bits(tmp_path, labelled):
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_merged_classifier_is_plain_and_of_one_type(tmp_path, labelled, dtype, expected):
+    """A user merges a classifier on a base of 4 bits: from_pretrained loads it as any other, with its classes."""
     name = save_tiny_model(tmp_path / "model", "bert", hidden_size=64, intermediate_size=96)
-    module = TextClassification(name, quantization={"bits": 4})
+    module = TextClassification(name, quantization={"bits": 4}, dtype=dtype)
     fitted(module, labelled)
     batch = make_tokenizer()(["good film"], return_tensors="pt")
     logits = module.eval()(batch)
     merge_adapters(module.model)
     (tmp_path / "out").mkdir()
     module.save_model(tmp_path / "out")
+    assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {expected}
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    close(merged(**batch).logits, logits, NETWORK)
     assert set(merged.config.id2label.values()) == {"pos", "neg"}
+    if dtype is None:
+        close(merged(**batch).logits, logits, NETWORK)
+
+
+def test_a_base_that_is_sharded_is_not_quantised(decoder):
+    module = CausalLM(decoder, quantization={"bits": 4})
+    module._device_mesh = object()  # as ModelParallelStrategy sets it
+    with pytest.raises(ValueError, match="cannot shard quantised weights: take strategy ddp"):
+        module.configure_model()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_ddp_trains_on_a_quantised_base(decoder, texts, bits):
     """A user trains with DDP, which packs what it sends; the weights of torchao cannot be packed."""
     module = CausalLM(decoder, quantization={"bits": bits})
-    try:
+    with mock.patch.dict(os.environ):  # where Lightning tells the processes of one another
         fitted(module, texts, devices=1, strategy="ddp", max_epochs=1)
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     assert all(layer.S.any() for layer in find_adapters(module.model).values())
 
 
@@ -409,3 +421,11 @@ def test_a_module_of_your_own_with_4_bit_layers_resumes(tmp_path):
     second.fit(again, loader(), loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert second.global_step == 2 * first.global_step
     assert all(layer.S.any() for layer in find_adapters(again).values())
+
+
+def test_complex_and_whole_parameters_of_your_own_are_no_codes():
+    """A user's module has complex weights, or an index as a parameter: its checkpoints stay whole."""
+    module = nn.Module()
+    module.register_parameter("complex", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))
+    module.register_parameter("index", nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False))
+    assert quantised_names(module) == []
