@@ -39,12 +39,12 @@ _SETTINGS: Mapping[int, Mapping[str, type | tuple[str, ...]]] = {
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse a value that is neither ``None`` nor one of the choices.
+    """Refuse a value that is not one of the choices.
 
     Raises:
         ValueError: It is something else.
     """
-    if value is not None and value not in choices:
+    if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
 
 
@@ -55,14 +55,12 @@ def dtype_of(name: Dtype, config: PreTrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
 
-def check_quantization(quantization: Mapping[str, Any] | None) -> None:
+def check_quantization(quantization: Mapping[str, Any]) -> None:
     """Refuse a mapping that says something else than how many bits, and how.
 
     Raises:
         ValueError: The bits or a setting are unknown, or have a value of another kind.
     """
-    if quantization is None:
-        return
     if not isinstance(quantization, Mapping) or (bits := quantization.get("bits")) not in (4, 8):
         raise ValueError(f"quantization={quantization!r} must say {{bits: 4}} or {{bits: 8}}")
     for name, value in quantization.items():

@@ -93,10 +93,13 @@ class TransformerTask(GeoLoRAModule):
     ) -> None:
         super().__init__(adapter=adapter, **kwargs)
         self.hparams.pop("attn_implementation", None)  # of a machine, and not of what was trained on it
-        check_choice("dtype", dtype, get_args(Dtype))
-        check_choice("attn_implementation", attn_implementation, get_args(Attention))
-        check_quantization(quantization)
-        if quantization and not pretrained:
+        if dtype is not None:
+            check_choice("dtype", dtype, get_args(Dtype))
+        if attn_implementation is not None:
+            check_choice("attn_implementation", attn_implementation, get_args(Attention))
+        if quantization is not None:
+            check_quantization(quantization)
+        if quantization is not None and not pretrained:
             raise ValueError("quantization is for pretrained weights: set pretrained to true, or leave it out")
         self.weights_dtype = dtype
         self.quantization = quantization
@@ -119,7 +122,7 @@ class TransformerTask(GeoLoRAModule):
             value = config_from_checkpoint(value)
         if name == "model_name":
             return said_by_checkpoint(value)
-        if name == "quantization":
+        if name == "quantization" and value is not None:
             check_quantization(value)
         return super().argument_from_checkpoint(name, value)
 

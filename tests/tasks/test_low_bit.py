@@ -260,6 +260,17 @@ def test_checkpointing_of_the_blocks_changes_no_gradient_of_a_quantised_base(dec
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(("bits", "setting"), [(4, "llm_int8_skip_modules"), (8, "modules_to_not_convert")])
+def test_modules_that_are_named_stay_as_they_are(decoder, bits, setting):
+    module = CausalLM(decoder, quantization={"bits": bits, setting: ["o_proj"]})
+    module.configure_model()
+    attention = module.model.model.layers[0].self_attn
+    assert holds(attention.q_proj.base.weight, bits)
+    assert type(attention.o_proj.base) is nn.Linear
+    assert type(attention.o_proj.base.weight) is nn.Parameter
+    assert type(module.model.lm_head.weight) is nn.Parameter
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -269,6 +280,8 @@ def test_checkpointing_of_the_blocks_changes_no_gradient_of_a_quantised_base(dec
         ({"quantization": {"bits": [4]}}, "must say {bits: 4} or {bits: 8}"),
         ({"quantization": {"bits": 4, "kind": "nf4"}}, "quantization.kind='nf4' is not a setting with 4 bits: choose"),
         ({"quantization": {"bits": 4, "bnb_4bit_quant_type": "nf3"}}, "must be one of nf4, fp4"),
+        ({"quantization": {"bits": 4, "bnb_4bit_quant_type": None}}, "must be one of nf4, fp4"),
+        ({"quantization": {}}, "must say {bits: 4} or {bits: 8}"),
         ({"quantization": {"bits": 4, "bnb_4bit_use_double_quant": 1}}, "must be true or false"),
         ({"quantization": {"bits": 8, "modules_to_not_convert": ["(a+)+"]}}, "must be a list of names of modules"),
         ({"quantization": {"bits": 8}, "pretrained": False}, "quantization is for pretrained weights"),
