@@ -20,7 +20,7 @@ from transformers.utils.import_utils import (
 )
 
 from geolora_pl.adapters.quantised import dequantise
-from geolora_pl.adapters.targets import find_modules_to_save
+from geolora_pl.adapters.targets import find_modules_to_save, matches
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
@@ -82,19 +82,19 @@ def _are_names(value: object) -> bool:
 
 
 def quantization_config(
-    quantization: Mapping[str, Any], dtype: torch.dtype, skip: Sequence[str]
+    quantization: Mapping[str, Any], dtype: torch.dtype, left: list[str]
 ) -> BitsAndBytesConfig | TorchAoConfig:
     """Make the configuration by which transformers quantises a model while it loads the weights.
 
     Args:
         quantization: The mapping that :func:`check_quantization` has passed.
         dtype: The type in which 4-bit layers compute, unless the mapping says it.
-        skip: Names of modules that stay as they are, besides those that the mapping names.
+        left: The names of the modules that stay as they are.
 
     Raises:
         ValueError: A library is missing.
     """
-    bits, settings = quantization["bits"], {name: v for name, v in quantization.items() if name != "bits"}
+    bits = quantization["bits"]
     library, is_there = ("bitsandbytes", is_bitsandbytes_available) if bits == 4 else ("torchao", is_torchao_available)
     if missing := [
         name for name, there in ((library, is_there), ("accelerate", is_accelerate_available)) if not there()
@@ -104,13 +104,13 @@ def quantization_config(
         )
     if bits == 4:
         usual = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        settings["llm_int8_skip_modules"] = [*skip, *settings.get("llm_int8_skip_modules", [])]
-        return BitsAndBytesConfig(load_in_4bit=True, **{**usual, **settings})
+        given = {name: value for name, value in quantization.items() if name.startswith("bnb_")}
+        return BitsAndBytesConfig(load_in_4bit=True, **{**usual, **given}, llm_int8_skip_modules=left)
     from torchao.quantization import Int8WeightOnlyConfig
 
     # Otherwise it would let float32 products of the whole process be formed in less.
     kind = Int8WeightOnlyConfig(set_inductor_config=False)
-    return TorchAoConfig(kind, modules_to_not_convert=[*skip, *settings.get("modules_to_not_convert", [])])
+    return TorchAoConfig(kind, modules_to_not_convert=left)
 
 
 def keep_quantization(config: PreTrainedConfig, of_file: PreTrainedConfig) -> None:
@@ -119,16 +119,26 @@ def keep_quantization(config: PreTrainedConfig, of_file: PreTrainedConfig) -> No
         config.quantization_config = stored
 
 
-def modules_left_plain(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the modules that are not quantised: what is trained in full, and the output layer.
+def modules_left_plain(model: PreTrainedModel, trained: Sequence[str], quantization: Mapping[str, Any]) -> list[str]:
+    """Return the whole names of the modules that are not quantised; for torchao an ending would mean nothing.
+
+    Those are what is trained in full, the output layer, and what the user names.
 
     Args:
         model: The model, which needs no weights.
-        patterns: Names and name endings of what is trained in full.
+        trained: Names and name endings of what is trained in full.
+        quantization: The mapping that :func:`check_quantization` has passed.
+
+    Raises:
+        ValueError: A name matches no module.
     """
-    trained = list(find_modules_to_save(model, patterns))
-    left: list[str] = HfQuantizer.get_modules_to_not_convert(model, trained, add_default_skips=True)
-    return sorted(left)
+    setting = "llm_int8_skip_modules" if quantization["bits"] == 4 else "modules_to_not_convert"
+    names = [name for name, _ in model.named_modules() if name]
+    named = quantization.get(setting, [])
+    if absent := [entry for entry in named if not any(matches(name, [entry]) for name in names)]:
+        raise ValueError(f"quantization.{setting}={absent!r} matches no module: drop or correct it")
+    left = [*find_modules_to_save(model, trained), *(name for name in names if matches(name, named))]
+    return sorted(HfQuantizer.get_modules_to_not_convert(model, left, add_default_skips=True))
 
 
 def check_attention(attention: Attention) -> Attention:

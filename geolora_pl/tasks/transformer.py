@@ -187,7 +187,8 @@ class TransformerTask(GeoLoRAModule):
             raise ValueError(f"quantization: the weights of {self.model_name} are quantised already: leave it out")
         if self.quantization is not None:
             plain = skeleton(config, self.auto_class, self._trusts_code)
-            left = modules_left_plain(plain, [*self.adapter.modules_to_save, *self.may_be_new(plain)])
+            trained = [*self.adapter.modules_to_save, *self.may_be_new(plain)]
+            left = modules_left_plain(plain, trained, self.quantization)
             held["quantization_config"] = quantization_config(self.quantization, dtype, left)
         return held
 

@@ -269,6 +269,8 @@ def test_modules_that_are_named_stay_as_they_are(decoder, bits, setting):
     assert type(attention.o_proj.base) is nn.Linear
     assert type(attention.o_proj.base.weight) is nn.Parameter
     assert type(module.model.lm_head.weight) is nn.Parameter
+    with pytest.raises(ValueError, match=rf"quantization\.{setting}=\['oproj'\] matches no module"):
+        CausalLM(decoder, quantization={"bits": bits, setting: ["oproj"]}).configure_model()
 
 
 @pytest.mark.parametrize(
