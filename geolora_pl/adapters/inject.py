@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.quantised import keep_trainable
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.savers import let_save_pretrained, warn_at_save_pretrained
 from geolora_pl.adapters.statistics import remember_buffers
@@ -84,6 +85,7 @@ def _inject(model: nn.Module, config: AdapterConfig) -> dict[str, GeoLoRALayer]:
         assert shared.bias is bias_of(layer), "tied weights with two biases are refused before anything is replaced"
         model.set_submodule(name, shared)
     remember_buffers(model)
+    keep_trainable(model)
     warn_at_save_pretrained(model)
     for module in saved.values():
         module.requires_grad_(True)

@@ -64,12 +64,12 @@ class GeoLoRALinear(GeoLoRALayer):
             and not has_hooks(base)
             and not base.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
-            and not self._is_quantised(base)
+            and not self.is_quantised(base)
             and not is_transformed()
         )
 
     @classmethod
-    def _is_quantised(cls, base: nn.Module) -> bool:
+    def is_quantised(cls, base: nn.Module) -> bool:
         """Whether the weight is missing or does not hold plain numbers: packed, of few bits, or a tensor subclass."""
         weight = getattr(base, "weight", None)
         return (
@@ -84,7 +84,7 @@ class GeoLoRALinear(GeoLoRALayer):
 
         This works without knowing any library of quantised layers.
         """
-        if not self._is_quantised(self.base):
+        if not self.is_quantised(self.base):
             return super().base_weight()
         if (reason := self.refusal(self.base)) is not None:  # the base was not quantised when it got its adapter
             raise ValueError(f"the layer {reason}")
@@ -97,7 +97,7 @@ class GeoLoRALinear(GeoLoRALayer):
 
     def plain(self, weight: Tensor) -> nn.Module:
         """Return the base with this weight; a quantised base is replaced by a new ``nn.Linear``."""
-        if not self._is_quantised(self.base):
+        if not self.is_quantised(self.base):
             return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -112,7 +112,7 @@ class GeoLoRAConv1D(GeoLoRALinear):
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         """Refuse a quantised one: merged, it would have to become a linear layer with the transposed weight."""
-        if not cls._is_quantised(base):
+        if not cls.is_quantised(base):
             return super().refusal(base)
         return "is a Conv1D with a quantised weight: add it to exclude_modules, or make it an nn.Linear first"
 

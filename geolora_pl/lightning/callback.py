@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.experts import frozen_experts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters
+from geolora_pl.adapters.quantised import quantised_names
 from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.checks import (
     check_compatible,
     check_launcher,
     check_monitors,
+    check_sends_no_codes,
     check_trainer,
     optimizer_of_adapters,
 )
@@ -38,6 +40,7 @@ from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence
 from geolora_pl.training.following import check_adapt_until, check_adapted, check_length
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
+from geolora_pl.training.internals import leave_to_each_process
 from geolora_pl.training.steps import OnNonfinite, check_on_nonfinite
 
 _INJECTED = "_geolora_adapter"  # the attribute in which a module remembers what a callback has adapted
@@ -144,11 +147,9 @@ class GeoLoRACallback(L.Callback):
             check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
             trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
-        if has_adapters(pl_module):
-            self._check_origin(pl_module)
-            return
-        check_launcher(trainer, pl_module)
-        if is_overridden("configure_model", pl_module):
+        if not has_adapters(pl_module):
+            check_launcher(trainer, pl_module)
+        if not has_adapters(pl_module) and is_overridden("configure_model", pl_module):
             # Lightning builds such a module only after this hook; its configure_model must be idempotent.
             with (
                 trainer.strategy.tensor_init_context(),
@@ -161,6 +162,10 @@ class GeoLoRACallback(L.Callback):
         else:
             inject_adapters(pl_module, self.adapter)
             setattr(pl_module, _INJECTED, self.adapter)
+        if names := quantised_names(pl_module):  # the same everywhere, and some cannot be sent
+            if stage == "fit":
+                check_sends_no_codes(trainer)
+            leave_to_each_process(pl_module, names)
 
     def _check_origin(self, pl_module: L.LightningModule) -> None:
         """Refuse a second say in what is adapted, unless an earlier fit has put just these adapters in."""
@@ -281,7 +286,7 @@ class GeoLoRACallback(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what the weights do not tell, keep to plain values, and leave the base out, if asked to."""
         describe_adapters(checkpoint, pl_module)
-        if self.small_checkpoints:
+        if self.small_checkpoints or quantised_names(pl_module):  # which could not be loaded
             shrink(checkpoint, pl_module, self._run.base_of(pl_module) if self._run else describe_base(pl_module))
         keep_plain(checkpoint)
 

@@ -114,6 +114,19 @@ def check_launcher(trainer: L.Trainer, module: L.LightningModule) -> None:
         )
 
 
+def check_sends_no_codes(trainer: L.Trainer) -> None:
+    """Refuse a strategy that would send a quantised base to another process at the end of a fit.
+
+    Raises:
+        ValueError: The trainer forks or spawns its processes.
+    """
+    if isinstance(trainer.strategy.launcher, MultiProcessingLauncher):
+        raise ValueError(
+            "a forked or spawned process sends the model back when it ends, which quantised weights cannot be: use "
+            "strategy='ddp'"
+        )
+
+
 def optimizer_of_adapters(trainer: L.Trainer, integrator: RankAdaptiveIntegrator) -> Optimizer:
     """The one optimizer that holds the adapters.
 

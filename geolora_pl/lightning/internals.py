@@ -111,6 +111,11 @@ def datamodule_of(module: L.LightningModule) -> Any:
     return getattr(module._trainer, "datamodule", None)
 
 
+def precision_of(module: L.LightningModule) -> str | None:
+    """The precision of the trainer that a module belongs to, such as ``bf16-true``; ``None`` without one."""
+    return getattr(module._trainer, "precision", None)
+
+
 def is_part_in_fit(module: L.LightningModule, trainer: L.Trainer) -> bool:
     """Whether a module is a part of the one that a trainer fits."""
     return trainer.state.fn is TrainerFn.FITTING and trainer.lightning_module is not module

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import has_adapters, inject_adapters
+from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
 from geolora_pl.lightning.internals import callbacks_of_fit, is_part_in_fit, restricted_classmethod, run_length
@@ -301,7 +302,9 @@ class GeoLoRAModule(L.LightningModule):
         Raises:
             ValueError: A name is missing or unknown (if ``strict``), or a shape differs.
         """
-        own, state_dict = self.state_dict(), dict(state_dict)
+        own = loadable_state(self)
+        beside = self.state_dict().keys() - own.keys()  # the scales of quantised weights
+        state_dict = {name: value for name, value in state_dict.items() if name not in beside}
         for name, layer in self.named_modules(remove_duplicate=False):
             if isinstance(layer, GeoLoRALayer):
                 layer.fit_probes(state_dict, f"{name}.")

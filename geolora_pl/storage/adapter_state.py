@@ -248,7 +248,8 @@ def check_base(model: nn.Module, state: AdapterState) -> None:
     if not is_same_base(base_hash(model, state.trained), state.base_hash):
         raise ValueError(
             f"the adapter was trained on another base ({state.base_name or 'without a name'}): the frozen weights of "
-            "this model differ; load the base that it was trained on, in float32 or in the precision of its training"
+            "this model differ; load the base that it was trained on, in float32 or in the precision of its training, "
+            "and quantised as it was then"
         )
 
 

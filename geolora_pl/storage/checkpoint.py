@@ -18,6 +18,7 @@ from torch import nn
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.adapters.wrappers import plain_name, unwrapped, wrapper_names
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.storage.adapter_state import adapted_names, alternation, config_of
@@ -284,7 +285,7 @@ def _load_into(model: nn.Module, checkpoint: dict[str, Any], config: AdapterConf
         weights = checkpoint["state_dict"]
         for name, layer in find_adapters(model).items():
             layer.fit_probes(weights, f"{name}.")
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in loadable_state(model).items()}
         if wrong := [name for name in shapes.keys() | weights.keys() if _shape(weights.get(name)) != shapes.get(name)]:
             raise ValueError(f"{min(wrong)} is not the same in both ({len(wrong)} such weights)")
     except ValueError:
@@ -317,7 +318,7 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) 
     if arguments := getattr(module, "base_arguments", ()):  # only a small checkpoint needs its source
         given: Any = module.hparams_initial
         checkpoint["hyper_parameters"] |= {name: given[name] for name in arguments}
-    left_out = _frozen_names(module, base["trained"])
+    left_out = _frozen_names(module, base["trained"]) | (module.state_dict().keys() - loadable_state(module).keys())
     checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name not in left_out}
     checkpoint[_MARK] = base
 
@@ -346,7 +347,7 @@ def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
             "(its weights have another hash): load the same pretrained weights"
         )
     frozen = _frozen_names(module, base["trained"])
-    of_base = {name: value for name, value in module.state_dict().items() if name in frozen}
+    of_base = {name: value for name, value in loadable_state(module).items() if name in frozen}
     checkpoint["state_dict"] = of_base | checkpoint["state_dict"]
 
 

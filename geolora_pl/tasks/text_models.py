@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -117,7 +118,9 @@ def load_config(model_name: str, model_args: Mapping[str, Any]) -> PreTrainedCon
 
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return a complete configuration as plain values, for :func:`load_config`."""
-    return json.loads(config.to_json_string(use_diff=False))  # type: ignore[no-any-return]
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("quantization_config", None)  # how weights are held, which the task says itself
+    return values
 
 
 def load_tokenizer(
@@ -160,8 +163,7 @@ def token_limits(
         The number of positions, ``None`` if positions are relative, and the number of rows of the embedding of tokens,
         ``None`` if there is no such table.
     """
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    model = skeleton(config, auto_class, trust_remote_code)
     tokens = model.get_input_embeddings()
     rows = tokens.num_embeddings if isinstance(tokens, nn.Embedding) else None
     for name, table in model.named_modules():
@@ -170,6 +172,12 @@ def token_limits(
             return min(count, _configured_positions(config) or count), rows
     relative = getattr(config, "rope_parameters", None) or getattr(config, "relative_attention", False)
     return None if relative else _configured_positions(config), rows
+
+
+def skeleton(config: PreTrainedConfig, auto_class: Any, trust_remote_code: bool = False, **held: Any) -> Any:
+    """Build a model without weights, which shows its modules and takes no memory; the arguments are as below."""
+    with torch.device("meta"):
+        return auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **held)
 
 
 def _configured_positions(config: PreTrainedConfig) -> int | None:
@@ -183,6 +191,7 @@ def load_model(
     pretrained: bool,
     auto_class: Any = AutoModelForSequenceClassification,
     trust_remote_code: bool = False,
+    **held: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Build a model of transformers.
 
@@ -192,15 +201,19 @@ def load_model(
         pretrained: Whether to load weights; otherwise they are random.
         auto_class: The class that builds the model; by default that for sequence classification.
         trust_remote_code: Whether code that lies beside the weights is run.
+        **held: How the weights are held, as transformers calls it: ``dtype``, by default torch's own, and not that of
+            the file, because the trainer sets the precision of a run; ``attn_implementation``, ``quantization_config``.
 
     Returns:
-        The model, in training mode and the default precision, and the names of the modules that have no pretrained
-        weights.
+        The model, in training mode, and the names of the modules that have no pretrained weights.
 
     Raises:
         ValueError: The weights cannot be loaded.
     """
-    dtype = torch.get_default_dtype()  # not that of the file, because the trainer sets the precision of a run
+    held = {"dtype": torch.get_default_dtype(), **held}
+    if "quantization_config" in held:
+        # Codes that are made on a GPU differ here and there, so that a base would not be recognised elsewhere.
+        held["device_map"] = {"": "cpu"}
     new: list[str] = []
     with torch.device("cpu"):  # on another device transformers would need accelerate
         if pretrained:
@@ -208,15 +221,15 @@ def load_model(
                 model, report = auto_class.from_pretrained(
                     **source,
                     config=config,
-                    dtype=dtype,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
                     trust_remote_code=trust_remote_code,
+                    **held,
                 )
             weights = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
             new = sorted({name.rpartition(".")[0] for name in weights})
         else:
-            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code, **held)
     model.train()  # from_pretrained returns it in evaluation mode, which Lightning would not change
     return model, new
 

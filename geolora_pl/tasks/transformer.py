@@ -6,15 +6,32 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.adapters.config import AdapterConfig
-from geolora_pl.lightning.internals import datamodule_of
+from geolora_pl.adapters.quantised import quantised_names
+from geolora_pl.adapters.targets import find_modules_to_save
+from geolora_pl.lightning.internals import datamodule_of, precision_of
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.notes import keep_notes, note
+from geolora_pl.tasks.low_bit import (
+    Attention,
+    Dtype,
+    check_attention,
+    check_choice,
+    check_quantization,
+    dtype_of,
+    enable_checkpointing,
+    forget_quantization,
+    keep_quantization,
+    modules_left_plain,
+    quantization_config,
+    widen,
+)
 from geolora_pl.tasks.text_models import (
     block_linears,
     config_from_checkpoint,
@@ -24,6 +41,7 @@ from geolora_pl.tasks.text_models import (
     plain_config,
     said_by_checkpoint,
     shown,
+    skeleton,
     token_limits,
 )
 
@@ -45,6 +63,13 @@ class TransformerTask(GeoLoRAModule):
         pretrained: Whether to load the pretrained weights; otherwise they are random.
         model_args: Settings that replace those of the model's configuration, such as ``hidden_dropout_prob``. If
             ``model_type`` is among them, they are the whole configuration, as in a checkpoint.
+        dtype: Type of the frozen weights, ``bfloat16``, ``float16``, ``float32`` or ``auto`` for that of the file; by
+            default the trainer's precision decides. Adapters and what is trained in full are float32 in any case.
+        quantization: How the linear layers are quantised while they are loaded, such as ``{bits: 4}`` (bitsandbytes)
+            or ``{bits: 8}`` (torchao), with further settings of that library; what is trained in full is not.
+        attn_implementation: How attention is computed, ``eager``, ``sdpa`` or ``flash_attention_2``; by default as
+            transformers chooses. A checkpoint does not hold it.
+        gradient_checkpointing: Whether the blocks compute their activations twice, which saves memory and costs time.
         adapter: What to adapt; by default (``target_modules: auto``) the linear layers of the transformer's blocks.
         **kwargs: Arguments of :class:`GeoLoRAModule`.
     """
@@ -59,10 +84,27 @@ class TransformerTask(GeoLoRAModule):
         model_name: str,
         pretrained: bool = True,
         model_args: dict[str, Any] | None = None,
+        dtype: Dtype | None = None,
+        quantization: dict[str, Any] | None = None,
+        attn_implementation: Attention | None = None,
+        gradient_checkpointing: bool = False,
         adapter: AdapterConfig = AdapterConfig(target_modules="auto"),
         **kwargs: Any,
     ) -> None:
         super().__init__(adapter=adapter, **kwargs)
+        self.hparams.pop("attn_implementation", None)  # of a machine, and not of what was trained on it
+        if dtype is not None:
+            check_choice("dtype", dtype, get_args(Dtype))
+        if attn_implementation is not None:
+            check_choice("attn_implementation", attn_implementation, get_args(Attention))
+        if quantization is not None:
+            check_quantization(quantization)
+        if quantization is not None and not pretrained:
+            raise ValueError("quantization is for pretrained weights: set pretrained to true, or leave it out")
+        self.weights_dtype = dtype
+        self.quantization = quantization
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
         self.model_name = model_name
         self.pretrained = pretrained
         self.model_args = model_args or {}
@@ -80,6 +122,8 @@ class TransformerTask(GeoLoRAModule):
             value = config_from_checkpoint(value)
         if name == "model_name":
             return said_by_checkpoint(value)
+        if name == "quantization" and value is not None:
+            check_quantization(value)
         return super().argument_from_checkpoint(name, value)
 
     def adjust(self, config: PreTrainedConfig) -> None:
@@ -101,10 +145,14 @@ class TransformerTask(GeoLoRAModule):
             ValueError: The model cannot be loaded, or has no weights for a module that is not new.
         """
         config = load_config(self.model_name, self.model_args)
+        if self.pretrained and "model_type" in self.model_args:  # a checkpoint does not say how the file holds weights
+            keep_quantization(config, load_config(self.model_name, {}))
         self.adjust(config)
         if not self.pretrained:
             config.name_or_path = shown(self.model_name)  # which exports name as their base
-        model, new = load_model(self.model_name, config, self.pretrained, self.auto_class, self._trusts_code)
+        model, new = load_model(
+            self.model_name, config, self.pretrained, self.auto_class, self._trusts_code, **self._held(config)
+        )
         heads = self.may_be_new(model)
         if absent := [name for name in new if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
             frozen = "; set train_pooler to true if the pooler is new" if "pooler" in absent[0] else ""
@@ -116,12 +164,68 @@ class TransformerTask(GeoLoRAModule):
             note(f"{self.model_name} has no weights for {', '.join(new)}: they are initialised at random")
         # From now on the checkpoints hold the weights, and must load without the folder and without the hub.
         self.hparams["pretrained"], self.hparams["model_args"] = False, plain_config(config)
+        self._hold(model)
         return model
+
+    def _held(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """How the weights are held, as arguments of ``from_pretrained``, once it is clear that they can be."""
+        held: dict[str, Any] = {}
+        dtype = torch.get_default_dtype()
+        if self.weights_dtype is not None:
+            dtype = held["dtype"] = dtype_of(self.weights_dtype, config)
+        if self.weights_dtype is not None or self.quantization is not None:
+            self._refuse_conflicts(dtype)
+        if self.attn_implementation is not None:
+            held["attn_implementation"] = check_attention(self.attn_implementation)
+            try:
+                skeleton(config, self.auto_class, self._trusts_code, **held)
+            except (ImportError, ValueError) as error:
+                raise ValueError(
+                    f"attn_implementation={self.attn_implementation!r} does not suit {self.model_name}: {error}"
+                ) from error
+        if self.quantization is not None and getattr(config, "quantization_config", None):
+            raise ValueError(f"quantization: the weights of {self.model_name} are quantised already: leave it out")
+        if self.quantization is not None:
+            plain = skeleton(config, self.auto_class, self._trusts_code)
+            trained = [*self.adapter.modules_to_save, *self.may_be_new(plain)]
+            left = modules_left_plain(plain, trained, self.quantization)
+            held["quantization_config"] = quantization_config(self.quantization, dtype, left)
+        return held
+
+    def _refuse_conflicts(self, dtype: torch.dtype) -> None:
+        """Refuse other settings with which those of the weights do not go together."""
+        if (precision := precision_of(self)) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision={precision!r} makes all weights 16 bits, those of the head included: leave dtype and "
+                "quantization out, or take precision bf16-mixed, with which what is trained stays float32"
+            )
+        if self.adapter.train_bias and (self.quantization is not None or dtype in (torch.bfloat16, torch.float16)):
+            raise ValueError(
+                f"train_bias={self.adapter.train_bias!r}: the biases of such a base may be rounded at every step: set "
+                "train_bias to false, or leave dtype and quantization out"
+            )
+        if self.quantization is not None and self.device_mesh is not None:
+            raise ValueError("quantization: ModelParallelStrategy cannot shard quantised weights: take strategy ddp")
+
+    def _hold(self, model: PreTrainedModel) -> None:
+        """Hold what is trained in float32, whatever the rest is held in, and save memory if that is asked for."""
+        if self.weights_dtype is not None:
+            self.hparams["dtype"] = str(model.dtype).removeprefix("torch.")  # which "auto" may mean otherwise later
+        if model.dtype in (torch.bfloat16, torch.float16) and (self.weights_dtype or self.quantization):
+            last = list(self.may_be_new(model))
+            saved = find_modules_to_save(model, self.adapter.modules_to_save)
+            widen(model, last, None)
+            widen(model, [name for name in saved if name not in last], model.dtype)
+        if quantised_names(model):
+            note(f"{self.model_name} is quantised: checkpoints leave it out, and need it again when they are loaded")
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``."""
         assert isinstance(self.model, PreTrainedModel)
         self.tokenizer.save_pretrained(folder)
+        forget_quantization(self.model)
         weights, seen = self.model.state_dict(), set()
         for name, tensor in weights.items():
             # What the class of the model does not declare as tied must have a storage of its own in the file.

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("configs/trainer/*.y*ml"))
 EXPERIMENTS = sorted(set(ROOT.glob("configs/**/*.y*ml")) - set(OVERLAYS))
-LANGUAGE = {"text/chat", "text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
+LANGUAGE = {"text/chat", "text/causal_lm", "text/causal_lm_4bit", "text/causal_lm_prompts", "text/causal_lm_wikitext2"}
 NOT_OF_THE_PAPER = {
     "quickstart",
     "image/folder",
@@ -36,9 +36,15 @@ NOT_OF_THE_PAPER = {
     "diffusion/captions",
     *LANGUAGE,
 }
-DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
+DECODER = {
+    "HuggingFaceTB/SmolLM2-135M": "llama",
+    "Qwen/Qwen2.5-0.5B": "qwen3",
+    "Qwen/Qwen2.5-7B": "qwen3",
+    "openai-community/gpt2": "gpt2",
+}
 
 TWO_STEPS = {
+    "trainer.accumulate_grad_batches": 1,
     "trainer.max_epochs": 1,
     "trainer.limit_train_batches": 2,
     "trainer.limit_val_batches": 1,
@@ -245,6 +251,8 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)  # of the real files
     config = parsed(path)
+    if config["model"]["init_args"].get("quantization"):
+        pytest.importorskip("bitsandbytes")
     settings = {**TWO_STEPS, **tiny_model(config, tmp_path), **tiny_data(config, tmp_path)}
     if config["geolora"]["adapt_every"] is not None:  # else it is shortened to the run, as the user's would be
         settings["geolora.adapt_every"] = 1

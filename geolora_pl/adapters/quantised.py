@@ -1,0 +1,79 @@
+"""Weights of a few bits, as bitsandbytes and torchao hold them, whatever library it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.kinds import GeoLoRALinear
+from geolora_pl.adapters.targets import all_names
+
+_LEAST = AdapterConfig(init_rank=1, max_rank=1, probes=0)
+
+
+def quantised_names(model: nn.Module) -> list[str]:
+    """All names of the parameters that hold codes, such as 4-bit integers, in place of the numbers of a weight.
+
+    The state dict of a model with such parameters cannot be loaded: it has entries of which torch knows nothing
+    (bitsandbytes), or tensors of a class of their own (torchao).
+
+    Example:
+        >>> quantised_names(nn.Sequential(nn.Linear(4, 4)))
+        []
+    """
+    return [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if type(parameter).dequantize is not Tensor.dequantize or _is_packed(parameter)
+    ]
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter is of integers and of a class of its own; a plain one is what the user means."""
+    is_whole = not (parameter.is_floating_point() or parameter.is_complex())
+    return is_whole and type(parameter) is not nn.Parameter
+
+
+def loadable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model without what quantised layers write beside their weights, such as scales.
+
+    Torch does not load that. It belongs to the layers and never changes, so that nothing is lost.
+
+    Example:
+        >>> list(loadable_state(nn.Linear(4, 4)))
+        ['weight', 'bias']
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    if not quantised_names(model):
+        return state
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name: value for name, value in state.items() if name in known or name.endswith("_extra_state")}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep the 4-bit layers of bitsandbytes from a form of their weights for evaluation that training cannot use.
+
+    On a CPU with instructions for bfloat16 they take it at the first evaluation, do not leave it in training, and then
+    have no gradient.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor and no module
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module) -> None:
+    """Replace every quantised linear layer of a model without adapters by a plain one, in place.
+
+    Args:
+        model: The model; each new weight is what its layer has computed with.
+    """
+    names = all_names(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and GeoLoRALinear.is_quantised(layer)]
+    for layer in layers:
+        around = GeoLoRALinear(layer, _LEAST)
+        plain = around.plain(around.base_weight())
+        for alias in names[id(layer)]:
+            model.set_submodule(alias, plain)
