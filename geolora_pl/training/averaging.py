@@ -84,7 +84,9 @@ class RunningMean:
         self._share *= decay
         adapters = self._integrator.adapters
         means = [self._factors[name][side] for side in _SINCE for name in adapters]
-        foreach_lerp_(means, [getattr(layer, side).detach() for side in _SINCE for layer in adapters.values()], 1 - decay)
+        foreach_lerp_(
+            means, [getattr(layer, side).detach() for side in _SINCE for layer in adapters.values()], 1 - decay
+        )
         for name, tensor in self._tensors.items():
             self._entries[name].lerp_(_wide(tensor), 1 - decay)
 

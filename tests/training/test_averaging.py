@@ -47,8 +47,10 @@ def dense_of(mean, model):
     dense = {}
     for name, layer in find_adapters(model).items():
         U, S, V, K, L = (values[id(getattr(layer, factor))] for factor in ("U", "S", "V", "K", "L"))
-        assert not K.any() and not L.any()
-        assert is_orthonormal(U) and is_orthonormal(V)
+        assert not K.any()
+        assert not L.any()
+        assert is_orthonormal(U)
+        assert is_orthonormal(V)
         assert int((U != 0).any(0).sum()) == layer.rank
         p = layer.probes
         dense[name] = layer.scaling * U[:, p:] @ S @ V[:, p:].mT
