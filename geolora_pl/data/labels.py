@@ -12,8 +12,6 @@ import pyarrow.compute as pc
 
 from geolora_pl.notes import note
 
-Column = pa.Array | pa.ChunkedArray
-
 
 class LabelColumns:
     """Where a table has its labels, and what they are: one class per row, a number, or any number of labels.
@@ -64,7 +62,9 @@ class LabelColumns:
                 f"labels={labels!r} must name two or more classes as strings, each once, and none in a regression"
             )
         if label_separator == "":
-            raise ValueError("label_separator='' separates nothing: give the characters between two labels, such as '|'")
+            raise ValueError(
+                "label_separator='' separates nothing: give the characters between two labels, such as '|'"
+            )
         if label_columns is not None and len(set(label_columns)) < max(2, len(label_columns)):
             raise ValueError(f"label_columns={label_columns!r} must name two or more columns, each once")
         if label_columns is not None and (labels is not None or label_separator is not None):
@@ -145,7 +145,9 @@ class LabelColumns:
         return finite_numbers(column, source, self.label_column).to_numpy()  # type: ignore[no-any-return]
 
 
-def class_indices(column: Column, classes: Mapping[str, str], source: object, name: str) -> pa.ChunkedArray:
+def class_indices(
+    column: pa.Array | pa.ChunkedArray, classes: Mapping[str, str], source: object, name: str
+) -> pa.ChunkedArray:
     """The class index of every label, int64.
 
     Args:
@@ -182,7 +184,7 @@ def _zeros_and_ones(column: pa.ChunkedArray, source: object, name: str) -> npt.N
     return numbers.cast(pa.float32()).to_numpy()  # type: ignore[no-any-return]
 
 
-def as_strings(column: Column) -> Column:
+def as_strings(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Return labels as the strings that are mapped to classes: both 1 and ``" 1 "`` become ``"1"``."""
     return pc.utf8_trim_whitespace(column.cast(pa.string()))
 

@@ -16,8 +16,8 @@ class TextDataModule(TokenDataModule):
     """The base of the sources of labelled texts: a subclass names its classes and loads its texts.
 
     The columns are ``text``, ``text_pair`` for pairs, and ``label`` if labels are known: a class index, a number, or 0
-    and 1 for each of several labels. Every class keeps its share in the texts held out for validation. The arguments are those of
-    :class:`TokenDataModule`.
+    and 1 for each of several labels. Every class keeps its share in the texts held out for validation. The arguments
+    are those of :class:`TokenDataModule`.
     """
 
     @property
@@ -42,9 +42,9 @@ class TextDataModule(TokenDataModule):
 
     @property
     def metrics(self) -> list[str]:
-        """The default metrics of these data."""
+        """The default metrics of these data; none to leave the choice to the task."""
         if self.multi_label:
-            return ["f1_macro", "f1_micro", "average_precision"]
+            return []
         return ["pearson", "spearman"] if self.is_regression else ["accuracy"]
 
     @property
@@ -75,7 +75,9 @@ class TextDataModule(TokenDataModule):
 
     def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
         """Split training texts into ``train`` and ``val``; labels may be plain indices."""
-        if not (self.is_regression or self.multi_label) and not isinstance(texts.features["label"], datasets.ClassLabel):
+        if not (self.is_regression or self.multi_label) and not isinstance(
+            texts.features["label"], datasets.ClassLabel
+        ):
             texts = texts.cast_column("label", datasets.ClassLabel(names=self.class_names))
         return super().hold_out(texts)
 
