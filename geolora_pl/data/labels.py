@@ -115,7 +115,7 @@ class LabelColumns:
         """The labels of every row as 0 and 1 (rows, labels), once they are settled.
 
         Raises:
-            ValueError: A label is unknown, or a cell of ``label_columns`` is neither 0 nor 1; the message names the row.
+            ValueError: A label is unknown, or a cell of ``label_columns`` neither 0 nor 1; the message names the row.
         """
         names = self.names or []
         if self.label_columns is not None:
