@@ -29,6 +29,9 @@ LANGUAGE = {"text/causal_lm", "text/causal_lm_prompts", "text/causal_lm_wikitext
 NOT_OF_THE_PAPER = {
     "quickstart",
     "image/folder",
+    "image/multi_label",
+    "image/regression",
+    "text/multi_label",
     "text/quickstart",
     "text/glue_wnli",
     "diffusion/dreambooth",
@@ -202,8 +205,15 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     if source == "TextFiles":
         columns = [settings["text_column"], settings["label_column"]]
-        write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
+        labels = ("praise|cinema", "") if settings["label_separator"] else ("1", "0")
+        write_tsv(folder / "train.tsv", [columns, *[["good film", labels[0]], ["bad plot", labels[1]]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
+    if source == "ImageTable":
+        write_image_folder(folder)
+        values = ["sea|sand", "sea", ""] if settings["label_separator"] else ["1", "2", "4"]
+        rows = [f"train/cat/{number}.png\t{values[number % 3]}\n" for number in range(6)] * 3
+        (folder / "images.tsv").write_text(f"{settings['file_column']}\t{settings['label_column']}\n{''.join(rows)}")
+        return {"data.init_args.train_file": folder / "images.tsv", "data.init_args.val_file": folder / "images.tsv"}
     if source == "LanguageFiles":
         columns = [settings[name] for name in ("prompt_column", "completion_column") if settings[name]]
         rows = {name: ["a good film", "the plot was not bad"] * 20 for name in columns or [settings["text_column"]]}

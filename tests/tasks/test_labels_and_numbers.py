@@ -17,7 +17,7 @@ from tolerance import close
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from geolora_pl import GeoLoRACallback, predict
+from geolora_pl import AdapterConfig, GeoLoRACallback, predict
 from geolora_pl.data import Digits, ImageTable, TextFiles, UnlabelledImages, UnlabelledTexts
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import ImageClassification, TextClassification
@@ -79,7 +79,7 @@ def table(folder, **settings):
 def fit(module, data, folder, epochs=15):
     L.seed_everything(0, verbose=False)
     saved = ModelCheckpoint(folder, "run", monitor="val_loss")
-    runs = trainer(GeoLoRACallback(adapt_every=5), saved, max_epochs=epochs)
+    runs = trainer(GeoLoRACallback(tau=0.05, adapt_every=5), saved, max_epochs=epochs)
     runs.fit(module, data)
     return runs, folder / "run.ckpt"
 
@@ -155,19 +155,21 @@ def reviews(tmp_path):
 )
 def test_texts_with_several_labels_are_learnt_predicted_and_exported(tmp_path, reviews, settings, names):
     data = TextFiles(reviews, batch_size=16, cache_dir=str(tmp_path / "cache"), val_fraction=0.2, **settings)
-    module = TextClassification(save_tiny_model(tmp_path / "model"), head_lr=0.01)
-    runs, path = fit(module, data, tmp_path)
+    model = save_tiny_model(tmp_path / "model", "distilbert")
+    adapter = AdapterConfig(target_modules="auto", modules_to_save=["distilbert.embeddings.word_embeddings"])
+    module = TextClassification(model, head_lr=0.02, adapter=adapter)
+    runs, path = fit(module, data, tmp_path, epochs=20)
     assert (data.class_names, data.multi_label, module.multi_label) == (names, True, True)
     result = runs.validate(module, data, verbose=False)[0]
     assert set(result) == {"val_loss", "val_f1_macro", "val_f1_micro", "val_average_precision"}
     assert result["val_average_precision"] > 0.9
     loaded = TextClassification.load_from_checkpoint(path, model_name=str(tmp_path / "model"))
-    (tmp_path / "texts.txt").write_text("the good film\nbad plot\n")
+    (tmp_path / "texts.txt").write_text("good film\nplot bad\n")
     texts = UnlabelledTexts(str(tmp_path / "texts.txt"), cache_dir=str(tmp_path / "cache"))
     rows = predict(loaded, texts, enable_progress_bar=False)
     assert all(set(row["probabilities"]) == set(names) for row in rows)
     assert [sorted(row["labels"]) for row in rows] == [["cinema", "praise"], []]
-    config = settings_of(tmp_path, "TextClassification", model_name=str(tmp_path / "model"))
+    config = settings_of(tmp_path, "TextClassification", model_name=model)
     export(path, "merged", tmp_path / "merged", config=config)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert plain.config.problem_type == "multi_label_classification"
