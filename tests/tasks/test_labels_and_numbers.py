@@ -113,6 +113,9 @@ def test_a_number_of_images_is_learnt_predicted_and_exported(tmp_path, pictures)
     data, module = table(pictures, label_column="light"), images()
     runs, path = fit(module, data, tmp_path)
     assert (data.class_names, data.num_classes, module.num_classes) == ([], 1, 1)
+    tested = predict(module, data, enable_progress_bar=False)
+    with (pictures / "test.csv").open() as file:
+        assert [row["file"] for row in tested] == [row["file"] for row in csv.DictReader(file)]
     result = runs.test(module, data, verbose=False)[0]
     assert set(result) == {"test_loss", "test_pearson", "test_spearman", "test_mae"}
     assert result["test_pearson"] > 0.9

@@ -96,6 +96,13 @@ class ImageTable(ImageDataModule):
         """Number of classes, which is the number of outputs of a model: 1 for a regression."""
         return len(self.class_names) or 1
 
+    @property
+    def predict_inputs(self) -> dict[str, list[str]]:
+        """The names of the files of the test images, to write beside the predictions."""
+        if "test" not in self.files:
+            return {}
+        return {"file": self._table("test")[self.file_column].cast(pa.string()).to_pylist()}
+
     def load_splits(self) -> dict[str, Dataset[Sample]]:
         """Read the tables, find the files, and look at the headers of the images."""
         assert self.class_names is not None  # settled by the training images, for all tables alike
