@@ -14,7 +14,7 @@ import datasets
 import pytest
 import yaml
 from glue_files import write_glue, write_tsv
-from image_files import write_cifar, write_image_folder, write_tiny_imagenet
+from image_files import write_cifar, write_image_folder, write_image_table, write_tiny_imagenet
 from tiny_text import save_tiny_decoder, save_tiny_model
 
 from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
@@ -208,12 +208,6 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         labels = ("praise|cinema", "") if settings["label_separator"] else ("1", "0")
         write_tsv(folder / "train.tsv", [columns, *[["good film", labels[0]], ["bad plot", labels[1]]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
-    if source == "ImageTable":
-        write_image_folder(folder)
-        values = ["sea|sand", "sea", ""] if settings["label_separator"] else ["1", "2", "4"]
-        rows = [f"train/cat/{number}.png\t{values[number % 3]}\n" for number in range(6)] * 3
-        (folder / "images.tsv").write_text(f"{settings['file_column']}\t{settings['label_column']}\n{''.join(rows)}")
-        return {"data.init_args.train_file": folder / "images.tsv", "data.init_args.val_file": folder / "images.tsv"}
     if source == "LanguageFiles":
         columns = [settings[name] for name in ("prompt_column", "completion_column") if settings[name]]
         rows = {name: ["a good film", "the plot was not bad"] * 20 for name in columns or [settings["text_column"]]}
@@ -238,6 +232,7 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"data.init_args.folder": folder, "data.init_args.cache_dir": folder / "cache"}
     {
         "ImageFolder": write_image_folder,
+        "ImageTable": functools.partial(write_image_table, separator=settings.get("label_separator")),
         "CIFAR10": functools.partial(write_cifar, source=CIFAR10),
         "CIFAR100": functools.partial(write_cifar, source=CIFAR100),
         "TinyImageNet": write_tiny_imagenet,
