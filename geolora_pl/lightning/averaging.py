@@ -87,6 +87,9 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin an average, or take up that of the checkpoint."""
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         integrator = _follower(trainer).integrator
         assert integrator is not None, "GeoLoRACallback makes it in on_fit_start"
         factors = {id(getattr(layer, name)) for layer in integrator.adapters.values() for name in FACTORS}
@@ -126,6 +129,12 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         """Leave the averaged weights in the module."""
         _follower(trainer).finish(trainer)  # which must not find averaged weights to move
         self._put_in()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do so after a run that had ended and was resumed, without any training, as well."""
+        if self._mean is None:
+            self._begin(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Put the trained weights back, if it was raised in a validation."""

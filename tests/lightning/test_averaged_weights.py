@@ -122,6 +122,12 @@ def test_a_checkpoint_holds_both_and_a_resumed_run_equals_one_run(tmp_path):
     end = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert torch.equal(end["current_model_state"]["head.weight"], whole.seen[-1]["head"])
     assert torch.equal(end["state_dict"]["head.weight"], final["head.weight"])
+    finished, runs = fit(None, tmp_path / "end.ckpt", seed=1)  # which trains nothing
+    assert not finished.losses
+    assert all(torch.equal(tensor, final[name]) for name, tensor in finished.state_dict().items())
+    runs.save_checkpoint(tmp_path / "again.ckpt")
+    again = torch.load(tmp_path / "again.ckpt", weights_only=True)
+    assert all(torch.equal(tensor, again["state_dict"][name]) for name, tensor in end["state_dict"].items())
     module = Watched()
     with pytest.raises(ValueError, match=r"holds averaged weights, from which training cannot go on"):
         trainer(GeoLoRACallback(adapter=FULL), max_epochs=4).fit(module, ckpt_path=tmp_path / "end.ckpt")
