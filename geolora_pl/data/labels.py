@@ -103,9 +103,11 @@ class LabelColumns:
                     f"{source}: {self.label_column} holds numbers with decimals, so this is a regression; set "
                     "regression: false to make each of them a class"
                 )
-        if len(self.names) == 1 or (self.multi_label and not self.names):
-            found = repr(self.names[0]) if self.names else "empty"
-            raise ValueError(f"{source}: every {self.label_column} is {found}: there must be two classes")
+        if self.multi_label and len(self.names) < 2:
+            found = f"the label {self.names[0]!r} alone" if self.names else "no label"
+            raise ValueError(f"{source}: {self.label_column} holds {found}: there must be two labels")
+        if len(self.names) == 1:
+            raise ValueError(f"{source}: every {self.label_column} is {self.names[0]!r}: there must be two classes")
 
     def _split(self, column: pa.ChunkedArray) -> list[list[str]]:
         cells = as_strings(column).fill_null("").to_pylist()
@@ -171,10 +173,10 @@ def finite_numbers(column: pa.ChunkedArray, source: object, name: str) -> pa.Chu
     Raises:
         ValueError: One of them is not a finite number; the message names its row, counted from 1.
     """
-    numbers = as_numbers(column)
+    numbers = as_numbers(column).cast(pa.float32(), safe=False)
     finite = pc.fill_null(pc.is_finite(numbers), False)
-    _refuse(column, pc.invert(finite), source, name, "is not a finite number: fix the row")
-    return numbers.cast(pa.float32(), safe=False)
+    _refuse(column, pc.invert(finite), source, name, "is not a finite number of 32 bits: fix the row")
+    return numbers
 
 
 def _zeros_and_ones(column: pa.ChunkedArray, source: object, name: str) -> npt.NDArray[np.float32]:

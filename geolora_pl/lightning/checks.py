@@ -79,8 +79,9 @@ def check_averaged(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
     Raises:
         ValueError: The checkpoint has both, and the trainer no callback that tells them apart.
     """
-    here = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    if CURRENT in checkpoint and not here & {key for key, state in checkpoint["callbacks"].items() if "mean" in state}:
+    states = checkpoint.get("callbacks", {})
+    here = [states.get(callback.state_key) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    if CURRENT in checkpoint and not any(isinstance(state, Mapping) and "mean" in state for state in here):
         raise ValueError(
             "the state_dict of the checkpoint holds averaged weights, from which training cannot go on: add "
             "GeoLoRAEMAWeightAveraging to the callbacks, as the run had it, which takes the trained ones"

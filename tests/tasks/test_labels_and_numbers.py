@@ -188,8 +188,10 @@ def test_texts_with_several_labels_are_learnt_predicted_and_exported(tmp_path, r
     ("column", "values", "settings", "message"),
     [
         ("label", ["x|y", "", "z"], {"label_separator": "|", "labels": ["x", "y"]}, r"csv: row 3 has the label 'z'"),
-        ("label", ["", "", ""], {"label_separator": "|"}, "every label is empty: there must be two classes"),
+        ("label", ["", "", ""], {"label_separator": "|"}, "csv: label holds no label: there must be two labels"),
         ("label", ["1.5", "nan", "2"], {"regression": True}, r"train.csv: row 2 has label='nan', which is not"),
+        ("label", ["1.5", "2.5", "1e300"], {}, r"row 3 has label='1e300', which is not a finite number of 32"),
+        ("label", ["x", "", "x"], {"label_separator": "|"}, "csv: label holds the label 'x' alone"),
         ("label", ["1.5", "-inf", "2"], {}, r"train.csv: row 2 has label='-inf', which is not a finite number"),
         ("label", ["a", "b", "d"], {"labels": ["a", "b"]}, r"train.csv: row 3 has label='d', which is none"),
         ("x", ["0", "1", "2"], {"label_columns": ["x", "y"]}, r"train.csv: row 3 has x='2', which is neither 0 nor 1"),

@@ -156,9 +156,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _refuse_untrained(self, samples: Dataset[Sample], train: Dataset[Sample]) -> None:
         """Refuse a class or label of which all images are held out, or a class the only image of which might be."""
-        if self.multi_label:
-            counts = [_several(part).sum(0).tolist() for part in (samples, train)]
-            for name, there_are, left in zip(self.class_names, *counts, strict=True):
+        if (several := _several(samples)) is not None and (rest := _several(train)) is not None:
+            for name, there_are, left in zip(self.class_names, several.sum(0), rest.sum(0), strict=True):
                 if left == 0 < there_are:
                     raise ValueError(
                         f"label {name!r} is that of {there_are:g} of the images, and all of them are held out: add "
@@ -251,12 +250,13 @@ def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sam
     return random_split(samples, [rest, count], torch.Generator().manual_seed(seed))
 
 
-def _several(samples: Dataset[Sample]) -> Tensor:
-    """0 and 1 for each of several labels (images, labels)."""
+def _several(samples: Dataset[Sample]) -> Tensor | None:
+    """0 and 1 for each of several labels (images, labels); ``None`` of a source without, or of another kind."""
     if isinstance(samples, Subset):
-        return _several(samples.dataset)[list(samples.indices)]
-    labels: Tensor = samples.labels  # type: ignore[attr-defined]  # of a source with several labels
-    return labels
+        labels = _several(samples.dataset)
+        return None if labels is None else labels[list(samples.indices)]
+    labels = getattr(samples, "labels", None)
+    return labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
 
 def _labels_of(samples: Dataset[Sample]) -> Sequence[int]:

@@ -105,15 +105,14 @@ class ImageTable(ImageDataModule):
 
     def load_splits(self) -> dict[str, Dataset[Sample]]:
         """Read the tables, find the files, and look at the headers of the images."""
-        assert self.class_names is not None  # settled by the training images, for all tables alike
+        names = self.class_names  # settled by the training images, for all tables alike
         splits: dict[str, Dataset[Sample]] = {}
         everything: list[Path] = []
         for split, file in self.files.items():
             table = self._table(split)
             paths = self._paths(table, file)
-            several = self.multi_label
-            found = self.labels.several(table, file) if several else self.labels.single(table, file)
-            is_class = bool(self.class_names) and not several
+            found = self.labels.several(table, file) if self.multi_label else self.labels.single(table, file)
+            is_class = names and not self.multi_label
             splits[split] = FileImages(paths, found.tolist() if is_class else torch.from_numpy(found.copy()))
             everything += paths
         note_conversions(self.folder or self.files["train"], everything)

@@ -69,6 +69,5 @@ def with_several_labels(
     """
     found = labels.several(table, source)
     kind = datasets.Sequence(datasets.Value("float32"), length=found.shape[1])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(found.ravel()), found.shape[1])
     dataset = to_dataset(table, texts, None, {}, source)
-    return dataset.add_column("label", column.to_pylist(), feature=kind)
+    return dataset.add_column("label", found.tolist(), feature=kind)

@@ -167,9 +167,7 @@ class TextHub(LabelledTexts):
         tables: dict[str, tuple[object, pa.Table]] = {}
         for ours, (source, texts) in load_hub(self.dataset, self.subset, self.named_splits).items():
             table = self._table(texts, ours, source)
-            if (
-                ours == "test" and not self.multi_label and set(pc.unique(table[-1]).to_pylist()) <= {None, -1}
-            ):  # its labels are hidden
+            if ours == "test" and set(pc.unique(table[-1]).to_pylist()) <= {None, -1}:  # its labels are hidden
                 tables["predict"] = (source, table.select(self.text_columns))
             else:
                 tables[ours] = (source, table)
