@@ -9,6 +9,7 @@ from geolora_pl.adapters.merge import merge_adapters as merge_adapters
 from geolora_pl.adapters.registry import register_adapter as register_adapter
 from geolora_pl.errors import GeoLoRAWarning as GeoLoRAWarning
 from geolora_pl.huggingface.callback import GeoLoRATrainerCallback as GeoLoRATrainerCallback
+from geolora_pl.lightning.averaging import GeoLoRAEMAWeightAveraging as GeoLoRAEMAWeightAveraging
 from geolora_pl.lightning.callback import GeoLoRACallback as GeoLoRACallback
 from geolora_pl.lightning.module import GeoLoRAModule as GeoLoRAModule
 from geolora_pl.lightning.predictions import PredictionWriter as PredictionWriter

@@ -11,6 +11,7 @@ from typing import Any
 _EXTRAS = {
     "transformers": "text",
     "datasets": "text",
+    "pyarrow": "text",
     "matplotlib": "report",
     "diffusers": "diffusion",
 }  # library to extra

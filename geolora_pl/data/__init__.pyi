@@ -9,6 +9,7 @@ from geolora_pl.data.images.dreambooth import DreamBooth as DreamBooth
 from geolora_pl.data.images.fashion_mnist import FashionMNIST as FashionMNIST
 from geolora_pl.data.images.folder import ImageFolder as ImageFolder
 from geolora_pl.data.images.prompted import PromptedImages as PromptedImages
+from geolora_pl.data.images.table import ImageTable as ImageTable
 from geolora_pl.data.images.tiny_imagenet import TinyImageNet as TinyImageNet
 from geolora_pl.data.images.unlabelled import UnlabelledImages as UnlabelledImages
 from geolora_pl.data.texts.chats import ChatDataModule as ChatDataModule

@@ -19,6 +19,7 @@ from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapt
 from geolora_pl.adapters.quantised import quantised_names
 from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.checks import (
+    check_averaged,
     check_compatible,
     check_launcher,
     check_monitors,
@@ -255,11 +256,15 @@ class GeoLoRACallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
+        self.finish(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer
+            check_adapted(self._current.integrator)
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Retract what is pending, after the last step of a run; a second call does nothing."""
         run = self._current
         if run.retract_pending():
             run.monitor.log(trainer, _last_step(trainer))
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer
-            check_adapted(run.integrator)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what was found; a run that had ended may have been resumed, without any training."""
@@ -292,7 +297,10 @@ class GeoLoRACallback(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of which this module would make another function; forget what it would have removed."""
-        check_adapters(checkpoint, pl_module, resumes=trainer.state.fn == TrainerFn.FITTING)
+        resumes = trainer.state.fn == TrainerFn.FITTING
+        check_adapters(checkpoint, pl_module, resumes)
+        if resumes:
+            check_averaged(checkpoint, trainer)
         forget_other_files(checkpoint, trainer.checkpoint_callbacks)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

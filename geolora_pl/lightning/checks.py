@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -17,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
 from geolora_pl.lightning.internals import MultiProcessingLauncher
+from geolora_pl.storage.checkpoint import CURRENT
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
 
@@ -61,13 +64,28 @@ def check_compatible(trainer: L.Trainer, small_checkpoints: bool) -> None:
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise ValueError(
                 f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
-                "them: remove it, or merge the adapters before weights are averaged"
+                "them: take GeoLoRAEMAWeightAveraging, which averages the updates"
             )
         if isinstance(callback, ModelPruning):
             raise ValueError(
                 "ModelPruning puts masked weights into the layers that the adapters read, and zeros into U and V: "
                 "remove it, and prune the merged model after the fit"
             )
+
+
+def check_averaged(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
+    """Refuse to go on from averaged weights, with an optimizer's state that belongs to the trained ones.
+
+    Raises:
+        ValueError: The checkpoint has both, and the trainer no callback that tells them apart.
+    """
+    states = checkpoint.get("callbacks", {})
+    here = [states.get(callback.state_key) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    if CURRENT in checkpoint and not any(isinstance(state, Mapping) and "mean" in state for state in here):
+        raise ValueError(
+            "the state_dict of the checkpoint holds averaged weights, from which training cannot go on: add "
+            "GeoLoRAEMAWeightAveraging to the callbacks, as the run had it, which takes the trained ones"
+        )
 
 
 def check_monitors(trainer: L.Trainer) -> None:

@@ -31,10 +31,11 @@ class PredictionWriter(BasePredictionWriter):
 
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
     file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
-    in a regression; or, where ``predict_step`` returns a mapping per input, such as tags or an answer, what that says.
-    Label and numbers are empty where they are not finite, which a warning says. The classes are named by the module's
-    ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run as a formula
-    gets an apostrophe before it, and a list is written as in JSON; JSON lines are exact.
+    in a regression; or, where ``predict_step`` returns a mapping per input, such as tags or an answer, what that says. A
+    module with ``multi_label`` gets ``labels``, those of a probability of one half and more; in CSV ``|`` stands between
+    them. Label and numbers are empty where they are not finite, which a warning says. The classes are named by the
+    module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run as a
+    formula gets an apostrophe before it, and any other list is written as in JSON; JSON lines are exact.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
@@ -169,9 +170,17 @@ def _rows(found: dict[tuple[int, int], Tensor | Row], module: object, data: obje
         if names and len(names) != len(probabilities):
             raise ValueError(f"class_names={list(names)} must name the {len(probabilities)} classes of the predictions")
         of_class = dict(zip(names or map(str, range(len(probabilities))), probabilities, strict=True))
-        label = None if None in probabilities else max(of_class, key=lambda name: of_class[name] or 0.0)
-        rows.append(row | {"label": label, "probabilities": of_class})
+        rows.append(row | _found(of_class, bool(getattr(module, "multi_label", False))) | {"probabilities": of_class})
     return rows
+
+
+def _found(of_class: dict[str, float | None], multi_label: bool) -> Row:
+    """The label of the highest probability, or all of one half and more; empty where a probability is not finite."""
+    known = {name: probability for name, probability in of_class.items() if probability is not None}
+    whole = len(known) == len(of_class)
+    if multi_label:
+        return {"labels": [name for name, probability in known.items() if probability >= 0.5] if whole else None}
+    return {"label": max(known, key=lambda name: known[name]) if whole else None}
 
 
 def _finite(value: float) -> float | None:
@@ -199,6 +208,8 @@ def _write(rows: list[Row], output: Path) -> None:
 def _flat(row: Row) -> Row:
     probabilities: dict[str, float] = row.get("probabilities", {})
     single = {column: value for column, value in row.items() if column != "probabilities"}
+    if isinstance(labels := single.get("labels"), list):
+        single["labels"] = "|".join(labels)
     return {_harmless(k): _harmless(v) for k, v in (single | {f"p_{n}": p for n, p in probabilities.items()}).items()}
 
 

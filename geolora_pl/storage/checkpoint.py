@@ -26,6 +26,7 @@ from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_b
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # the key, in a small checkpoint, of what describes the base that it leaves out
+CURRENT = "current_model_state"  # of the weights as trained, where the state_dict holds averaged ones; Lightning's name
 _ADAPTERS = "geolora_adapters"  # the key of what the weights alone do not tell of the adapters
 
 
@@ -56,7 +57,7 @@ def read_checkpoint(path: str | Path | BinaryIO, mmap: bool = False) -> dict[str
             f"ckpt_path={str(path)!r} holds {', '.join(map(str, names)) or 'nothing'} and is not a checkpoint of a "
             "run: name a .ckpt file that the trainer saved"
         )
-    for key in (_MARK, _ADAPTERS):
+    for key in (_MARK, _ADAPTERS, CURRENT):
         if not isinstance(checkpoint.get(key, {}), dict):
             raise ValueError(f"ckpt_path={str(path)!r} has {key} that are no values by name: it was changed")
     if not isinstance(checkpoint.get("callbacks", {}), dict):

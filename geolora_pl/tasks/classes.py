@@ -1,8 +1,14 @@
-"""Settle the number, names and weights of the classes from what the user gave and what the data say."""
+"""Settle the number, names and weights of the classes from what the user gave and what the data say; losses of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 def settle_num_classes(given: int | None, data: object) -> int:
@@ -22,6 +28,71 @@ def settle_num_classes(given: int | None, data: object) -> int:
     if settled is None:
         raise ValueError("num_classes=None: the data module does not say how many classes there are, so give it")
     return settled
+
+
+def settle_multi_label(given: bool | None, num_classes: int, data: object) -> bool:
+    """Return whether a sample may have several labels or none, as the user or the data module says.
+
+    Args:
+        given: What the user or the checkpoint gave.
+        num_classes: Number of classes.
+        data: The data module, if there is one.
+
+    Raises:
+        ValueError: They disagree, or there is one class, which means a regression.
+    """
+    of_data: bool | None = getattr(data, "multi_label", None)
+    if given is not None and of_data is not None and given != of_data:
+        has = "several labels" if of_data else "one label"
+        raise ValueError(f"multi_label={given} does not fit the data, whose samples have {has}: leave it out")
+    settled = bool(of_data if given is None else given)
+    if settled and num_classes == 1:
+        raise ValueError("multi_label=True needs two or more labels; one class means a regression: leave it out")
+    return settled
+
+
+def make_loss(
+    num_classes: int, multi_label: bool, weights: Sequence[float] | None, label_smoothing: float
+) -> nn.Module:
+    """Make the loss: cross-entropy, the binary one of every label, or the squared error of a number (one class).
+
+    Args:
+        num_classes: Number of classes.
+        multi_label: Whether a sample may have several labels or none.
+        weights: One weight per class, or ``None``.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+
+    Raises:
+        ValueError: Weights or smoothing were asked for where a sample has not exactly one class.
+    """
+    if multi_label or num_classes == 1:
+        if weights is not None or label_smoothing:
+            this = "its samples have several labels" if multi_label else "this is a regression"
+            raise ValueError(
+                f"class_weights and label_smoothing are for samples of one class each, but {this}: leave them out"
+            )
+        return nn.BCEWithLogitsLoss() if multi_label else nn.MSELoss()
+    weight = None if weights is None else torch.tensor(weights)
+    return nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
+
+
+def probabilities(outputs: Tensor, num_classes: int, multi_label: bool) -> Tensor:
+    """Probabilities of the classes (batch, classes) for logits; numbers (batch,) stay as they are."""
+    if num_classes == 1:
+        return outputs
+    return outputs.sigmoid() if multi_label else outputs.softmax(-1)
+
+
+def problem_type(num_classes: int, multi_label: bool) -> ProblemType:
+    """What transformers call the kind of problem in a model's configuration.
+
+    Example:
+        >>> problem_type(1, False), problem_type(3, True)
+        ('regression', 'multi_label_classification')
+    """
+    if num_classes == 1:
+        return "regression"
+    return "multi_label_classification" if multi_label else "single_label_classification"
 
 
 def settle_class_names(given: Sequence[str] | None, num_classes: int, data: object) -> list[str] | None:

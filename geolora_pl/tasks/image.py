@@ -1,4 +1,4 @@
-"""Define the task of image classification with timm models."""
+"""Define the task of classes, several labels and numbers of images, with timm models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import timm
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from geolora_pl.adapters.config import AdapterConfig
@@ -26,8 +25,16 @@ from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.notes import keep_notes
 from geolora_pl.packaged import in_package
 from geolora_pl.storage.plain_file import write_weights
-from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
+from geolora_pl.tasks.classes import (
+    make_loss,
+    probabilities,
+    problem_type,
+    settle_class_names,
+    settle_multi_label,
+    settle_num_classes,
+)
 from geolora_pl.tasks.internals import save_config_for_hf
+from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
@@ -41,7 +48,10 @@ _OF_IMAGES |= {
 
 
 class ImageClassification(GeoLoRAModule):
-    """Adapt a pretrained timm model to the classes of a data set; it gets a new head, which is trained in full.
+    """Adapt a pretrained timm model to the classes of a data set, to several labels per image, or to numbers.
+
+    The model gets a new head, which is trained in full. One class means a regression, with the squared error as loss.
+    With several labels per image the loss is the binary cross-entropy of every label.
 
     Args:
         model_name: A name that ``timm.create_model`` knows, such as ``vit_base_patch16_224``.
@@ -50,12 +60,15 @@ class ImageClassification(GeoLoRAModule):
             another format that timm loads), or ``pkg://package/file`` for one of an installed package; the weights of
             its head are dropped.
         model_args: More arguments for ``timm.create_model``, such as ``img_size`` or ``in_chans``.
-        num_classes: Number of classes; by default that of the data module.
+        num_classes: Number of classes, 1 for a regression; by default that of the data module.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
         class_names: Names of the classes; by default those of the data module.
         mixup: Parameter of the Beta distribution by which each training batch is mixed with itself (Zhang et al. 2018),
             at least 0; 0 is off. With ``cutmix`` each batch gets one of the two, at random.
         cutmix: The same for parts of images that are exchanged (Yun et al. 2019).
+        multi_label: Whether an image may have several labels or none; by default as the data module says.
+        metrics: Metrics to log: by default ``accuracy``, or ``f1_macro``, ``f1_micro`` and ``average_precision`` for
+            several labels, or ``pearson``, ``spearman`` and ``mae`` for a regression; also ``f1`` and ``matthews``.
         adapter: What to adapt; by default (``target_modules: auto``) every linear layer but the head, or the
             convolutions of a model that has no such layer.
         **kwargs: Arguments of :class:`GeoLoRAModule`.
@@ -84,6 +97,8 @@ class ImageClassification(GeoLoRAModule):
         class_names: list[str] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        multi_label: bool | None = None,
+        metrics: list[str] | None = None,
         adapter: AdapterConfig = AdapterConfig(target_modules="auto"),
         **kwargs: Any,
     ) -> None:
@@ -98,6 +113,7 @@ class ImageClassification(GeoLoRAModule):
         for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
             if not alpha >= 0:
                 raise ValueError(f"{name}={alpha} must be at least 0, which is off")
+        check_metrics(metrics)
         self.model_name = model_name
         self.pretrained = pretrained
         self.checkpoint_path = checkpoint_path
@@ -106,7 +122,9 @@ class ImageClassification(GeoLoRAModule):
         self.class_names = class_names
         self.mixup = mixup
         self.cutmix = cutmix
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.multi_label = multi_label
+        self.metric_names = metrics
+        self.label_smoothing = label_smoothing
         self.notes: list[str] = []  # what the user is told about the model
 
     @classmethod
@@ -128,19 +146,27 @@ class ImageClassification(GeoLoRAModule):
         return super().argument_from_checkpoint(name, value)
 
     def configure_model(self) -> None:
-        """Take the number of classes from the data, build the model, put the adapters in, make the metrics."""
+        """Take the classes from the data, build the model, put the adapters in, make loss and metrics."""
         if not hasattr(self, "model"):
-            data = datamodule_of(self)
-            self.num_classes = settle_num_classes(self.num_classes, data)
-            self.class_names = settle_class_names(self.class_names, self.num_classes, data)
-            # A checkpoint can then be loaded without the data.
-            self.hparams["num_classes"], self.hparams["class_names"] = self.num_classes, self.class_names
+            self._settle_classes()
         super().configure_model()
-        if not hasattr(self, "metrics"):
-            assert self.num_classes is not None
-            self.metrics = nn.ModuleDict(
-                {split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")}
-            )
+
+    def _settle_classes(self) -> None:
+        data = datamodule_of(self)
+        classes = self.num_classes = settle_num_classes(self.num_classes, data)
+        self.multi_label = settle_multi_label(self.multi_label, classes, data)
+        if classes > 1:
+            self.class_names = settle_class_names(self.class_names, classes, data)
+        if (self.mixup or self.cutmix) and (self.multi_label or classes == 1):
+            raise ValueError("mixup and cutmix are for images of one class each: leave them out")
+        self.loss = make_loss(classes, self.multi_label, None, self.label_smoothing)
+        names = self.metric_names or usual_metrics(classes, self.multi_label)
+        self.metrics = nn.ModuleDict(
+            {split: make_metrics(names, classes, self.multi_label) for split in ("val", "test")}
+        )
+        # A checkpoint can then be loaded without the data.
+        self.hparams["num_classes"], self.hparams["class_names"] = self.num_classes, self.class_names
+        self.hparams["multi_label"] = self.multi_label
 
     def setup(self, stage: str) -> None:
         """Say what is adapted and what is trained in full."""
@@ -181,10 +207,13 @@ class ImageClassification(GeoLoRAModule):
         Load it by ``timm.create_model("local-dir:folder", pretrained=True)``, or with the model's own name and
         arguments and ``checkpoint_path="folder/model.safetensors"``.
         """
-        names = {} if self.class_names is None else {"label_names": self.class_names}
+        assert self.num_classes is not None
+        described: dict[str, Any] = {"problem_type": problem_type(self.num_classes, bool(self.multi_label))}
+        if self.class_names is not None:
+            described["label_names"] = self.class_names
         arguments = {name: value for name, value in self.model_args.items() if name != "pretrained_cfg_overlay"}
         write_weights(self.model, folder / "model.safetensors")
-        save_config_for_hf(self.model, str(folder / "config.json"), names, arguments)
+        save_config_for_hf(self.model, str(folder / "config.json"), described, arguments)
 
     def default_targets(self) -> str | Sequence[str]:
         """Return every linear layer but the head, or the convolutions of a model that has no such layer."""
@@ -206,12 +235,12 @@ class ImageClassification(GeoLoRAModule):
         return config
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (batch, classes) of images (batch, channels, height, width)."""
+        """Return logits (batch, classes), or numbers (batch,), of images (batch, channels, height, width)."""
         logits: Tensor = self.model(images)
-        return logits
+        return logits.squeeze(-1) if self.num_classes == 1 else logits
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy loss, of mixed images if that is asked for."""
+        """Return the loss: cross-entropy, of mixed images if that is asked for, or the squared error."""
         images, labels = self._mix(batch)
         loss: Tensor = self.loss(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
@@ -228,24 +257,27 @@ class ImageClassification(GeoLoRAModule):
         return mixed
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Log loss and accuracy on the validation images."""
+        """Log loss and metrics on the validation images."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Log loss and accuracy on the test images."""
+        """Log loss and metrics on the test images."""
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        logits = self(images)
-        accuracy = self.metrics[split]
-        accuracy(logits, labels)
-        self.log(f"{split}_loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
-        self.log(f"{split}_accuracy", accuracy, prog_bar=True)  # type: ignore[arg-type]  # a Metric
+        outputs, of_split = self(images), self.metrics[split]
+        assert self.num_classes is not None
+        assert isinstance(of_split, nn.ModuleDict)
+        self.log(f"{split}_loss", self.loss(outputs, labels), batch_size=len(labels), sync_dist=True)
+        update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
+        for name, metric in of_split.items():
+            self.log(f"{split}_{name}", metric, prog_bar=True)  # type: ignore[arg-type]  # a Metric
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the probabilities of the classes (batch, classes)."""
-        return self(batch[0]).softmax(-1)  # type: ignore[no-any-return]
+        """Return the probabilities of the classes (batch, classes), or numbers (batch,) in a regression."""
+        assert self.num_classes is not None
+        return probabilities(self(batch[0]), self.num_classes, bool(self.multi_label))
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Define the task of classification and regression of texts and pairs, with the models of transformers."""
+"""Define the task of classes, several labels and numbers of texts and pairs, with the models of transformers."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.classes import (
     check_class_weights,
+    make_loss,
+    probabilities,
+    problem_type,
     settle_class_names,
     settle_class_weights,
+    settle_multi_label,
     settle_num_classes,
 )
-from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics
+from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 
 class TextClassification(TransformerTask):
-    """Adapt a pretrained transformer to the classes of a data set, or to numbers.
+    """Adapt a pretrained transformer to the classes of a data set, to several labels per text, or to numbers.
 
     The model is any that ``AutoModelForSequenceClassification`` builds: an encoder, or a decoder with a classification
     head. The head and the pooler before it are trained in full, and a message says how many parameters they have; those
     without pretrained weights are initialised at random. One class means a regression, with the squared error as loss.
+    With several labels per text the loss is the binary cross-entropy of every label.
 
     Args:
         model_name: A name of the hub, a folder, or ``pkg://package/folder``; see :class:`TransformerTask`.
@@ -37,9 +40,11 @@ class TextClassification(TransformerTask):
         class_weights: Weight of each class in the loss, at least 0, or ``balanced`` for the inverse of its share of
             the training texts (the mean over these texts is 1).
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
-        metrics: Metrics to log, among ``accuracy``, ``f1``, ``matthews``, ``pearson`` and ``spearman``; by default
-            those that the data module names.
+        metrics: Metrics to log, among ``accuracy``, ``f1`` and ``matthews``; ``f1_macro``, ``f1_micro`` and
+            ``average_precision`` for several labels; ``pearson``, ``spearman`` and ``mae`` for a regression. By default
+            those that the data module names, or all of several labels.
         class_names: Names of the classes; by default those of the data module.
+        multi_label: Whether a text may have several labels or none; by default as the data module says.
         train_pooler: Whether the pooler before the head is trained in full; with ``False`` a pooler with pretrained
             weights stays frozen, as in PEFT, and one without weights is refused.
         **kwargs: Arguments of :class:`TransformerTask`.
@@ -52,6 +57,7 @@ class TextClassification(TransformerTask):
         >>> tiny = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> task = TextClassification("tiny", pretrained=False, model_args=tiny, num_classes=3)
         >>> task.configure_model()
+        >>> import torch
         >>> task({"input_ids": torch.ones(2, 5, dtype=torch.long)}).shape
         torch.Size([2, 3])
     """
@@ -66,6 +72,7 @@ class TextClassification(TransformerTask):
         label_smoothing: float = 0.0,
         metrics: list[str] | None = None,
         class_names: list[str] | None = None,
+        multi_label: bool | None = None,
         train_pooler: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -75,13 +82,13 @@ class TextClassification(TransformerTask):
         check_class_weights(class_weights)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
-        if unknown := [name for name in metrics or () if name not in METRICS]:
-            raise ValueError(f"metrics={unknown!r} are not known: choose among {', '.join(METRICS)}")
+        check_metrics(metrics)
         self.num_classes = num_classes
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
         self.metric_names = metrics
         self.class_names = class_names
+        self.multi_label = multi_label
         self.train_pooler = train_pooler
 
     def configure_model(self) -> None:
@@ -93,21 +100,16 @@ class TextClassification(TransformerTask):
     def _settle_classes(self) -> None:
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
+        self.multi_label = settle_multi_label(self.multi_label, self.num_classes, data)
         if self.num_classes > 1:
             self.class_names = settle_class_names(self.class_names, self.num_classes, data)
-        if self.num_classes == 1:
-            if self.class_weights is not None or self.label_smoothing:
-                raise ValueError(
-                    "class_weights and label_smoothing are for classes, but this is a regression: leave them out"
-                )
-            self.loss: nn.Module = nn.MSELoss()
-        else:
-            self.class_weights = settle_class_weights(self.class_weights, self.num_classes, data)
-            weight = None if self.class_weights is None else torch.tensor(self.class_weights)
-            self.loss = nn.CrossEntropyLoss(weight=weight, label_smoothing=self.label_smoothing)
+        weights: Any = self.class_weights
+        if self.num_classes > 1 and not self.multi_label:
+            weights = self.class_weights = settle_class_weights(self.class_weights, self.num_classes, data)
+        self.loss = make_loss(self.num_classes, self.multi_label, weights, self.label_smoothing)
         # A checkpoint can then be loaded without the data.
         self.hparams["num_classes"], self.hparams["class_weights"] = self.num_classes, self.class_weights
-        self.hparams["class_names"] = self.class_names
+        self.hparams["class_names"], self.hparams["multi_label"] = self.class_names, self.multi_label
 
     def adjust(self, config: PreTrainedConfig) -> None:
         """Set the number of outputs, and the padding token, by which decoders find the last token of a text."""
@@ -122,8 +124,10 @@ class TextClassification(TransformerTask):
         return [name for name in head_names(model) if not body or not name.startswith(body)]
 
     def save_model(self, folder: Path) -> None:
-        """Write the model and its tokenizer for ``from_pretrained``, with the names of the classes."""
+        """Write the model and its tokenizer for ``from_pretrained``, with the kind of problem and names of classes."""
         assert isinstance(self.model, PreTrainedModel)
+        assert self.num_classes is not None
+        self.model.config.problem_type = problem_type(self.num_classes, bool(self.multi_label))
         if self.class_names is not None:
             self.model.config.id2label = dict(enumerate(self.class_names))
             self.model.config.label2id = {name: index for index, name in enumerate(self.class_names)}
@@ -141,12 +145,15 @@ class TextClassification(TransformerTask):
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
         of_data = getattr(data, "metrics", None)
-        self.metric_names = self.metric_names or of_data or usual_metrics(self.num_classes)
+        self.metric_names = self.metric_names or of_data or usual_metrics(self.num_classes, bool(self.multi_label))
         self.hparams["metrics"] = self.metric_names
         splits_of = getattr(data, "splits_of", lambda kind: [kind])
         self.val_splits = splits_of("val") or ["val"]
         self.metrics = nn.ModuleDict(
-            {split: make_metrics(self.metric_names, self.num_classes) for split in (*self.val_splits, "test")}
+            {
+                split: make_metrics(self.metric_names, self.num_classes, bool(self.multi_label))
+                for split in (*self.val_splits, "test")
+            }
         )
 
     def forward(self, batch: Batch) -> Tensor:
@@ -164,19 +171,18 @@ class TextClassification(TransformerTask):
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and metrics of a batch of a split."""
         outputs, labels = self(batch), batch["labels"]
-        predictions = outputs.float() if self.num_classes == 1 else outputs.argmax(-1)
         kind, _, other = split.partition("_")  # val_mismatched
         end = f"_{other}" if other else ""
         loss = self.loss(outputs, labels)
         self.log(f"{kind}_loss{end}", loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
         of_split = self.metrics[split]
         assert isinstance(of_split, nn.ModuleDict)
+        assert self.num_classes is not None
+        update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
         for name, metric in of_split.items():
-            assert isinstance(metric, Metric)
-            metric.update(predictions, labels)  # calling it would also compute this batch alone, which may be undefined
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)  # type: ignore[arg-type]  # a Metric
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return probabilities of the classes (batch, classes), or numbers (batch,) in a regression."""
-        outputs: Tensor = self(batch)
-        return outputs if self.num_classes == 1 else outputs.softmax(-1)
+        assert self.num_classes is not None
+        return probabilities(self(batch), self.num_classes, bool(self.multi_label))

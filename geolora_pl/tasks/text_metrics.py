@@ -1,17 +1,19 @@
-"""Make the metrics of text classification and regression by the names under which they are logged."""
+"""Make the metrics of classes, several labels and numbers by the names under which they are logged."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 
-from torch import nn
-from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
     MulticlassF1Score,
     MulticlassMatthewsCorrCoef,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
 )
 
 # Each of these is made for a given number of classes.
@@ -20,22 +22,45 @@ _OF_CLASSES: dict[str, Callable[[int], Metric]] = {
     "f1": lambda classes: BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
     "matthews": MulticlassMatthewsCorrCoef,
 }
-_OF_NUMBERS: dict[str, Callable[[], Metric]] = {"pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
-METRICS = (*_OF_CLASSES, *_OF_NUMBERS)
+_OF_SEVERAL: dict[str, Callable[[int], Metric]] = {
+    "f1_macro": lambda labels: MultilabelF1Score(labels, average="macro"),
+    "f1_micro": lambda labels: MultilabelF1Score(labels, average="micro"),
+    "average_precision": lambda labels: MultilabelAveragePrecision(labels, average="macro"),
+}
+_OF_NUMBERS: dict[str, Callable[[], Metric]] = {
+    "pearson": PearsonCorrCoef,
+    "spearman": SpearmanCorrCoef,
+    "mae": MeanAbsoluteError,
+}
+METRICS = (*_OF_CLASSES, *_OF_SEVERAL, *_OF_NUMBERS)
 
 
-def usual_metrics(num_classes: int) -> list[str]:
-    """Return the default metrics: accuracy, or both correlations for a regression (one class)."""
+def check_metrics(names: Sequence[str] | None) -> None:
+    """Refuse names that no metric has.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if unknown := [name for name in names or () if name not in METRICS]:
+        raise ValueError(f"metrics={unknown!r} are not known: choose among {', '.join(METRICS)}")
+
+
+def usual_metrics(num_classes: int, multi_label: bool = False) -> list[str]:
+    """Return the default metrics: accuracy, those of several labels, or those of a regression (one class)."""
+    if multi_label:
+        return list(_OF_SEVERAL)
     return list(_OF_NUMBERS) if num_classes == 1 else ["accuracy"]
 
 
-def make_metrics(names: Sequence[str], num_classes: int) -> nn.ModuleDict:
-    """Make metrics of class indices, or of numbers for a regression.
+def make_metrics(names: Sequence[str], num_classes: int, multi_label: bool = False) -> nn.ModuleDict:
+    """Make metrics of class indices, of several labels, or of numbers for a regression.
 
     Args:
         names: Names among ``accuracy``, ``f1`` (of class 1 if there are two classes, otherwise the mean over the
-            classes), ``matthews``, ``pearson`` and ``spearman``.
+            classes) and ``matthews``; among ``f1_macro``, ``f1_micro`` and ``average_precision`` for several labels; or
+            among ``pearson``, ``spearman`` and ``mae`` (mean absolute error).
         num_classes: Number of classes, or 1 for a regression.
+        multi_label: Whether a sample may have several labels or none.
 
     Raises:
         ValueError: A metric does not suit the number of classes.
@@ -44,13 +69,33 @@ def make_metrics(names: Sequence[str], num_classes: int) -> nn.ModuleDict:
         >>> list(make_metrics(["f1", "accuracy"], 2))
         ['f1', 'accuracy']
     """
-    suited = _OF_NUMBERS if num_classes == 1 else _OF_CLASSES
+    of_classes = _OF_SEVERAL if multi_label else _OF_CLASSES
+    suited = _OF_NUMBERS if num_classes == 1 else of_classes
     for name in names:
         if name not in suited:
-            kind = "a regression" if num_classes == 1 else f"{num_classes} classes"
+            kind = "a regression" if num_classes == 1 else f"{num_classes} {'labels' if multi_label else 'classes'}"
             raise ValueError(f"metrics={name!r} does not suit {kind}: choose among {', '.join(suited)}")
     if num_classes > 1:
-        return nn.ModuleDict({name: _OF_CLASSES[name](num_classes) for name in names})
+        return nn.ModuleDict({name: of_classes[name](num_classes) for name in names})
     with warnings.catch_warnings():  # Spearman's metric warns that it keeps all predictions, which it must
         warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef`")
         return nn.ModuleDict({name: _OF_NUMBERS[name]() for name in names})
+
+
+def update_metrics(metrics: nn.Module, outputs: Tensor, labels: Tensor, num_classes: int, multi_label: bool) -> None:
+    """Take a batch into metrics of :func:`make_metrics`, without computing those of the batch, which may be undefined.
+
+    Args:
+        metrics: The metrics.
+        outputs: Logits (batch, classes), or numbers (batch,).
+        labels: Class indices (batch,), 0 and 1 for each of several labels (batch, classes), or numbers (batch,).
+        num_classes: Number of classes.
+        multi_label: Whether a sample may have several labels or none.
+    """
+    assert isinstance(metrics, nn.ModuleDict)
+    predictions = outputs.float()
+    if num_classes > 1:
+        predictions = predictions.sigmoid() if multi_label else outputs.argmax(-1)
+    for metric in metrics.values():
+        assert isinstance(metric, Metric)
+        metric.update(predictions, labels.long() if multi_label else labels)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import _foreach_add_ as foreach_add_
 from torch import _foreach_copy_ as foreach_copy_
+from torch import _foreach_lerp_ as foreach_lerp_
 from torch import _foreach_mul as foreach_mul
 from torch import _foreach_mul_ as foreach_mul_
 from torch import _foreach_norm as foreach_norm
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = [
     "foreach_add_",
     "foreach_copy_",
+    "foreach_lerp_",
     "foreach_mul",
     "foreach_mul_",
     "foreach_norm",

@@ -108,6 +108,9 @@ def _take(adapters: Adapters, offer: Offer, what: Retraction) -> GroupPlan:
     )
     U = new_basis(at.Q_U, at.P_U, new.U, source, used)
     V = new_basis(at.Q_V, at.P_V, new.V, source, used)
+    for of_one, name in zip(V, offer.names, strict=True):
+        if (row := adapters[name].unused_row) is not None:
+            of_one[row] = 0  # the factorisation leaves rounding, which an optimizer that divides by it would enlarge
     sigma = F.pad(at.sigma, (0, max(0, rank - columns)))[:, :rank] * first(kept, rank)
     gathered = remembered(new.sigma, source[:, :probes], used[:, :probes], columns)
     if idle := layer.probes - probes:

@@ -17,6 +17,7 @@ from geolora_pl import (
     GeoLoRALayer,
     GeoLoRALinear,
     RankAdaptiveIntegrator,
+    RiemannianAdam,
     inject_adapters,
     merge_adapters,
     register_adapter,
@@ -323,6 +324,19 @@ def test_bases_and_probes_leave_out_a_row_for_padding():
         (model(torch.arange(30)) - 1).square().mean().backward()
         optimizer.step()
         assert integrator.step(optimizer)
+
+
+def test_an_optimizer_with_steps_of_one_size_leaves_the_row_for_padding_alone():
+    """A user adapts an embedding with padding: rounding in that row of V was stepped along as if it were a gradient."""
+    model, layer = adapted(nn.Embedding(30, 16, padding_idx=2))
+    integrator, optimizer = RankAdaptiveIntegrator(model, tau=0.1), RiemannianAdam(model, lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(torch.arange(30)) - 1).square().mean().backward()
+        optimizer.step()
+        assert torch.count_nonzero(layer.L[2]) == 0
+        assert integrator.step(optimizer)
+        assert torch.count_nonzero(layer.V[2]) == 0
 
 
 def test_all_linear_takes_linear_layers_and_conv1d_and_others_are_named():

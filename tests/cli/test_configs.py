@@ -14,7 +14,7 @@ import datasets
 import pytest
 import yaml
 from glue_files import write_glue, write_tsv
-from image_files import write_cifar, write_image_folder, write_tiny_imagenet
+from image_files import write_cifar, write_image_folder, write_image_table, write_tiny_imagenet
 from tiny_chat import save_tiny_chat
 from tiny_text import save_tiny_decoder, save_tiny_model
 
@@ -30,6 +30,9 @@ LANGUAGE = {"text/chat", "text/causal_lm", "text/causal_lm_4bit", "text/causal_l
 NOT_OF_THE_PAPER = {
     "quickstart",
     "image/folder",
+    "image/multi_label",
+    "image/regression",
+    "text/multi_label",
     "text/quickstart",
     "text/glue_wnli",
     "diffusion/dreambooth",
@@ -211,7 +214,8 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     if source == "TextFiles":
         columns = [settings["text_column"], settings["label_column"]]
-        write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
+        labels = ("praise|cinema", "") if settings["label_separator"] else ("1", "0")
+        write_tsv(folder / "train.tsv", [columns, *[["good film", labels[0]], ["bad plot", labels[1]]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
     if source in ("LanguageFiles", "ChatFiles"):
         ours = ["prompt", "completion"]
@@ -238,6 +242,7 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"data.init_args.folder": folder, "data.init_args.cache_dir": folder / "cache"}
     {
         "ImageFolder": write_image_folder,
+        "ImageTable": functools.partial(write_image_table, separator=settings.get("label_separator")),
         "CIFAR10": functools.partial(write_cifar, source=CIFAR10),
         "CIFAR100": functools.partial(write_cifar, source=CIFAR100),
         "TinyImageNet": write_tiny_imagenet,

@@ -9,7 +9,14 @@ import pytest
 from layout import FILES, ORDER, PACKAGE
 
 import geolora_pl.data
-from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, GeoLoRATrainerCallback, RiemannianAdam
+from geolora_pl import (
+    AdapterConfig,
+    GeoLoRACallback,
+    GeoLoRAEMAWeightAveraging,
+    GeoLoRAModule,
+    GeoLoRATrainerCallback,
+    RiemannianAdam,
+)
 from geolora_pl.data.images.base import ImageDataModule
 from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.base import TokenDataModule
@@ -23,6 +30,7 @@ SETTINGS = (ROOT / "docs" / "settings.md").read_text()
 ELSEWHERE = {GeoLoRAModule: {"adapter", "optimizer", "lr_scheduler"}, RiemannianAdam: {"params"}}
 OWNERS = [
     GeoLoRACallback,
+    GeoLoRAEMAWeightAveraging,
     AdapterConfig,
     RiemannianAdam,
     GeoLoRAModule,

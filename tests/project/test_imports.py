@@ -123,6 +123,7 @@ TASKS = [
 # After the steps each kind of task is tried in a fork, in which Lightning is there already.
 LOOK = """
 import contextlib, io, json, os, sys
+sys.modules.update(dict.fromkeys(["torchao", "bitsandbytes"]))  # transformers imports them, and torchao writes to stderr
 steps, tasks = json.load(sys.stdin)
 for code, unused in steps:
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -61,3 +61,12 @@ def write_image_folder(folder: Path) -> None:
         (folder / "train" / name).mkdir(parents=True)
         for i in range(6):
             Image.new("RGB", (64, 64), i * 40).save(folder / "train" / name / f"{i}.png")
+
+
+def write_image_table(folder: Path, separator: str | None) -> None:
+    """Such images, and a table of them in images/train.csv: with several labels per row, or with a number."""
+    write_image_folder(folder)
+    values = (f"sea{separator}sand", "sea", "") if separator else ("1", "2", "4")
+    rows = [f"train/cat/{number % 6}.png,{values[number % 3]}" for number in range(60)]
+    (folder / "images").mkdir()
+    (folder / "images" / "train.csv").write_text("\n".join(["file,label", *rows]))

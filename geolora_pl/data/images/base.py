@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
 from torchvision.transforms import RandomCrop
 
-from geolora_pl.data.images.reader import Sample, plain
+from geolora_pl.data.images.reader import Label, Sample, plain
 from geolora_pl.data.settings import settle_num_workers
 from geolora_pl.notes import keep_notes, note
 
@@ -49,7 +49,7 @@ class ArrayImages(Dataset[Sample]):
         return Image.fromarray(self.images[index]), self.labels[index]
 
 
-class _Transformed(Dataset[tuple[Tensor, int]]):
+class _Transformed(Dataset[tuple[Tensor, Label]]):
     def __init__(
         self, samples: Dataset[Sample], mode: str, transform: Callable[[Image.Image], Tensor], crop_padding: int = 0
     ) -> None:
@@ -58,7 +58,7 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)  # type: ignore[arg-type]  # every source here is a sized data set
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Label]:
         image, label = self.samples[index]
         image = plain(image, self.mode)
         if self.crop_padding:
@@ -116,6 +116,11 @@ class ImageDataModule(L.LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must name its classes")
 
     @property
+    def multi_label(self) -> bool | None:
+        """Whether an image may have several labels or none; ``None`` where nobody knows it here."""
+        return False
+
+    @property
     def num_classes(self) -> int | None:
         """Number of classes; ``None`` without names of classes, because then only the model knows it."""
         return len(self.class_names) or None
@@ -150,7 +155,14 @@ class ImageDataModule(L.LightningDataModule):
         return splits
 
     def _refuse_untrained(self, samples: Dataset[Sample], train: Dataset[Sample]) -> None:
-        """Refuse a class of which all images are held out, or the only one of which might be."""
+        """Refuse a class or label of which all images are held out, or a class the only image of which might be."""
+        if (several := _several(samples)) is not None and (rest := _several(train)) is not None:
+            for name, there_are, left in zip(self.class_names, several.sum(0), rest.sum(0), strict=True):
+                if left == 0 < there_are:
+                    raise ValueError(
+                        f"label {name!r} is that of {there_are:g} of the images, and all of them are held out: add "
+                        "images, give images for validation, or choose another seed"
+                    )
         there, trained = Counter(_labels_of(samples)), Counter(_labels_of(train))
         for label, name in enumerate(self.class_names if there else []):
             if there[label] == 1 or trained[label] == 0 < there[label]:
@@ -238,9 +250,19 @@ def hold_out(samples: Dataset[Sample], count: int, seed: int) -> list[Subset[Sam
     return random_split(samples, [rest, count], torch.Generator().manual_seed(seed))
 
 
+def _several(samples: Dataset[Sample]) -> Tensor | None:
+    """0 and 1 for each of several labels (images, labels); ``None`` of a source without, or of another kind."""
+    if isinstance(samples, Subset):
+        labels = _several(samples.dataset)
+        return None if labels is None else labels[list(samples.indices)]
+    labels = getattr(samples, "labels", None)
+    return labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
 def _labels_of(samples: Dataset[Sample]) -> Sequence[int]:
-    """The labels that are known without reading the images; none of a source of another kind."""
+    """The class indices that are known without reading the images; none of a source of another kind."""
     if isinstance(samples, Subset):
         labels = _labels_of(samples.dataset)
         return [labels[index] for index in samples.indices] if labels else ()
-    return getattr(samples, "labels", ())
+    labels = getattr(samples, "labels", ())
+    return () if isinstance(labels, Tensor) else labels

@@ -12,12 +12,14 @@ from typing import NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.notes import note
 
-Sample = tuple[Image.Image, int]
+Label = int | Tensor  # a class index, or a number or 0 and 1 for each of several labels, as float32
+Sample = tuple[Image.Image, Label]
 
 GROUND = "white"  # what shows through transparent pixels, as in a browser
 # Pillow knows more formats, but some of them start other programs or hold no pixels.
@@ -34,10 +36,11 @@ class FileImages(Dataset[Sample]):
 
     Args:
         paths: (n,) image files.
-        labels: (n,) class indices, -1 where the class is not known.
+        labels: (n,) class indices, -1 where the class is not known; or numbers (n,), or 0 and 1 for each of several
+            labels (n, labels), as float32.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int] | Tensor) -> None:
         self.paths = paths
         self.labels = labels
 

@@ -38,6 +38,11 @@ class UnlabelledImages(ImageDataModule):
         return []
 
     @property
+    def multi_label(self) -> None:
+        """``None``, because only the model knows whether an image has several labels."""
+        return None
+
+    @property
     def predict_inputs(self) -> dict[str, list[str]]:
         """The names of the files, to write beside the predictions."""
         return {"file": [path.name for path in self.files]}

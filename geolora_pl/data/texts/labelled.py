@@ -15,9 +15,9 @@ from geolora_pl.data.texts.token_cache import tokenize
 class TextDataModule(TokenDataModule):
     """The base of the sources of labelled texts: a subclass names its classes and loads its texts.
 
-    The columns are ``text``, ``text_pair`` for pairs, and ``label``, a class index or a number, if labels are known.
-    Every class keeps its share in the texts held out for validation. The arguments are those of
-    :class:`TokenDataModule`.
+    The columns are ``text``, ``text_pair`` for pairs, and ``label`` if labels are known: a class index, a number, or 0
+    and 1 for each of several labels. Every class keeps its share in the texts held out for validation. The arguments
+    are those of :class:`TokenDataModule`.
     """
 
     @property
@@ -31,13 +31,20 @@ class TextDataModule(TokenDataModule):
         return not self.class_names
 
     @property
+    def multi_label(self) -> bool | None:
+        """Whether a text may have several labels or none; ``None`` where nobody knows it here."""
+        return False
+
+    @property
     def num_classes(self) -> int:
         """Number of classes, which is the number of outputs of a model: 1 for a regression."""
         return len(self.class_names) or 1
 
     @property
     def metrics(self) -> list[str]:
-        """The default metrics of these data."""
+        """The default metrics of these data; none to leave the choice to the task."""
+        if self.multi_label:
+            return []
         return ["pearson", "spearman"] if self.is_regression else ["accuracy"]
 
     @property
@@ -68,7 +75,9 @@ class TextDataModule(TokenDataModule):
 
     def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
         """Split training texts into ``train`` and ``val``; labels may be plain indices."""
-        if not self.is_regression and not isinstance(texts.features["label"], datasets.ClassLabel):
+        if not (self.is_regression or self.multi_label) and not isinstance(
+            texts.features["label"], datasets.ClassLabel
+        ):
             texts = texts.cast_column("label", datasets.ClassLabel(names=self.class_names))
         return super().hold_out(texts)
 
@@ -78,7 +87,7 @@ class TextDataModule(TokenDataModule):
         Raises:
             ValueError: A class has only one text.
         """
-        if self.is_regression:
+        if self.is_regression or self.multi_label:
             return None
         if 1 in (counts := np.bincount(texts["label"][:]).tolist()):
             raise ValueError(

@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from geolora_pl.data.labels import LabelColumns, class_indices, finite_numbers
 from geolora_pl.notes import note
 
 
@@ -44,41 +45,29 @@ def to_dataset(
             note(f"{source}: {column} is empty in {count} rows, row {pc.index(empty, True).as_py() + 1} first")
     features = {name: datasets.Value("string") for name in columns}
     if label is not None and classes:
-        indices = pc.index_in(as_strings(table[label]), value_set=as_strings(pa.array(list(classes))))
-        why = f"is none of the labels {', '.join(classes)}: fix the row, or name all labels"
-        _refuse(table[label], indices.is_null(), source, label, why)
-        columns["label"] = indices.cast(pa.int64())
+        columns["label"] = class_indices(table[label], classes, source, label)
         features["label"] = datasets.ClassLabel(names=list(classes.values()))
     elif label is not None:
-        numbers = as_numbers(table[label])
-        finite = pc.fill_null(pc.is_finite(numbers), False)
-        _refuse(table[label], pc.invert(finite), source, label, "is not a finite number: fix the row")
-        columns["label"] = numbers.cast(pa.float32(), safe=False)
+        columns["label"] = finite_numbers(table[label], source, label)
         features["label"] = datasets.Value("float32")
     return datasets.Dataset(pa.table(columns), info=datasets.DatasetInfo(features=datasets.Features(features)))
 
 
-def as_strings(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Return labels as the strings that are mapped to classes: both 1 and ``" 1 "`` become ``"1"``."""
-    return pc.utf8_trim_whitespace(column.cast(pa.string()))
+def with_several_labels(
+    table: pa.Table, texts: Sequence[str], labels: LabelColumns, source: object
+) -> datasets.Dataset:
+    """Name the columns as :func:`to_dataset` does; ``label`` is 0 or 1 for each of several labels, as floats.
 
+    Args:
+        table: The table.
+        texts: The column of texts, or both columns of a pair.
+        labels: Where the table has its labels.
+        source: The name of the table in messages.
 
-def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return labels as numbers, and null for a label that is not a number."""
-    try:
-        return column.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return pa.chunked_array([[_number(value) for value in column.to_pylist()]], pa.float64())
-
-
-def _number(value: str) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _refuse(column: pa.ChunkedArray, wrong: pa.ChunkedArray, source: object, name: str, why: str) -> None:
-    row = pc.index(wrong, True).as_py()
-    if row >= 0:
-        raise ValueError(f"{source}: row {row + 1} has {name}={column[row].as_py()!r}, which {why}")
+    Raises:
+        ValueError: A label is unknown; the message names its row, counted from 1.
+    """
+    found = labels.several(table, source)
+    kind = datasets.Sequence(datasets.Value("float32"), length=found.shape[1])
+    dataset = to_dataset(table, texts, None, {}, source)
+    return dataset.add_column("label", found.tolist(), feature=kind)

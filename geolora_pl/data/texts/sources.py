@@ -9,11 +9,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from geolora_pl.data.labels import LabelColumns
 from geolora_pl.data.texts.hub import check_split_names, load_hub, select
 from geolora_pl.data.texts.labelled import TextDataModule
-from geolora_pl.data.texts.labels import as_strings, to_dataset
+from geolora_pl.data.texts.labels import to_dataset, with_several_labels
 from geolora_pl.data.texts.tables import read_table
-from geolora_pl.notes import keep_notes, note
+from geolora_pl.notes import keep_notes
 
 
 class LabelledTexts(TextDataModule):
@@ -29,11 +30,14 @@ class LabelledTexts(TextDataModule):
         labels: The labels in the order of the class indices, as strings, which YAML takes ``no`` and ``yes`` for in
             quotes only; by default those of the training texts, sorted.
         regression: Whether the labels are numbers to predict; by default they are if they have decimals.
+        label_separator: What stands between the labels of one text in ``label_column``, such as ``|``, where a text has
+            several labels or none.
+        label_columns: A column of 0 and 1 for each of several labels, instead of ``label_column``.
         **kwargs: Arguments of :class:`TextDataModule`.
 
     Raises:
-        ValueError: ``labels`` holds a label twice or one that is not a string, or is given for a regression, or two
-            columns have the same name.
+        ValueError: ``labels`` holds a label twice or one that is not a string, or is given for a regression, two
+            columns have the same name, or settings of labels do not go together.
     """
 
     def __init__(
@@ -43,66 +47,52 @@ class LabelledTexts(TextDataModule):
         label_column: str = "label",
         labels: list[str] | None = None,
         regression: bool | None = None,
+        label_separator: str | None = None,
+        label_columns: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        given: list[Any] = labels or []
-        if words := [label for label in given if isinstance(label, bool)]:
-            raise ValueError(
-                f"labels={labels!r}: YAML reads no, yes, on, off, true and false without quotes as {words[0]!r}: put "
-                "them into quotes, as in ['no', 'yes']"
-            )
-        if labels is not None and (
-            regression or len(set(labels)) < max(2, len(labels)) or not all(isinstance(name, str) for name in labels)
-        ):
-            raise ValueError(
-                f"labels={labels!r} must name two or more classes as strings, each once, and none in a regression"
-            )
+        self.labels = LabelColumns(label_column, labels, regression, label_separator, label_columns)
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
-        if len({*self.text_columns, label_column}) <= len(self.text_columns):
+        columns = [*self.text_columns, *self.labels.columns]
+        if len(set(columns)) < len(columns):
             raise ValueError(
-                f"text_column={text_column!r}, pair_column={pair_column!r} and label_column={label_column!r} must be "
-                "different columns"
+                f"text_column={text_column!r}, pair_column={pair_column!r} and "
+                f"{'label_column' if label_columns is None else 'label_columns'}="
+                f"{(label_columns or label_column)!r} must be different columns"
             )
-        self.label_column = label_column
-        self.regression = regression
-        self._labels = labels
 
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
         """Read the tables: for each split, its name for messages and its rows; only ``predict`` has no labels."""
         raise NotImplementedError(f"{type(self).__name__} must read its tables")
 
     @property
+    def multi_label(self) -> bool:
+        """Whether a text may have several labels."""
+        return self.labels.multi_label
+
+    @property
     def class_names(self) -> list[str]:
         """The labels, in the order of their indices; none in a regression."""
-        if self._labels is None:
+        if self.labels.names is None:
             with keep_notes(self.notes):
                 self.load_splits()
-        assert self._labels is not None
-        return self._labels
+        assert self.labels.names is not None
+        return self.labels.names
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
         """Read the tables and map the labels of every split in the same way as those of ``train``."""
         tables = self.read()
-        if self._labels is None:
-            source, table = tables["train"]
-            self._labels = _find_labels(table[self.label_column], self.regression)
-            if not self._labels and self.regression is None:
-                note(
-                    f"{source}: {self.label_column} holds numbers with decimals, so this is a regression; set "
-                    "regression: false to make each of them a class"
-                )
-            if len(self._labels) == 1:
-                raise ValueError(
-                    f"{source}: every {self.label_column} is {self._labels[0]!r}: there must be two classes"
-                )
-        classes = {label: label for label in self._labels}
-        return {
-            split: to_dataset(
-                table, self.text_columns, None if split == "predict" else self.label_column, classes, source
-            )
-            for split, (source, table) in tables.items()
-        }
+        source, table = tables["train"]
+        self.labels.settle(table, source)
+        return {split: self._dataset(table, split, source) for split, (source, table) in tables.items()}
+
+    def _dataset(self, table: pa.Table, split: str, source: object) -> datasets.Dataset:
+        if self.multi_label and split != "predict":
+            return with_several_labels(table, self.text_columns, self.labels, source)
+        classes = {label: label for label in self.labels.names or ()}
+        label = None if split == "predict" else self.labels.label_column
+        return to_dataset(table, self.text_columns, label, classes, source)
 
 
 class TextFiles(LabelledTexts):
@@ -142,7 +132,7 @@ class TextFiles(LabelledTexts):
 
     def read(self) -> Mapping[str, tuple[object, pa.Table]]:
         """Read the files."""
-        labelled = [*self.text_columns, self.label_column]
+        labelled = [*self.text_columns, *self.labels.columns]
         return {
             split: (file, read_table(file, self.text_columns if split == "predict" else labelled))
             for split, file in self.files.items()
@@ -184,31 +174,12 @@ class TextHub(LabelledTexts):
         return tables
 
     def _table(self, texts: datasets.Dataset, split: str, source: str) -> pa.Table:
-        columns = self.text_columns if split == "predict" else [*self.text_columns, self.label_column]
+        columns = self.text_columns if split == "predict" else [*self.text_columns, *self.labels.columns]
         table = select(texts, columns, source)
         feature = texts.features[columns[-1]]
-        if self.regression or not isinstance(feature, datasets.ClassLabel):
+        if self.labels.regression or self.multi_label or not isinstance(feature, datasets.ClassLabel):
             return table
-        self._labels = self._labels or list(feature.names)
+        self.labels.names = self.labels.names or list(feature.names)
         indices = table[-1]
         known = pc.if_else(pc.greater_equal(indices, 0), indices, None)  # -1 stands for an unknown label
         return table.set_column(len(columns) - 1, columns[-1], pc.take(pa.array(feature.names), known))
-
-
-def _find_labels(column: pa.ChunkedArray, regression: bool | None) -> list[str]:
-    """Return the classes, sorted, numbers by their value; none for a regression."""
-    words = pc.unique(as_strings(column.drop_null()))
-    words = words.filter(pc.not_equal(words, ""))
-    numbers = _cast(words, pa.float64())
-    decimals = pa.types.is_floating(column.type) or _cast(words, pa.int64()) is None
-    if regression or (regression is None and numbers is not None and decimals):
-        return []
-    names: list[str] = words.take(pc.sort_indices(words if numbers is None else numbers)).to_pylist()
-    return names
-
-
-def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array | None:
-    try:
-        return values.cast(kind)
-    except pa.ArrowInvalid:
-        return None

@@ -62,6 +62,11 @@ class UnlabelledTexts(TextDataModule):
         return None
 
     @property
+    def multi_label(self) -> None:
+        """``None``, because only the model knows whether a text has several labels."""
+        return None
+
+    @property
     def metrics(self) -> list[str]:
         """An empty list, because there are no labels."""
         return []
