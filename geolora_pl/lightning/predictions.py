@@ -31,11 +31,11 @@ class PredictionWriter(BasePredictionWriter):
 
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
     file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
-    in a regression; or, where ``predict_step`` returns a mapping per input, such as tags or an answer, what that says. A
-    module with ``multi_label`` gets ``labels``, those of a probability of one half and more; in CSV ``|`` stands between
-    them. Label and numbers are empty where they are not finite, which a warning says. The classes are named by the
-    module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run as a
-    formula gets an apostrophe before it, and any other list is written as in JSON; JSON lines are exact.
+    in a regression; or, where ``predict_step`` returns a mapping per input, such as tags or an answer, what that says.
+    A module with ``multi_label`` gets ``labels``, those of a probability of one half and more; in CSV ``|`` stands
+    between them. Label and numbers are empty where they are not finite, which a warning says. The classes are named by
+    the module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run
+    as a formula gets an apostrophe before it, and any other list is written as in JSON; JSON lines are exact.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.

@@ -123,7 +123,8 @@ TASKS = [
 # After the steps each kind of task is tried in a fork, in which Lightning is there already.
 LOOK = """
 import contextlib, io, json, os, sys
-sys.modules.update(dict.fromkeys(["torchao", "bitsandbytes"]))  # transformers imports them, and torchao writes to stderr
+# transformers imports them where they are, and torchao writes to stderr.
+sys.modules.update(dict.fromkeys(["torchao", "bitsandbytes"]))
 steps, tasks = json.load(sys.stdin)
 for code, unused in steps:
     with contextlib.redirect_stdout(io.StringIO()) as out:
