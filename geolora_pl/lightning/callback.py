@@ -25,11 +25,12 @@ from geolora_pl.lightning.checks import (
     optimizer_of_adapters,
 )
 from geolora_pl.lightning.hyperparameters import keep_plain, say_what_is_not_plain
-from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
+from geolora_pl.lightning.internals import accumulates, batches_that_stepped, last_step, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.lightning.progress import fit_bar
 from geolora_pl.lightning.run import Run
-from geolora_pl.lightning.run_notes import write_notes
-from geolora_pl.lightning.summary import end_summary, show_whole_numbers, start_summary, wants_tables
+from geolora_pl.lightning.run_folder import write_notes
+from geolora_pl.lightning.summary import end_summary, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.notes import note
 from geolora_pl.report.printed import print_summary
@@ -50,11 +51,12 @@ class GeoLoRACallback(L.Callback):
     ``modules_to_save``. From then on the callback follows the optimizer's steps themselves, not batches, so that
     accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
 
-    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params`` (of live ranks, without probes), ``skipped_steps``,
-    ``rollbacks``, ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm
-    of what was dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and
-    Weights & Biases also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. It prints a table before and
-    after a fit, but for ``enable_model_summary=False``.
+    It logs ``rank/<adapter>`` and, in the group ``geolora/``, ``mean_rank``, ``adapter_params`` (of live ranks, without
+    probes), ``lr_<group>`` and ``gradient_norm`` of the last step, ``skipped_steps``, ``rollbacks``,
+    ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm of what was
+    dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and Weights & Biases
+    also get the pictures ``rank_map``, ``ranks_over_time`` and ``spectra``. It prints a table before and after a fit,
+    but for ``enable_model_summary=False``.
 
     Args:
         tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
@@ -142,6 +144,7 @@ class GeoLoRACallback(L.Callback):
         self._module = pl_module
         if stage == "fit":
             check_trainer(trainer)
+            fit_bar(trainer.progress_bar_callback)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
             trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
         if has_adapters(pl_module):
@@ -220,7 +223,7 @@ class GeoLoRACallback(L.Callback):
             note(experts)
             said.append(experts)
         write_notes(trainer, pl_module, said)
-        show_whole_numbers(trainer.progress_bar_callback)
+        run.keep_record(trainer)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))
         if not trainer.global_step:
@@ -234,25 +237,26 @@ class GeoLoRACallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Go back if the run has diverged; log the ranks as often as the trainer logs, and at the end of an epoch."""
+        """Go back if the run has diverged; log as often as the trainer, after adaptations, and at an epoch's end."""
         run = self._current
         run.batch_ended(trainer, outputs)
         stepped = not (pl_module.automatic_optimization and accumulates(trainer))
-        if stepped and (logs_this_batch(trainer) or trainer.is_last_batch):
-            run.monitor.log(trainer, batches_that_stepped(trainer))
+        step = batches_that_stepped(trainer)
+        if stepped and (logs_this_batch(trainer) or trainer.is_last_batch or run.monitor.is_due(step)):
+            run.monitor.log(trainer, step)
         run.position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the ranks at the end of an epoch that was cut short."""
         run = self._current
-        if run.monitor.shown != _last_step(trainer):
-            run.monitor.log(trainer, _last_step(trainer))
+        if run.monitor.shown != last_step(trainer):
+            run.monitor.log(trainer, last_step(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
         run = self._current
         if run.retract_pending():
-            run.monitor.log(trainer, _last_step(trainer))
+            run.monitor.log(trainer, last_step(trainer))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer
             check_adapted(run.integrator)
 
@@ -261,7 +265,7 @@ class GeoLoRACallback(L.Callback):
         run = self._current
         run.retract_pending()
         if trainer.is_global_zero:
-            run.monitor.show(trainer.loggers, _last_step(trainer), at_last=True)
+            run.monitor.show(trainer.loggers, last_step(trainer), at_last=True)
         if wants_tables(trainer):
             print_summary(*end_summary(trainer, pl_module, run.monitor))
 
@@ -304,8 +308,3 @@ class GeoLoRACallback(L.Callback):
             self._run.load_state_dict(state_dict, self.adapt_every)
         else:
             self._restored = state_dict or None
-
-
-def _last_step(trainer: L.Trainer) -> int:
-    """The number that Lightning gives to the loggers for the last batch, once that has been counted."""
-    return max(0, batches_that_stepped(trainer) - 1)

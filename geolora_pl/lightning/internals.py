@@ -47,6 +47,11 @@ def batches_that_stepped(trainer: L.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def last_step(trainer: L.Trainer) -> int:
+    """The number that Lightning gives to the loggers for the last batch, once that has been counted."""
+    return max(0, batches_that_stepped(trainer) - 1)
+
+
 def accumulates(trainer: L.Trainer) -> bool:
     """Whether the gradients of the current batch wait for those of the next."""
     return trainer.fit_loop._should_accumulate()

@@ -27,6 +27,7 @@ from geolora_pl.notes import keep_notes
 from geolora_pl.packaged import in_package
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.tasks.classes import settle_class_names, settle_num_classes
+from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.internals import save_config_for_hf
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
@@ -141,6 +142,7 @@ class ImageClassification(GeoLoRAModule):
             self.metrics = nn.ModuleDict(
                 {split: MulticlassAccuracy(self.num_classes, average="micro") for split in ("val", "test")}
             )
+            self.confusion = confusion_matrix(self.num_classes)
 
     def setup(self, stage: str) -> None:
         """Say what is adapted and what is trained in full."""
@@ -229,19 +231,26 @@ class ImageClassification(GeoLoRAModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Log loss and accuracy on the validation images."""
-        self._evaluate("val", batch)
+        logits, labels = self._evaluate("val", batch)
+        if self.confusion is not None:
+            self.confusion.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep for the report which classes were taken for which."""
+        keep_confusion(self, self.confusion, self.class_names)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Log loss and accuracy on the test images."""
         self._evaluate("test", batch)
 
-    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch
         logits = self(images)
         accuracy = self.metrics[split]
         accuracy(logits, labels)
         self.log(f"{split}_loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{split}_accuracy", accuracy, prog_bar=True)  # type: ignore[arg-type]  # a Metric
+        return logits, labels
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the probabilities of the classes (batch, classes)."""

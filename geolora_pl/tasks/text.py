@@ -18,6 +18,7 @@ from geolora_pl.tasks.classes import (
     settle_class_weights,
     settle_num_classes,
 )
+from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.text_metrics import METRICS, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
@@ -148,6 +149,7 @@ class TextClassification(TransformerTask):
         self.metrics = nn.ModuleDict(
             {split: make_metrics(self.metric_names, self.num_classes) for split in (*self.val_splits, "test")}
         )
+        self.confusion = confusion_matrix(self.num_classes)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""
@@ -169,12 +171,18 @@ class TextClassification(TransformerTask):
         end = f"_{other}" if other else ""
         loss = self.loss(outputs, labels)
         self.log(f"{kind}_loss{end}", loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
+        if self.confusion is not None and split == self.val_splits[0]:
+            self.confusion.update(predictions, labels)
         of_split = self.metrics[split]
         assert isinstance(of_split, nn.ModuleDict)
         for name, metric in of_split.items():
             assert isinstance(metric, Metric)
             metric.update(predictions, labels)  # calling it would also compute this batch alone, which may be undefined
             self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep for the report which classes were taken for which in the first set of texts."""
+        keep_confusion(self, self.confusion, self.class_names)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return probabilities of the classes (batch, classes), or numbers (batch,) in a regression."""
