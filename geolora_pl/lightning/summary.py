@@ -17,6 +17,7 @@ from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import adapter_parameters
 from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.report.identity import in_words
 from geolora_pl.report.metrics import is_score
 from geolora_pl.report.printed import depth_table, layers_title
 
@@ -88,7 +89,7 @@ def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> t
     lines += [f"{name}: {float(value):.4f}" for name, value in scores.items()]
     adapting = monitor.clock.total()
     lines.append(
-        f"time: {_duration(monitor.seconds)}, {_duration(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
+        f"time: {in_words(monitor.seconds)}, {in_words(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
         f"{monitor.clock.count} adaptations of the ranks"
     )
     device = monitor.clock.device
@@ -149,11 +150,3 @@ def _size(parameters: Iterable[nn.Parameter]) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.1f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

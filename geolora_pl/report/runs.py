@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from geolora_pl.report.confusion import Confusion, read_confusion
 from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, RANK, is_rank, is_score, name_today
+from geolora_pl.report.record import Record, read_record
 
 Curve = Sequence[tuple[int, float]]
 _Curves = dict[str, list[tuple[int, float]]]
@@ -31,6 +33,8 @@ class Run:
         curves: Steps, ascending, and values by the name of the metric.
         settings: The settings in ``config.yaml`` by their dotted names.
         checkpoints: Its checkpoint files, the last one at the end.
+        record: What it wrote of itself, such as its model and when it began.
+        confusion: How often each class was taken for which, in its last validation.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Run:
     curves: Mapping[str, Curve]
     settings: Mapping[str, object]
     checkpoints: Sequence[Path]
+    record: Record
+    confusion: Confusion | None
 
     @property
     def ranks(self) -> dict[str, Curve]:
@@ -108,7 +114,8 @@ def _read_run(folder: Path, name: str | None) -> Run:
         raise ValueError(f"run='{folder}' holds no number: its log is empty or broken, so name another folder")
     checkpoints = _files(folder, "checkpoints/*.ckpt")  # sharded ones are folders
     checkpoints.sort(key=lambda path: (path.name.startswith("last"), path.stat().st_mtime))
-    return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
+    settings, record, confusion = _settings(folder / "config.yaml"), read_record(folder), read_confusion(folder)
+    return Run(name or folder.resolve().name, folder, curves, settings, checkpoints, record, confusion)
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
