@@ -25,7 +25,7 @@ from geolora_pl.lightning.checks import (
     optimizer_of_adapters,
 )
 from geolora_pl.lightning.hyperparameters import keep_plain, say_what_is_not_plain
-from geolora_pl.lightning.internals import accumulates, batches_that_stepped, last_step, logs_this_batch, run_length
+from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.progress import fit_bar
 from geolora_pl.lightning.run import Run
@@ -249,14 +249,14 @@ class GeoLoRACallback(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the ranks at the end of an epoch that was cut short."""
         run = self._current
-        if run.monitor.shown != last_step(trainer):
-            run.monitor.log(trainer, last_step(trainer))
+        if run.monitor.shown != _last_step(trainer):
+            run.monitor.log(trainer, _last_step(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave a retracted state behind, or say that there never was an adaptation."""
         run = self._current
         if run.retract_pending():
-            run.monitor.log(trainer, last_step(trainer))
+            run.monitor.log(trainer, _last_step(trainer))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer
             check_adapted(run.integrator)
 
@@ -265,7 +265,7 @@ class GeoLoRACallback(L.Callback):
         run = self._current
         run.retract_pending()
         if trainer.is_global_zero:
-            run.monitor.show(trainer.loggers, last_step(trainer), at_last=True)
+            run.monitor.show(trainer.loggers, _last_step(trainer), at_last=True)
         if wants_tables(trainer):
             print_summary(*end_summary(trainer, pl_module, run.monitor))
 
@@ -308,3 +308,8 @@ class GeoLoRACallback(L.Callback):
             self._run.load_state_dict(state_dict, self.adapt_every)
         else:
             self._restored = state_dict or None
+
+
+def _last_step(trainer: L.Trainer) -> int:
+    """The number that Lightning gives to the loggers for the last batch, once that has been counted."""
+    return max(0, batches_that_stepped(trainer) - 1)

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states as collect_rando
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
 from lightning.fabric.utilities.types import _PATH as PathLike
 from lightning.fabric.utilities.types import _Stateful as Stateful
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher as DataLoaderIterDataFetcher
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
@@ -47,9 +48,11 @@ def batches_that_stepped(trainer: L.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def last_step(trainer: L.Trainer) -> int:
-    """The number that Lightning gives to the loggers for the last batch, once that has been counted."""
-    return max(0, batches_that_stepped(trainer) - 1)
+def leave_out_hp_metric(trainer: L.Trainer) -> None:
+    """Keep from TensorBoard the ``hp_metric`` of -1 that Lightning's own logger would show for every run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger._default_hp_metric = False
 
 
 def accumulates(trainer: L.Trainer) -> bool:

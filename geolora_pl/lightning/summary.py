@@ -59,11 +59,14 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
         sum(columns(layer) * (layer.in_features + layer.out_features) for layer in adapters.values())
         for columns in (attrgetter("max_rank"), attrgetter("probes"))
     )
-    probes = f", {probing:,} more for probes, which no exported file holds," if probing else ""
+    counts, probes = (
+        Counts.of(model, adapters),
+        f", {probing:,} of probes" * bool(probing),
+    )
     lines = [
-        f"trained: {Counts.of(model, adapters)}",
-        f"allocated: {_count(trained):,} parameters, which Lightning's summary calls trainable: adapters may grow to "
-        f"{largest:,}{probes} and the same in full",
+        f"trained: {counts}",
+        f"allocated: {_count(trained):,} parameters, trainable in Lightning's summary: {largest:,} of adapters at their "
+        f"largest{probes}, and {counts.in_full:,} in full",
         f"memory: {_size(own)} of weights, {_size(factors)} of adapters, {_size(trained)} of gradients, besides the "
         "optimizer's state",
     ]

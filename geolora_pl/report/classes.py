@@ -22,7 +22,7 @@ def classes(found: Confusion) -> str:
     scores = [[_share(found.recall(i)), _share(found.precision(i))] for i in indices]
     counts = [[f"{count:,}" if count else "" for count in of_class] for of_class in found.counts]
     marks = {
-        f"{i},{j}": f"r{min(_LEVELS - 1, math.ceil(_LEVELS * count / sum(of_class)) - 1)}"
+        (i, j): f"r{min(_LEVELS - 1, math.ceil(_LEVELS * count / sum(of_class)) - 1)}"
         for i, of_class in enumerate(found.counts)
         for j, count in enumerate(of_class)
         if count

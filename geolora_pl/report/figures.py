@@ -188,7 +188,7 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
         ax.set_xlabel("step")
         _bare(ax)
         figure.legend(
-            handles=legend, loc="outside lower left", ncols=8, handlelength=1, handleheight=1, columnspacing=1
+            handles=legend, loc="outside lower left", ncols=16, handlelength=1, handleheight=1, columnspacing=1
         )
     return figure
 
@@ -243,7 +243,7 @@ def _by_kind(ax: Axes, points: Mapping[str, Curve]) -> dict[str, Line2D]:
             (lines[label],) = ax.plot([x for x, _ in points[name]], [y for _, y in points[name]])
             lines[label].set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own writes formulas
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -325,8 +325,7 @@ def _label_ends(ax: Axes, lines: Mapping[str, Line2D]) -> None:
 
 def _seen(line: Line2D, others: Mapping[str, Line2D]) -> Line2D:
     """The line, with gaps if it would hide one of the others."""
-    points = {tuple(point) for point in line.get_xydata()}  # type: ignore[union-attr]
-    hidden = sum(points == {tuple(point) for point in other.get_xydata()} for other in others.values())  # type: ignore[union-attr]
+    hidden = sum(np.array_equal(line.get_xydata(), other.get_xydata()) for other in others.values())
     if hidden:
         line.set_linestyle((3.0 * hidden, (3.0, 3.0 * hidden)))
     return line

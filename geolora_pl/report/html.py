@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from geolora_pl.report import figures
 from geolora_pl.report.runs import Curve
 
+_HINT = "<figcaption>scroll to see all →</figcaption>"
+
 
 def curves(series: Mapping[str, Curve], title: str, salt: str) -> str:
     """A figure of curves, with where each begins and ends in words."""
@@ -29,9 +31,7 @@ def figure(drawn: Figure, alt: str, salt: str, wide: bool = False) -> str:
     image = figures.svg(drawn, escape(alt), salt)
     if not wide:
         return f"<figure>{image}</figure>"
-    return (
-        f'<figure><div class="scroll" tabindex="0">{image}</div><figcaption>scroll to see all →</figcaption></figure>'
-    )
+    return f'<figure><div class="scroll" tabindex="0">{image}</div>{_HINT}</figure>'
 
 
 def row(drawn: Iterable[str]) -> str:
@@ -39,24 +39,27 @@ def row(drawn: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(drawn)}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, marks: Mapping[str, str] = {}) -> str:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, marks: Mapping[tuple[int, int], str] | None = None
+) -> str:
     """A table whose rows begin with their names.
 
     Args:
         head: The names of the columns.
         rows: The cells, as text.
         caption: What it is.
-        marks: Classes of cells, by ``row,column``.
+        marks: Classes for the style of cells, by row and column.
     """
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(cells[0])}</th>'
-        + "".join(_cell(cell, marks.get(f"{i},{j}")) for j, cell in enumerate(cells[1:]))
+        + "".join(_cell(cell, (marks or {}).get((i, j))) for j, cell in enumerate(cells[1:]))
         + "</tr>"
         for i, cells in enumerate(rows)
     )
+    kind = ' class="cells"' if marks else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table{kind}><caption>'
         f"{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

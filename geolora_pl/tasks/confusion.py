@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from geolora_pl.lightning.internals import last_step
+from geolora_pl.lightning.internals import batches_that_stepped
 from geolora_pl.lightning.run_folder import run_folder
 from geolora_pl.report.confusion import MOST_CLASSES, Confusion, write_confusion
 
@@ -44,5 +44,6 @@ def keep_confusion(
     if trainer.state.fn is TrainerFn.FITTING and not trainer.sanity_checking:
         counts = counted.compute().tolist()
         if (folder := run_folder(trainer)) is not None:
-            write_confusion(folder, Confusion(last_step(trainer), names or list(map(str, range(len(counts)))), counts))
+            numbers = list(map(str, range(len(counts))))
+            write_confusion(folder, Confusion(batches_that_stepped(trainer), names or numbers, counts))
     counted.reset()

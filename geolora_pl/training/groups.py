@@ -17,7 +17,7 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
 
     The groups suit any torch optimizer. Adapters come first, K and L of one adapter side by side, marked with
     ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``. The names ``adapters``,
-    ``in_full`` and ``in_full_no_decay`` are those under which learning rates are logged.
+    ``in_full`` and ``no_decay`` are those under which learning rates are logged.
 
     Args:
         model: A model with adapters, or parameters of such a model; those that need no gradient are left out.
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     groups: list[dict[str, Any]] = [
         {"params": factors, "adapters": True, "name": "adapters"},
         {"params": [p for p in rest if p.dim() > 1], "name": "in_full", **lr},
-        {"params": [p for p in rest if p.dim() <= 1], "name": "in_full_no_decay", "weight_decay": 0.0, **lr},
+        {"params": [p for p in rest if p.dim() <= 1], "name": "no_decay", "weight_decay": 0.0, **lr},
     ]
     return [group for group in groups if group["params"]]
 
