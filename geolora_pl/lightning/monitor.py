@@ -183,6 +183,8 @@ class RankMonitor:
             "steps": list(self.steps),
             "ranks": [list(r) for r in self.ranks],
             "spacing": self._spacing,
+            "shown": self.shown,
+            "adaptations": self._adaptations,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -190,6 +192,9 @@ class RankMonitor:
         self.before = dict(state["before"])
         self.steps, self.ranks = list(state["steps"]), [list(r) for r in state["ranks"]]
         self._spacing = state["spacing"]
+        # Older checkpoints do not have these two.
+        self.shown = state.get("shown", self.shown)
+        self._adaptations = state.get("adaptations", self.integrator.adaptations)
 
 
 def _copy(lr: float | torch.Tensor) -> float | torch.Tensor:

@@ -65,8 +65,8 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
     )
     lines = [
         f"trained: {counts}",
-        f"allocated: {_count(trained):,} parameters, trainable in Lightning's summary: {largest:,} of adapters at their "
-        f"largest{probes}, and {counts.in_full:,} in full",
+        f"allocated: {_count(trained):,} parameters, trainable in Lightning's summary: {largest:,} of adapters at "
+        f"their largest{probes}, and {counts.in_full:,} in full",
         f"memory: {_size(own)} of weights, {_size(factors)} of adapters, {_size(trained)} of gradients, besides the "
         "optimizer's state",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from geolora_pl.report.metrics import ADAPTER_PARAMS
-from geolora_pl.report.record import VERSION
+from geolora_pl.report.record import VERSION, is_number
 from geolora_pl.report.runs import Run
 
 _MODEL = ("model.init_args.model_name", "model.class_path")
@@ -38,7 +38,7 @@ def identity(run: Run) -> list[str]:
 def tau_of(run: Run) -> float | None:
     """The relative tolerance of the run, if it is known."""
     tau = run.record.get("tau", run.settings.get("geolora.tau"))
-    return float(tau) if isinstance(tau, (int, float)) else None
+    return float(tau) if isinstance(tau, (int, float)) and is_number(tau) else None
 
 
 def _setting(run: Run, names: Iterable[str]) -> str:
@@ -67,7 +67,7 @@ def _rate(run: Run) -> str:
 
 def _duration(run: Run) -> str:
     first, last, seconds = (_number(run, name) for name in ("first_step", "last_step", "seconds"))
-    if first is None or last is None or not seconds or last <= first:
+    if first is None or last is None or not seconds or seconds < 0 or last <= first:
         return ""
     resumed = f", from step {first:,.0f} on" if first else ""
     return f"{in_words(seconds)}{resumed}, {(last - first) / seconds:.3g} steps per second"
@@ -90,11 +90,11 @@ def in_words(seconds: float) -> str:
 def _size(run: Run) -> str:
     base, per_rank = _number(run, "base"), _number(run, "per_rank")
     adapters = run.curves.get(ADAPTER_PARAMS)
-    if not adapters or not base or not per_rank:
+    if not adapters or not base or not per_rank or min(base, per_rank) < 0:
         return ""
     return f"adapters {adapters[-1][1] / base:.1%} of the base, as a LoRA of rank {adapters[-1][1] / per_rank:.1f}"
 
 
 def _number(run: Run, name: str) -> float | None:
     value = run.record.get(name)
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 2**62 else None
+    return float(value) if isinstance(value, (int, float)) else None

@@ -11,6 +11,7 @@ from geolora_pl.storage.atomic import atomic
 NAME = "run.json"
 VERSION, BETTER = "version.", "better."  # and the name of a package, or of a metric that chooses checkpoints
 _LARGEST = 100_000  # bytes
+_MOST = 2**62
 
 Record = Mapping[str, str | int | float]
 
@@ -20,7 +21,7 @@ def write_record(folder: Path, record: Record) -> None:
 
     Args:
         folder: That of the run.
-        record: Plain values by name; ``None`` is left out.
+        record: Plain values by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / NAME) as unfinished:
@@ -28,7 +29,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a run; empty if there is none, and without what is no text or number."""
+    """The record of a run; empty if there is none, and without what is no text or number that makes sense."""
     path = folder / NAME
     if not path.is_file() or path.stat().st_size > _LARGEST:
         return {}
@@ -37,4 +38,9 @@ def read_record(folder: Path) -> Record:
     except (ValueError, RecursionError):
         return {}
     kept = found.items() if isinstance(found, dict) else ()
-    return {name: value for name, value in kept if isinstance(value, (str, int, float))}
+    return {name: value for name, value in kept if isinstance(value, str) or is_number(value)}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number that can be calculated with."""
+    return isinstance(value, (int, float)) and abs(value) < _MOST

@@ -48,7 +48,7 @@ def test_fit_then_test_then_predict(folder, capfd):
     run("fit", "--trainer.log_every_n_steps=2")
     out = capfd.readouterr().out
     assert re.search(r"test_accuracy: 0\.\d{4}", out)
-    assert re.search(r"adapter parameters: [\d,]+ \(\d+\.\d% of the 205,066", out)
+    assert re.search(r"in adapters \(\d+\.\d% of the base of 204,416", out)
     assert "tensorboard --logdir lightning_logs/quickstart" in out
     assert "python -m geolora_pl report --run lightning_logs/quickstart" in out
     assert out.count("ranks found") == 1
@@ -58,8 +58,15 @@ def test_fit_then_test_then_predict(folder, capfd):
     assert (logs / "config.yaml").is_file()
     rows = list(csv.DictReader((logs / "metrics.csv").read_text().splitlines()))
     logged = {name for row in rows for name, value in row.items() if value}
-    assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
-    assert "rank/model.blocks.0.attn.qkv" in logged
+    assert {
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "test_accuracy",
+        "geolora/mean_rank",
+        "geolora/adapter_params",
+    } <= logged
+    assert "rank/blocks.0.attn.qkv" in logged
 
     saved = (logs / "config.yaml").read_text()
     last = str(logs / "checkpoints" / "last.ckpt")
@@ -82,7 +89,7 @@ def test_with_the_models_summary_there_is_a_table_at_the_start_and_still_one_at_
     run("fit", "--trainer.enable_model_summary=true", "--trainer.logger=false", "--test_after_fit=false")
     out = capfd.readouterr().out
     assert re.search(r"model\.blocks\.\*\.attn\.qkv\s*│ +4 │ 192 x 64 │ +2 │ +16 │ +2,048 │", out)
-    assert (out.count("trainable: "), out.count("ranks found")) == (1, 1)
+    assert (out.count("allocated: "), out.count("ranks found")) == (1, 1)
     assert "look closer" not in out
 
 

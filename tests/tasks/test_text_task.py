@@ -458,7 +458,14 @@ def test_fit_validate_predict_on_the_command_line(tmp_path, monkeypatch, model, 
     assert "model.bert.encoder.layer.*.attention.self.query" in out
     (metrics,) = Path().rglob("metrics.csv")
     logged = {name for row in csv.DictReader(metrics.read_text().splitlines()) for name, value in row.items() if value}
-    assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
+    assert {
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "test_accuracy",
+        "geolora/mean_rank",
+        "geolora/adapter_params",
+    } <= logged
     (checkpoint,) = Path().rglob("*.ckpt")
     for command in ("validate", "test", "predict"):
         output = ["--output=p.csv"] if command == "predict" else []
