@@ -20,11 +20,13 @@ _READ = 20  # checkpoints at most, the last ones, because every byte of them is 
 def checkpoints_table(run: Run) -> str:
     """The checkpoints of a run with what they are of; empty if there are none."""
     scores = {name: dict(curve) for name, curve in run.scores.items() if is_of_validation(name)}
-    rows = []
+    epochs, rows = dict(run.curves.get("epoch", ())), []
     for i, path in enumerate(run.checkpoints):
         epoch, steps = _place(path) if len(run.checkpoints) - i <= _READ else (None, None)
         last = None if steps is None else steps - 1  # loggers count from 0
-        found = [curve.get(last) for curve in scores.values()] if last is not None else [None] * len(scores)
+        found = [None if last is None else curve.get(last) for curve in scores.values()]
+        if last in epochs:  # Lightning counts one more in what it saves at the end of a fit
+            epoch = round(epochs[last])
         rows.append(
             [
                 path.name,

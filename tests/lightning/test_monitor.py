@@ -38,6 +38,9 @@ NUMBERS = {
 }
 
 
+PICTURES = ("geolora/rank_map", "geolora/ranks_over_time", "geolora/spectra")
+
+
 def make(layers=2, max_rank=6):
     torch.manual_seed(0)
     model = nn.ModuleDict({"b": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(12, 10)}) for _ in range(layers))})
@@ -135,7 +138,7 @@ def test_tensors_are_read_when_numbers_are_logged_and_once_a_retraction(monkeypa
     read = []
     monkeypatch.setattr("geolora_pl.lightning.monitor.largest_defect", lambda layers: read.append(1) or 0.0)
     trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=3), log_every_n_steps=6, max_epochs=2).fit(Foreign(), loader())
-    assert len(read) == 6  # at the start, and at the retractions after 1, 2, 4, 7, and 10 steps, and at the end
+    assert len(read) == 7  # at the start, and at the retractions after 1, 2, 4, 7, 10 and 12 steps
 
 
 def test_nothing_is_read_again_until_there_is_a_retraction():
@@ -208,8 +211,8 @@ def test_a_rank_of_zero_and_many_layers_are_drawn():
     assert pictures["geolora/ranks_over_time"].height < 2700
     assert set(pictures) == {"geolora/rank_map", "geolora/ranks_over_time", "geolora/spectra"}
     for name, picture in pictures.items():  # below the title they tell ranks of zero from those before
-        if name == "geolora/rank_map":
-            continue  # its colours tell the ranks from each other, and these are all alike
+        if name == "geolora/ranks_over_time":
+            continue  # its colours tell ranks from each other, and these are all alike
         below = (0, 80, *picture.size)
         assert picture.size == before[name].size
         assert picture.crop(below).tobytes() != before[name].crop(below).tobytes()

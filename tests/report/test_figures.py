@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_lines_in_one_place_have_all_their_names_apart_and_are_all_seen():
     (ax,) = figure.axes
     heights = sorted(text.get_position()[1] for text in ax.texts)
     assert legend(figure) == ["key", "query", "value"]
-    assert all(b - a > 0.07 for a, b in zip(heights, heights[1:], strict=False))
+    assert all(b - a > 0.07 for a, b in pairwise(heights))
     assert heights[-1] <= 1
     assert [text.get_color() for text in ax.texts] == [
         line.get_color() for line in (ax.lines[0], ax.lines[1], ax.lines[2])

@@ -4,19 +4,20 @@ import pytest
 import yaml
 from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from geolora_pl import GeoLoRACallback
+from geolora_pl.loggers import CSVLogger
 from geolora_pl.report.identity import identity
 from geolora_pl.report.record import read_record
 from geolora_pl.report.runs import read_run
 
 
-def fit(folder, logger=CSVLogger, epochs=1, ckpt_path=None, **settings):
+def fit(folder, logger=CSVLogger, epochs=1, ckpt_path=None):
     callback = GeoLoRACallback(tau=0.05, adapter=ADAPTER)
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, monitor="val_loss")
     made = logger(folder, name="", version="")
-    runs = trainer(callback, checkpoint, logger=made, max_epochs=epochs, **settings)
+    runs = trainer(callback, checkpoint, logger=made, max_epochs=epochs, log_every_n_steps=6)
     runs.fit(Foreign(), loader(), loader(), ckpt_path=ckpt_path)
     return callback.integrator
 
@@ -55,7 +56,7 @@ def test_a_run_that_breaks_off_says_how_far_it_came(tmp_path):
             return super().training_step(batch, batch_idx)
 
     callback = GeoLoRACallback(adapter=ADAPTER)
-    runs = trainer(callback, logger=CSVLogger(tmp_path, name="", version=""))
+    runs = trainer(callback, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=6)
     with pytest.raises(KeyError):
         runs.fit(Breaks(), loader())
     assert read_record(tmp_path)["last_step"] == 3
@@ -75,9 +76,7 @@ def test_a_run_of_the_command_line_without_a_record_is_known_by_its_configuratio
     assert identity(read_run(tmp_path)) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "[" * 100_000, json.dumps({"model": ["a"], "seconds": {}, "tau": None})]
-)
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 90_000, '{"model": ["a"], "seconds": {}, "tau": null}'])
 def test_a_broken_record_costs_the_line_alone(tmp_path, text):
     (tmp_path / "metrics.csv").write_text("step,val_loss\n0,1\n")
     (tmp_path / "run.json").write_text(text)

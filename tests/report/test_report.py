@@ -287,6 +287,8 @@ def test_what_the_system_refuses_is_one_sentence(plain, tmp_path, capfd, monkeyp
 def test_without_matplotlib_the_remedy_is_said(runs, tmp_path, capfd, monkeypatch):
     for module in [m for m in sys.modules if m.partition(".")[0] == "matplotlib" or m in PICTURES]:
         monkeypatch.delitem(sys.modules, module)
+    for name in PICTURES:
+        monkeypatch.delattr(name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     err = refusal(["--run", str(runs[0]), "--output", str(tmp_path / "page.html")], capfd)
     assert err == "error: a report needs matplotlib: pip install 'geolora_pl[report]'\n"

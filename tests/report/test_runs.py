@@ -110,6 +110,14 @@ def test_settings_are_flat(tmp_path):
     assert read_run(tmp_path).settings == expected
 
 
+def test_a_run_from_before_names_had_groups_is_read_by_those_of_today(tmp_path):
+    write(tmp_path, "step,rank/mean,adapter_params,rank/a\n0,2,84,2\n0,3,90,3\n9,4,99,4\n")
+    run = read_run(tmp_path)
+    assert run.curves["geolora/mean_rank"] == [(0, 2), (0, 3), (9, 4)]
+    assert run.curves["geolora/adapter_params"][-1] == (9, 99)
+    assert list(run.ranks) == ["a"]
+
+
 def test_names_tell_runs_apart(tmp_path):
     folders = [write(tmp_path / a / "version_0", "step,a\n0,1\n") for a in ("one", "two")]
     assert [run.name for run in read_runs(folders)] == ["one/version_0", "two/version_0"]
