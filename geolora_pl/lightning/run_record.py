@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,20 @@ def _known(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
-        **{f"{VERSION}{name}": version(name) for name in _PACKAGES},
-        f"{VERSION}Python": platform.python_version(),
+        **_versions(),
     }
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor:
             known[f"{BETTER}{callback.monitor}"] = callback.mode
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # a folder on the path of Python is not installed
+            found[f"{VERSION}{name}"] = version(name)
+    return {**found, f"{VERSION}Python": platform.python_version()}
 
 
 def _model(module: L.LightningModule) -> str:

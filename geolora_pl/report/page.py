@@ -122,7 +122,7 @@ def _run(run: Run, number: int, alone: bool) -> str:
 
 
 def _identity(run: Run) -> str:
-    return f'<p class="identity">{" · ".join(f"<span>{escape(part)}</span>" for part in identity(run))}</p>'
+    return f'<p class="identity">{" ".join(f"<span>{escape(part)}</span>" for part in identity(run))}</p>'
 
 
 def _facts(run: Run) -> str:
