@@ -11,6 +11,7 @@ import yaml
 from flags import FLAGS
 from kept import Keeps
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import geolora_pl
 from geolora_pl import GeoLoRAWarning
@@ -286,3 +287,13 @@ def test_the_version_is_that_of_the_package(arguments, capsys):
     with contextlib.suppress(SystemExit):
         main(arguments)
     assert capsys.readouterr().out.split()[-1] == geolora_pl.__version__ == version("geolora_pl")
+
+
+def test_the_logger_of_lightning_itself_has_no_hp_metric(folder):
+    """TensorBoard showed an hp_metric of -1 for every run."""
+    run("fit", "--trainer.logger=true", "--test_after_fit=false", "--trainer.default_root_dir=run")
+    (events,) = Path("run").rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert "geolora/mean_rank" in log.Tags()["scalars"]
+    assert "hp_metric" not in log.Tags()["scalars"]
