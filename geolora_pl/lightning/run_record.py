@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from geolora_pl.adapters.counts import Counts
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run_folder import run_folder
+from geolora_pl.report.confusion import NAME as CONFUSION
 from geolora_pl.report.record import BETTER, VERSION, write_record
 
 _PACKAGES = ("geolora_pl", "lightning", "torch")
@@ -38,6 +39,8 @@ class RunRecord:
     ) -> None:
         self._trainer, self._monitor = trainer, monitor
         self._known = {**_known(trainer, module, optimizer, monitor), "first_step": trainer.global_step}
+        if not trainer.global_step and (folder := run_folder(trainer)) is not None:
+            (folder / CONFUSION).unlink(missing_ok=True)  # of an earlier run
         self.write()
 
     def write(self) -> None:

@@ -59,10 +59,8 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
         sum(columns(layer) * (layer.in_features + layer.out_features) for layer in adapters.values())
         for columns in (attrgetter("max_rank"), attrgetter("probes"))
     )
-    counts, probes = (
-        Counts.of(model, adapters),
-        f", {probing:,} of probes" * bool(probing),
-    )
+    counts = Counts.of(model, adapters)
+    probes = f", {probing:,} of probes (in no exported file)" if probing else ""
     lines = [
         f"trained: {counts}",
         f"allocated: {_count(trained):,} parameters, trainable in Lightning's summary: {largest:,} of adapters at "

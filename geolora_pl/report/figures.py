@@ -204,14 +204,14 @@ def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (_NARROW, 2.9))
         lines = _by_kind(ax, {name: [(i, v) for i, v in enumerate(sigmas[name], 1) if v > 0] for name in places.places})
-        _finish(figure, ax, lines, "index of the singular value")
+        _finish(figure, ax, lines, "index of the singular value", single=False)
     return figure
 
 
 def tails(sigmas: Mapping[str, Sequence[float]], tau: float | None, title: str) -> Figure:
     """What part of each update (Frobenius norm) its first directions leave out, with tau as a line.
 
-    A retraction keeps the fewest directions whose point lies on the line or below.
+    A retraction keeps the fewest directions whose point lies on the line or below, if a budget does not ask for fewer.
 
     Args:
         sigmas: The singular values by adapter, descending.
@@ -230,7 +230,7 @@ def tails(sigmas: Mapping[str, Sequence[float]], tau: float | None, title: str) 
         if tau:
             ax.axhline(tau, color=COLOURS["ink"], linewidth=1, linestyle="--")
             ax.annotate(f"tau {tau:g}", (0, tau), (2, 2), textcoords="offset points", color=COLOURS["ink"])
-        _finish(figure, ax, lines, "directions kept")
+        _finish(figure, ax, lines, "directions kept", single=False)
     return figure
 
 
@@ -243,7 +243,8 @@ def _by_kind(ax: Axes, points: Mapping[str, Curve]) -> dict[str, Line2D]:
             (lines[label],) = ax.plot([x for x, _ in points[name]], [y for _, y in points[name]])
             lines[label].set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0) if high < 100 * low else (1.0,)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own writes formulas
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -293,11 +294,11 @@ def _axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step") -> None:
+def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step", single: bool = True) -> None:
+    """Label the axis, and the lines: where they end if each name has a single line, and else in a legend."""
     ax.set_xlabel(xlabel)
     ax.tick_params(length=0)
-    curves_of_their_own = all(line in ax.lines and line.get_alpha() is None for line in lines.values())
-    if len(lines) > 1 and curves_of_their_own and len(lines) <= _DIRECT and max(map(len, lines)) <= _SHORT:
+    if single and 1 < len(lines) <= _DIRECT and max(map(len, lines)) <= _SHORT:
         _label_ends(ax, lines)
     elif len(lines) > 1:
         columns = max(1, min(len(lines), 56 // (max(map(len, lines)) + 5)))

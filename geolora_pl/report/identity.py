@@ -42,8 +42,11 @@ def tau_of(run: Run) -> float | None:
 
 
 def _setting(run: Run, names: Iterable[str]) -> str:
-    found = (run.settings.get(name) for name in names)
-    return next((value.rpartition(".")[2] for value in found if isinstance(value, str)), "")
+    """The first of some settings that is there; of the path of a class its name."""
+    for name in names:
+        if isinstance(value := run.settings.get(name), str):
+            return value.rpartition(".")[2] if name.endswith("class_path") else value
+    return ""
 
 
 def _date(started: str) -> str:

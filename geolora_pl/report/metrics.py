@@ -16,9 +16,19 @@ ENERGY_KEPT = "geolora/energy_kept"
 ADAPTATION_TIME = "geolora/adaptation_time"
 
 _OURS = "geolora/"
+# Their names in runs that were made before there were groups.
+_OLDER = {
+    "rank/mean": MEAN_RANK,
+    "adapter_params": ADAPTER_PARAMS,
+    "orthonormality_defect": ORTHONORMALITY_DEFECT,
+    "skipped_steps": SKIPPED_STEPS,
+    "rollbacks": ROLLBACKS,
+    "truncation_error": TRUNCATION_ERROR,
+    "energy_kept": ENERGY_KEPT,
+    "adaptation_time": ADAPTATION_TIME,
+}
 _OF_LIGHTNING = ("epoch", "step", "hp_metric")
 _OF_LR_MONITOR = "lr-"
-_OLDER = {"rank/mean": MEAN_RANK}  # names that do not follow the rule of today
 
 
 def is_rank(metric: str) -> bool:
@@ -56,15 +66,4 @@ def name_today(metric: str) -> str:
         >>> name_today("adapter_params"), name_today("val_loss")
         ('geolora/adapter_params', 'val_loss')
     """
-    return _OLDER.get(metric) or (_OURS + metric if _OURS + metric in _GROUPED else metric)
-
-
-_GROUPED = {
-    ADAPTER_PARAMS,
-    ORTHONORMALITY_DEFECT,
-    SKIPPED_STEPS,
-    ROLLBACKS,
-    TRUNCATION_ERROR,
-    ENERGY_KEPT,
-    ADAPTATION_TIME,
-}
+    return _OLDER.get(metric, metric)

@@ -53,7 +53,7 @@ def test_the_start_says_what_is_adapted_what_is_trained_and_what_it_takes():
     assert f"trained: 306 parameters: {parts}" in out
     # K and L of 6 layers have columns for rank 4 and 2 probes; Lightning's summary counts all of them.
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 882
-    how = "576 of adapters at their largest, 288 of probes, and 18 in full"
+    how = "576 of adapters at their largest, 288 of probes (in no exported file), and 18 in full"
     assert f"allocated: 882 parameters, trainable in Lightning's summary: {how}" in out
     assert "memory: 3.43 kB of weights, 7.3 kB of adapters, 3.53 kB of gradients, besides" in out
 

@@ -42,6 +42,12 @@ def test_a_run_from_python_says_what_it_was(tmp_path, monkeypatch, logger):
     assert ", torch 2." in said[8]
 
 
+def test_a_new_run_in_a_folder_has_nothing_of_the_one_before(tmp_path):
+    (tmp_path / "confusion.csv").write_text("step 1,a\na,1\n")
+    fit(tmp_path)
+    assert read_run(tmp_path).confusion is None
+
+
 def test_a_resumed_run_says_from_where_on(tmp_path):
     fit(tmp_path)
     fit(tmp_path, epochs=2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
@@ -66,13 +72,16 @@ def test_a_run_of_the_command_line_without_a_record_is_known_by_its_configuratio
     optimizer = {"class_path": "geolora_pl.RiemannianAdam", "init_args": {"lr": 0.3}}
     settings = {
         "seed_everything": 0,
-        "model": {"class_path": "geolora_pl.tasks.Image", "init_args": {"model_name": "vit", "optimizer": optimizer}},
+        "model": {
+            "class_path": "geolora_pl.tasks.Image",
+            "init_args": {"model_name": "vit.dino", "optimizer": optimizer},
+        },
         "data": {"class_path": "geolora_pl.data.Digits"},
         "geolora": {"tau": 0.2, "budget": 5000},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "metrics.csv").write_text("step,val_loss\n0,1\n")
-    expected = ["vit on Digits", "seed 0", "RiemannianAdam, lr 0.3", "tau 0.2, budget 5,000"]
+    expected = ["vit.dino on Digits", "seed 0", "RiemannianAdam, lr 0.3", "tau 0.2, budget 5,000"]
     assert identity(read_run(tmp_path)) == expected
 
 
