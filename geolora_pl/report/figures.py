@@ -162,7 +162,7 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
     labels = places.short_names()
     values = [value for curve in ranks.values() for _, value in curve]
     low, high, last = min(values), max(values), max(curve[-1][0] for curve in ranks.values())
-    height = 0.19 if len(ranks) <= 24 else 0.15 if len(ranks) <= 64 else 9 / len(ranks)
+    height = 0.19 if len(ranks) <= 24 else 0.15 if len(ranks) <= 64 else 6.5 / len(ranks)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (_WIDE, 0.95 + height * len(ranks)))
         bars: list[list[Any]] = [[] for _ in _RAMP]

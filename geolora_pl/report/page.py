@@ -122,7 +122,8 @@ def _run(run: Run, number: int, alone: bool) -> str:
 
 
 def _identity(run: Run) -> str:
-    return f'<p class="identity">{" ".join(f"<span>{escape(part)}</span>" for part in identity(run))}</p>'
+    parts = [f"<span>{escape(part)}</span>" for part in identity(run)]
+    return f'<p class="identity">{" ".join(parts)}</p>' if parts else ""
 
 
 def _facts(run: Run) -> str:
