@@ -133,7 +133,7 @@ def run(folder: Path, vae_steps: int, unet_steps: int, epochs: int) -> tuple[Ima
     rows = [subject, *(row for pair in zip(drawn, adapted, strict=True) for row in pair)]
     parameters = {
         "base": sum(p.numel() for name, p in module.named_parameters() if name.rpartition(".")[2] not in set("USVKL")),
-        "adapters": int(trainer.callback_metrics["adapter_params"]),
+        "adapters": int(trainer.callback_metrics["geolora/adapter_params"]),
     }
     said = {"val_loss_before": before, "val_loss_after": after, "steps": trainer.global_step, "parameters": parameters}
     return grid(rows), said

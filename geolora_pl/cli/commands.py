@@ -19,9 +19,10 @@ from geolora_pl.lightning.export import FORMATS, export
 from geolora_pl.lightning.push import push_to_hub
 from geolora_pl.math.ranks import ranks_by_tau
 from geolora_pl.report.printable import printable
-from geolora_pl.report.printed import print_summary
+from geolora_pl.report.printed import depth_table, print_summary
+from geolora_pl.report.rank_map import RankMap
 from geolora_pl.report.write import write_report
-from geolora_pl.storage.checkpoint import read_checkpoint
+from geolora_pl.storage.checkpoint import counts_in, read_checkpoint
 from geolora_pl.storage.peft import server_rank
 from geolora_pl.storage.shrink import shrink
 from geolora_pl.storage.spectra import spectra
@@ -29,8 +30,8 @@ from geolora_pl.storage.spectra import spectra
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def ranks_table(ckpt_path: str | Path) -> Table:
-    """Ranks, parameters and spectra of the adapters in a checkpoint.
+def ranks_tables(ckpt_path: str | Path) -> tuple[Table, Table, list[str]]:
+    """Ranks by depth, ranks and spectra of the single adapters in a checkpoint, and how many parameters it has.
 
     Raises:
         ValueError: It cannot be read, or has no adapters.
@@ -42,21 +43,29 @@ def ranks_table(ckpt_path: str | Path) -> Table:
         raise ValueError(f"ckpt_path={str(ckpt_path)!r}: {error}") from error
     if not adapters:
         raise ValueError(f"ckpt_path={str(ckpt_path)!r} holds no adapters: it is of another run, or merged")
-    table = Table(title=Text(printable(str(ckpt_path))), title_justify="left", show_footer=True)
-    total = sum(size * rank for size, rank, _ in adapters.values())
-    table.add_column("adapter", "all", overflow="fold")
-    table.add_column("rank", str(sum(rank for _, rank, _ in adapters.values())), justify="right")
-    table.add_column("parameters", f"{total:,}", justify="right")
+    places = RankMap.of(adapters)
+    by_depth = depth_table(
+        places,
+        {name: rank for name, (_, rank, _) in adapters.items()},
+        {name: size for name, (size, _, _) in adapters.items()},
+    )
+    by_depth.title = Text(printable(str(ckpt_path)))
+    table = Table(title_justify="left")
+    table.add_column("adapter", overflow="fold")
+    table.add_column("rank", justify="right")
+    table.add_column("parameters", justify="right")
     table.add_column("99% energy", justify="right")  # the rank that would keep so much
     table.add_column("largest", justify="right")
     table.add_column("singular values", overflow="fold")
-    for name, (size, rank, sigma) in adapters.items():
+    for name, label in places.short_names().items():
+        size, rank, sigma = adapters[name]
         enough = int(ranks_by_tau(sigma, 0.1, 0.0, 0, len(sigma))) if len(sigma) else 0
         largest = float(sigma[0]) if len(sigma) else 0.0
         table.add_row(
-            Text(printable(name)), str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma)
+            Text(printable(label)), str(rank), f"{size * rank:,}", str(enough), f"{largest:.3g}", _sparkline(sigma)
         )
-    return table
+    counts = counts_in(checkpoint)
+    return by_depth, table, [f"trained: {counts}"] if counts else []
 
 
 def _sparkline(sigma: Tensor) -> str:
@@ -75,7 +84,9 @@ def main(args: Sequence[str]) -> None:
     command = given.pop("command")
     with one_line():
         if command == "ranks":
-            print_summary(ranks_table(**given), [], Console())
+            by_depth, table, lines = ranks_tables(**given)
+            print_summary(by_depth, lines, Console())
+            print_summary(table, [], Console())
             return
         commands: dict[str, Callable[..., str]] = {
             "export": export,

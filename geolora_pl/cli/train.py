@@ -27,6 +27,7 @@ from geolora_pl.cli.names import import_by_name
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
+from geolora_pl.lightning.internals import leave_out_hp_metric
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.predictions import writer_for
@@ -138,6 +139,8 @@ class GeoLoRACLI(CheckpointAwareCLI):
         except ValueError as error:
             raise _without_types(error) from error.__cause__
         subcommand = self.config["subcommand"]
+        if self.config[subcommand].trainer.logger in (None, True):
+            leave_out_hp_metric(self.trainer)
         if self._taken:
             self.model = build_module(self.config[subcommand].model.as_dict(), self._taken)
         if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":

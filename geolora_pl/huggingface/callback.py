@@ -30,7 +30,7 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
     requires gradients; any optimizer of the Adam family or SGD will do, or ``optimizers=(RiemannianAdam(model),
     None)``. The Trainer's checkpoints hold the adapters, and in ``trainer_state.json`` the counters of this callback,
     so that a run that is resumed goes on as if it had not stopped. To what the Trainer prints and keeps in its history
-    the callback adds ``rank/mean``, ``adapter_params`` and ``skipped_steps``.
+    the callback adds ``geolora/mean_rank``, ``geolora/adapter_params`` and ``geolora/skipped_steps``.
 
     The losses of single steps do not reach a callback, so that divergence is not noticed here.
 

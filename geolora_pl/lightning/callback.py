@@ -30,9 +30,10 @@ from geolora_pl.lightning.checks import (
 from geolora_pl.lightning.hyperparameters import keep_plain, say_what_is_not_plain
 from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.lightning.progress import fit_bar
 from geolora_pl.lightning.run import Run
-from geolora_pl.lightning.run_notes import write_notes
-from geolora_pl.lightning.summary import end_summary, show_whole_numbers, start_summary, wants_tables
+from geolora_pl.lightning.run_folder import write_notes
+from geolora_pl.lightning.summary import end_summary, start_summary, wants_tables
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.notes import note
 from geolora_pl.report.printed import print_summary
@@ -54,11 +55,12 @@ class GeoLoRACallback(L.Callback):
     ``modules_to_save``. From then on the callback follows the optimizer's steps themselves, not batches, so that
     accumulation, manual optimization and the skipped steps of 16-bit training are counted rightly.
 
-    It logs ``rank/mean``, ``rank/<adapter>``, ``adapter_params`` (of live ranks, without probes), ``skipped_steps``,
-    ``rollbacks``, ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm
-    of what was dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and
-    Weights & Biases also get pictures: ``rank_map``, ``ranks_over_time``, ``spectra``. It prints a table before and
-    after a fit, but for ``enable_model_summary=False``.
+    It logs ``rank/<adapter>`` and, in the group ``geolora/``, ``mean_rank``, ``adapter_params`` (of live ranks, without
+    probes), ``lr_<group>`` and ``gradient_norm`` of the last step, ``skipped_steps``, ``rollbacks``,
+    ``orthonormality_defect``, and of the last retraction ``truncation_error`` (relative Frobenius norm of what was
+    dropped), ``energy_kept`` (one less its square) and ``adaptation_time`` in seconds; TensorBoard and Weights & Biases
+    also get the pictures ``rank_map``, ``ranks_over_time`` and ``spectra``. It prints a table before and after a fit,
+    but for ``enable_model_summary=False``.
 
     Args:
         tau: Relative truncation tolerance, in [0, 1). Larger means smaller ranks.
@@ -146,6 +148,7 @@ class GeoLoRACallback(L.Callback):
         self._module = pl_module
         if stage == "fit":
             check_trainer(trainer)
+            fit_bar(trainer.progress_bar_callback)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
             trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
         if not has_adapters(pl_module):
@@ -226,7 +229,7 @@ class GeoLoRACallback(L.Callback):
             note(experts)
             said.append(experts)
         write_notes(trainer, pl_module, said)
-        show_whole_numbers(trainer.progress_bar_callback)
+        run.keep_record(trainer)
         if wants_tables(trainer):
             print_summary(*start_summary(pl_module, run.monitor))
         if not trainer.global_step:
@@ -240,12 +243,13 @@ class GeoLoRACallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Go back if the run has diverged; log the ranks as often as the trainer logs, and at the end of an epoch."""
+        """Go back if the run has diverged; log as often as the trainer, after adaptations, and at an epoch's end."""
         run = self._current
         run.batch_ended(trainer, outputs)
         stepped = not (pl_module.automatic_optimization and accumulates(trainer))
-        if stepped and (logs_this_batch(trainer) or trainer.is_last_batch):
-            run.monitor.log(trainer, batches_that_stepped(trainer))
+        step = batches_that_stepped(trainer)
+        if stepped and (logs_this_batch(trainer) or trainer.is_last_batch or run.monitor.is_due(step)):
+            run.monitor.log(trainer, step)
         run.position.batch_ended(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

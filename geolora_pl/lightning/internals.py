@@ -16,6 +16,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states as collect_rando
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
 from lightning.fabric.utilities.types import _PATH as PathLike
 from lightning.fabric.utilities.types import _Stateful as Stateful
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher as DataLoaderIterDataFetcher
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
@@ -45,6 +46,13 @@ def run_length(trainer: L.Trainer) -> float:
 def batches_that_stepped(trainer: L.Trainer) -> int:
     """The batches so far whose end was an optimizer step; Lightning gives this number to the loggers as the step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def leave_out_hp_metric(trainer: L.Trainer) -> None:
+    """Keep from TensorBoard the ``hp_metric`` of -1 that Lightning's own logger would show for every run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger._default_hp_metric = False
 
 
 def accumulates(trainer: L.Trainer) -> bool:

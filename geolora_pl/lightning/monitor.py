@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
+from torch.optim import Optimizer
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.math.decomposition import orthonormality_defect
 from geolora_pl.report import metrics, pictures
-from geolora_pl.report.rank_map import RankMap
+from geolora_pl.report.rank_map import RankMap, short_names
 from geolora_pl.training.clock import DeviceClock
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
-_IN_BAR = (metrics.MEAN_RANK, metrics.ADAPTER_PARAMS)
+MEAN_RANK, PARAMS = "rank", "params"  # in the progress bar, whose line is short
 _POINTS = 128  # of the ranks over time that are kept: enough for a picture, little in a checkpoint
+_DISTANCE = 200  # from one adaptation that is logged to the next, as a part of the steps so far
 _SHARE = 0.005  # of the run that pictures may take
 _SPACING = 1.2  # from one picture to the next, as a factor of the step: many at first, few in a long run
 
@@ -34,6 +36,7 @@ class RankMonitor:
     Attributes:
         before: The ranks at the start of the run; the first step may change them, and the log counts both as step 0.
         shown: The step whose numbers were asked for last.
+        learning_rates: Those of the last step, by the names of the optimizer's groups.
         steps: The steps at which ranks were kept.
         ranks: The ranks at those steps, in the order of the adapters.
         clock: It measures the retractions.
@@ -49,13 +52,16 @@ class RankMonitor:
         self._highest = max(layer.max_rank for layer in integrator.adapters.values())
         self.clock = DeviceClock(next(iter(integrator.adapters.values())).U.device)
         self.before = integrator.ranks()
+        self._metric = {name: metrics.rank_of(short) for name, short in short_names(integrator.adapters).items()}
         self.shown = -1
+        self.learning_rates: dict[str, Any] = {}
         self.steps: list[int] = []
         self.ranks: list[list[int]] = []
         self._spacing = 1
         self._began = time.monotonic()
         self._drawing = 0.0
         self._next_picture = 0.0
+        self._adaptations = 0  # when numbers were asked for last
         self._defect = (-1, 0.0)  # after how many adaptations it was computed, and the defect
 
     @property
@@ -63,21 +69,33 @@ class RankMonitor:
         """Seconds since the run began in this process."""
         return time.monotonic() - self._began
 
+    def saw_step(self, optimizer: Optimizer) -> None:
+        """Remember the learning rates of a step that has just been taken."""
+        groups = enumerate(optimizer.param_groups, 1)
+        self.learning_rates = {str(group.get("name", f"pg{number}")): _copy(group["lr"]) for number, group in groups}
+
+    def is_due(self, step: int) -> bool:
+        """Whether there was an adaptation that is to be logged: every one at first, fewer in a long run."""
+        return self.integrator.adaptations > self._adaptations and step - self.shown >= step // _DISTANCE
+
     def numbers(self, step: int) -> dict[str, float]:
         """The numbers that are logged at a step, those of a retraction once there was one; waits for the device."""
         integrator = self.integrator
         integrator.settle()
-        self.shown = step
+        self.shown, self._adaptations = step, integrator.adaptations
         self._record(step)
         ranks = integrator.ranks()
         numbers = {
-            **{metrics.rank_of(name): float(rank) for name, rank in ranks.items()},
-            metrics.MEAN_RANK: sum(ranks.values()) / len(ranks),  # after the ranks: an adapter may be named mean
+            **{self._metric[name]: float(rank) for name, rank in ranks.items()},
+            metrics.MEAN_RANK: sum(ranks.values()) / len(ranks),
             metrics.ADAPTER_PARAMS: float(integrator.adapter_parameters()),
             metrics.ORTHONORMALITY_DEFECT: self._largest_defect(),
             metrics.SKIPPED_STEPS: float(integrator.skipped_steps),
             metrics.ROLLBACKS: float(integrator.rollbacks),
+            **{f"{metrics.LEARNING_RATE}{name}": float(lr) for name, lr in self.learning_rates.items()},
         }
+        if (norm := integrator.gradient_norm()) is not None:
+            numbers[metrics.GRADIENT_NORM] = norm
         if integrator.adaptations:
             numbers[metrics.TRUNCATION_ERROR] = integrator.truncation_error
             numbers[metrics.ENERGY_KEPT] = 1.0 - integrator.truncation_error**2
@@ -115,7 +133,9 @@ class RankMonitor:
         numbers = self.numbers(step)
         for known in (trainer.callback_metrics, trainer.logged_metrics):
             known.update({name: torch.tensor(value) for name, value in numbers.items()})
-        trainer.progress_bar_metrics.update({name: numbers[name] for name in _IN_BAR})
+        trainer.progress_bar_metrics.update(
+            {MEAN_RANK: numbers[metrics.MEAN_RANK], PARAMS: numbers[metrics.ADAPTER_PARAMS]}
+        )
         epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # current_epoch is one more at the end
         for logger in trainer.loggers:
             logger.log_metrics({**numbers, "epoch": epoch}, step=step)
@@ -151,9 +171,9 @@ class RankMonitor:
             for name in self._drawn.places
         }
         return {
-            "rank_map": pictures.rank_map(self.map, self.integrator.ranks(), self._highest),
-            "ranks_over_time": pictures.ranks_over_time(self._drawn, number, self.steps, over_time, self._highest),
-            "spectra": pictures.spectra(self._drawn, number, sigmas, self._highest),
+            "geolora/rank_map": pictures.rank_map(self.map, self.integrator.ranks()),
+            "geolora/ranks_over_time": pictures.ranks_over_time(self._drawn, number, self.steps, over_time),
+            "geolora/spectra": pictures.spectra(self._drawn, number, sigmas, self._highest),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +183,8 @@ class RankMonitor:
             "steps": list(self.steps),
             "ranks": [list(r) for r in self.ranks],
             "spacing": self._spacing,
+            "shown": self.shown,
+            "adaptations": self._adaptations,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -170,6 +192,13 @@ class RankMonitor:
         self.before = dict(state["before"])
         self.steps, self.ranks = list(state["steps"]), [list(r) for r in state["ranks"]]
         self._spacing = state["spacing"]
+        # Older checkpoints do not have these two.
+        self.shown = state.get("shown", self.shown)
+        self._adaptations = state.get("adaptations", self.integrator.adaptations)
+
+
+def _copy(lr: float | torch.Tensor) -> float | torch.Tensor:
+    return lr.clone() if isinstance(lr, torch.Tensor) else lr  # a scheduler writes into a tensor
 
 
 @torch.no_grad()

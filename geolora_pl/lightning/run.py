@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from geolora_pl.lightning.exact_resume import TrainingPosition
 from geolora_pl.lightning.internals import batches_that_stepped
 from geolora_pl.lightning.monitor import RankMonitor
+from geolora_pl.lightning.run_record import RunRecord
 from geolora_pl.storage.checkpoint import describe_base
 from geolora_pl.training.divergence import DivergenceGuard, OnDivergence
 from geolora_pl.training.following import run_state, take_up
@@ -53,6 +54,7 @@ class Run:
         if on_divergence != "ignore":
             self.guard = DivergenceGuard(module, integrator, optimizer, on_divergence == "rollback")
         self.position = TrainingPosition()
+        self._record: RunRecord | None = None
         self._last = math.inf
         self._hook: RemovableHandle | None = None
         self._base: dict[str, Any] | None = None
@@ -72,6 +74,7 @@ class Run:
         """
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self.monitor.saw_step(optimizer)
             batch = batches_that_stepped(trainer)
             self.integrator.rank_changes = batch < adapting
             began = self.monitor.clock.now()
@@ -83,6 +86,10 @@ class Run:
         self._last = last
         # A wrapper need not call hooks, but the optimizer inside of it does.
         self._hook = self.integrator.innermost(self.optimizer).register_step_post_hook(after_step)
+
+    def keep_record(self, trainer: L.Trainer) -> None:
+        """Write what identifies the fit into its folder, now and when it ends."""
+        self._record = RunRecord(trainer, self.module, self.optimizer, self.monitor)
 
     def batch_ended(self, trainer: L.Trainer, outputs: Any) -> None:
         """Go back if the run has diverged, which shows in the loss that ``training_step`` returned."""
@@ -124,6 +131,9 @@ class Run:
             self._hook.remove()
             self._hook = None
         self.integrator.close()
+        if self._record is not None:
+            self._record.write()
+            self._record = None
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, the ranks so far and the place in the data, for a checkpoint."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
+from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import adapter_parameters
 from geolora_pl.lightning.monitor import RankMonitor
-from geolora_pl.report.metrics import ADAPTER_PARAMS
-
-_WHOLE = (ADAPTER_PARAMS,)  # what a progress bar shows without decimals
+from geolora_pl.report.identity import in_words
+from geolora_pl.report.metrics import is_score
+from geolora_pl.report.printed import depth_table, layers_title
 
 
 def wants_tables(trainer: L.Trainer) -> bool:
@@ -28,26 +28,12 @@ def wants_tables(trainer: L.Trainer) -> bool:
     return trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks)
 
 
-def show_whole_numbers(bar: ProgressBar | None) -> None:
-    """Let a progress bar show a number of parameters as 25,664, and not as 25664.000 as it shows every number."""
-    if bar is None:
-        return
-    get_metrics = type(bar).get_metrics
-
-    def with_whole_numbers(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = get_metrics(bar, trainer, pl_module)
-        whole = {name: value for name in _WHOLE if isinstance(value := metrics.get(name), (int, float))}  # no strings
-        return {**metrics, **{name: f"{value:,.0f}" for name, value in whole.items()}}
-
-    bar.get_metrics = with_whole_numbers  # type: ignore[method-assign]
-
-
 def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
     """What is adapted, which parameters are trained, and how much memory weights and gradients take."""
     adapters = monitor.integrator.adapters
     active = adapter_parameters(adapters)
     table = Table(title="adapters", title_justify="left", show_footer=True)
-    table.add_column("layers", "all", overflow="fold")
+    table.add_column(layers_title(monitor.map), "all", overflow="fold")
     for title, footer in (
         ("number", str(len(adapters))),
         ("out x in", ""),
@@ -56,11 +42,11 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
         ("parameters", f"{active:,}"),
     ):
         table.add_column(title, footer, justify="right")
-    for kind in monitor.map.kinds:
+    for kind, label in monitor.map.short_kinds().items():
         layers = {name: adapters[name] for name in monitor.map.of_kind(kind)}
         shapes = dict.fromkeys(f"{layer.out_features} x {layer.in_features}" for layer in layers.values())
         table.add_row(
-            Text(kind),
+            Text(label),
             str(len(layers)),
             next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
             _span(layer.rank for layer in layers.values()),
@@ -69,15 +55,16 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
         )
     factors, own = _factors(adapters), _own(model, adapters)
     trained = [p for p in model.parameters() if p.requires_grad]
-    in_full = _count(p for p in own if p.requires_grad)
     largest, probing = (
         sum(columns(layer) * (layer.in_features + layer.out_features) for layer in adapters.values())
         for columns in (attrgetter("max_rank"), attrgetter("probes"))
     )
-    probes = f"; probes train {probing:,} more, which no exported file holds" if probing else ""
+    counts = Counts.of(model, adapters)
+    probes = f", {probing:,} of probes (in no exported file)" if probing else ""
     lines = [
-        f"trainable: {active + in_full:,} parameters, {active:,} in adapters (at most {largest:,}) and {in_full:,} of "
-        f"the {_count(own):,} of the model itself{probes}",
+        f"trained: {counts}",
+        f"allocated: {_count(trained):,} parameters, trainable in Lightning's summary: {largest:,} of adapters at "
+        f"their largest{probes}, and {counts.in_full:,} in full",
         f"memory: {_size(own)} of weights, {_size(factors)} of adapters, {_size(trained)} of gradients, besides the "
         "optimizer's state",
     ]
@@ -86,37 +73,24 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
 
 def rank_table(monitor: RankMonitor) -> Table:
     """Ranks by kind of layer (rows) and depth, their mean before and after, and the parameters."""
-    adapters, before, ranks = monitor.integrator.adapters, monitor.before, monitor.integrator.ranks()
-    table = Table(title="ranks found, by depth", title_justify="left", show_footer=True)
-    table.add_column("layers", "all", overflow="fold")
-    table.add_column("ranks", "")
-    table.add_column("mean rank", _moved(before.values(), ranks.values()), justify="right", no_wrap=True)
-    table.add_column("parameters", f"{adapter_parameters(adapters):,}", justify="right")
-    for kind in monitor.map.kinds:
-        names = monitor.map.of_kind(kind)
-        table.add_row(
-            Text(kind),
-            " ".join(str(ranks[name]) for name in names),
-            _moved([before[name] for name in names], [ranks[name] for name in names]),
-            f"{adapter_parameters({name: adapters[name] for name in names}):,}",
-        )
-    return table
+    adapters = monitor.integrator.adapters
+    sizes = {name: layer.in_features + layer.out_features for name, layer in adapters.items()}
+    return depth_table(monitor.map, monitor.integrator.ranks(), sizes, monitor.before)
 
 
 def end_summary(trainer: L.Trainer, model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:
     """Ranks found and how they moved, scores, time, and where the files are; the model may be merged by then."""
     adapters = monitor.integrator.adapters
     table = rank_table(monitor)
-    active, total = adapter_parameters(adapters), _count(_own(model, adapters))
-    lines = [f"adapter parameters: {active:,} ({active / total:.1%} of the {total:,} of the model itself)"]
+    lines = [f"trained: {Counts.of(model, adapters)}"]
     capped = sum(layer.rank == layer.max_rank for layer in adapters.values())
     if capped:
         lines.append(f"at max_rank: {capped} of {len(adapters)} adapters; if these are many, a larger one may help")
-    own = monitor.numbers(monitor.shown)
-    lines += [f"{name}: {float(value):.4f}" for name, value in trainer.callback_metrics.items() if name not in own]
+    scores = {name: value for name, value in trainer.callback_metrics.items() if is_score(name)}
+    lines += [f"{name}: {float(value):.4f}" for name, value in scores.items()]
     adapting = monitor.clock.total()
     lines.append(
-        f"time: {_duration(monitor.seconds)}, {_duration(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
+        f"time: {in_words(monitor.seconds)}, {in_words(adapting)} of it ({adapting / monitor.seconds:.1%}) for "
         f"{monitor.clock.count} adaptations of the ranks"
     )
     device = monitor.clock.device
@@ -177,11 +151,3 @@ def _size(parameters: Iterable[nn.Parameter]) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.1f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -48,7 +48,7 @@ class Contents:
 
 def rank_picture(state: AdapterState) -> Image.Image:
     """Draw the ranks of an adapter by kind of layer and depth."""
-    return rank_map(RankMap.of(state.factors), _ranks(state), max(1, *state.max_ranks.values()))
+    return rank_map(RankMap.of(state.factors), _ranks(state))
 
 
 def model_card(state: AdapterState, contents: Contents, run: Run | None = None, step: int | None = None) -> str:

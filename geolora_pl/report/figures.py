@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from geolora_pl.report.rank_map import RankMap, depth_label
 from geolora_pl.report.runs import Curve
@@ -47,6 +47,8 @@ COLOURS = {
 }
 _SERIES = [colour for name, colour in COLOURS.items() if name.startswith("s")]
 _RAMP = [colour for name, colour in COLOURS.items() if re.fullmatch(r"r\d", name)]
+_DIRECT, _SHORT = 8, 20  # lines, and characters of their names, that are labelled at their ends
+_NARROW, _WIDE = 4.4, 8.8  # inches
 _POINTS = 400
 _BARS = 20_000  # of ranks by adapter: more is a page that takes long to make and to show
 _STYLE: dict[Any, Any] = {
@@ -92,7 +94,8 @@ def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = 
             marker = "o" if len(steps) == 1 else ""
             if max(values) >= 1000:
                 ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            (lines[label],) = ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], linestyle=_dashes(i))
+            (line,) = ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], linestyle=_dashes(i))
+            lines[label] = _seen(line, lines)
         _finish(figure, ax, lines)
     return figure
 
@@ -111,7 +114,8 @@ def ranks_over_steps(ranks: Mapping[str, Curve], title: str, size: tuple[float, 
         lines: dict[str, Line2D] = {}
         for i, (kind, label) in enumerate(places.short_kinds().items()):
             steps, mean = zip(*_mean([ranks[name] for name in places.of_kind(kind)]), strict=True)
-            (lines[label],) = ax.step(steps, mean, where="post", color=_SERIES[i % 8], linestyle=_dashes(i))
+            (line,) = ax.step(steps, mean, where="post", color=_SERIES[i % 8], linestyle=_dashes(i))
+            lines[label] = _seen(line, lines)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         _finish(figure, ax, lines)
     return figure
@@ -127,9 +131,10 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
     places = RankMap.of(ranks)
     labels = places.short_kinds()
     rows, columns = len(places.kinds), len(places.depths)
-    width = 0.35 + 0.075 * max(map(len, labels.values())) + (0.42 if columns <= 12 else 0.32) * columns
+    needed = 0.35 + 0.075 * max(map(len, labels.values())) + (0.42 if columns <= 12 else 0.32) * columns
+    width = max(needed, _NARROW if columns <= 12 else _WIDE)
     with matplotlib.rc_context(_STYLE):
-        figure, ax = _axes(title, (max(width, 2.6), 0.75 + 0.36 * rows))
+        figure, ax = _axes(title, (width, max(2.9 if width == _NARROW else 0, 0.75 + 0.36 * rows)))
         low, high = min(ranks.values()), max(ranks.values())
         for name, (kind, depth) in places.places.items():
             i, j, level = places.kinds.index(kind), places.depths.index(depth), _level(ranks[name], low, high)
@@ -157,9 +162,9 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
     labels = places.short_names()
     values = [value for curve in ranks.values() for _, value in curve]
     low, high, last = min(values), max(values), max(curve[-1][0] for curve in ranks.values())
-    height = 0.19 if len(ranks) <= 64 else 9 / len(ranks)
+    height = 0.19 if len(ranks) <= 24 else 0.15 if len(ranks) <= 64 else 6.5 / len(ranks)
     with matplotlib.rc_context(_STYLE):
-        figure, ax = _axes(title, (6.6, 0.95 + height * len(ranks)))
+        figure, ax = _axes(title, (_WIDE, 0.95 + height * len(ranks)))
         bars: list[list[Any]] = [[] for _ in _RAMP]
         every = -(-sum(map(len, ranks.values())) // _BARS)
         for i, name in enumerate(places.places):
@@ -183,7 +188,7 @@ def ranks_by_adapter(ranks: Mapping[str, Curve], title: str) -> Figure:
         ax.set_xlabel("step")
         _bare(ax)
         figure.legend(
-            handles=legend, loc="outside lower left", ncols=8, handlelength=1, handleheight=1, columnspacing=1
+            handles=legend, loc="outside lower left", ncols=16, handlelength=1, handleheight=1, columnspacing=1
         )
     return figure
 
@@ -197,17 +202,53 @@ def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
     """
     places = RankMap.of(sigmas)
     with matplotlib.rc_context(_STYLE):
-        figure, ax = _axes(title, (4.4, 2.9))
-        lines: dict[str, Line2D] = {}
-        for i, (kind, label) in enumerate(places.short_kinds().items()):
-            for name in places.of_kind(kind):
-                sigma = [value for value in sigmas[name] if value > 0]
-                (lines[label],) = ax.plot(range(1, len(sigma) + 1), sigma)
-                lines[label].set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
-        ax.set_yscale("log")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _finish(figure, ax, lines, "index of the singular value")
+        figure, ax = _axes(title, (_NARROW, 2.9))
+        lines = _by_kind(ax, {name: [(i, v) for i, v in enumerate(sigmas[name], 1) if v > 0] for name in places.places})
+        _finish(figure, ax, lines, "index of the singular value", single=False)
     return figure
+
+
+def tails(sigmas: Mapping[str, Sequence[float]], tau: float | None, title: str) -> Figure:
+    """What part of each update (Frobenius norm) its first directions leave out, with tau as a line.
+
+    A retraction keeps the fewest directions whose point lies on the line or below, if a budget does not ask for fewer.
+
+    Args:
+        sigmas: The singular values by adapter, descending.
+        tau: The relative tolerance, if it is known.
+        title: The title of the figure.
+    """
+    places = RankMap.of(sigmas)
+    points = {}
+    for name in places.places:
+        squares = [value**2 for value in sigmas[name]]
+        left = [sum(squares[rank:]) for rank in range(len(squares))]
+        points[name] = [(rank, (rest / left[0]) ** 0.5) for rank, rest in enumerate(left) if rest > 0]
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _axes(title, (_NARROW, 2.9))
+        lines = _by_kind(ax, points)
+        if tau:
+            ax.axhline(tau, color=COLOURS["ink"], linewidth=1, linestyle="--")
+            ax.annotate(f"tau {tau:g}", (0, tau), (2, 2), textcoords="offset points", color=COLOURS["ink"])
+        _finish(figure, ax, lines, "directions kept", single=False)
+    return figure
+
+
+def _by_kind(ax: Axes, points: Mapping[str, Curve]) -> dict[str, Line2D]:
+    """A thin line for each adapter on a logarithmic scale, with the colour of its kind; one line of each kind."""
+    places = RankMap.of(points)
+    lines: dict[str, Line2D] = {}
+    for i, (kind, label) in enumerate(places.short_kinds().items()):
+        for name in places.of_kind(kind):
+            (lines[label],) = ax.plot([x for x, _ in points[name]], [y for _, y in points[name]])
+            lines[label].set(color=_SERIES[i % 8], alpha=0.7, linewidth=1, marker=".", markersize=3)
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0) if high < 100 * low else (1.0,)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own writes formulas
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return lines
 
 
 def svg(figure: Figure, alt: str, salt: str) -> str:
@@ -253,14 +294,42 @@ def _axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step") -> None:
+def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step", single: bool = True) -> None:
+    """Label the axis, and the lines: where they end if each name has a single line, and else in a legend."""
     ax.set_xlabel(xlabel)
     ax.tick_params(length=0)
-    if len(lines) > 1:
+    if single and 1 < len(lines) <= _DIRECT and max(map(len, lines)) <= _SHORT:
+        _label_ends(ax, lines)
+    elif len(lines) > 1:
         columns = max(1, min(len(lines), 56 // (max(map(len, lines)) + 5)))
         figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(lines) // columns) - 1))  # a line of it is no loss
         # By name: matplotlib leaves out labels that begin with an underscore, unless it is given them.
         figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=columns, columnspacing=1.2)
+
+
+def _label_ends(ax: Axes, lines: Mapping[str, Line2D]) -> None:
+    """Write the name of each line where it ends, apart from each other, so that lines in one place have all theirs."""
+    to_axes = ax.transScale + ax.transLimits
+    ends = {label: to_axes.transform(line.get_xydata()[-1])[1] for label, line in lines.items()}  # type: ignore[index]
+    gap = 0.075
+    order = sorted(ends, key=lambda label: ends[label])
+    places: list[float] = []
+    for label in order:
+        places.append(max(ends[label], places[-1] + gap) if places else max(ends[label], 0.0))
+    highest = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = highest = min(places[i], highest)
+        highest -= gap
+    for label, place in zip(order, places, strict=True):
+        ax.text(1.02, place, label, transform=ax.transAxes, va="center", color=lines[label].get_color())
+
+
+def _seen(line: Line2D, others: Mapping[str, Line2D]) -> Line2D:
+    """The line, with gaps if it would hide one of the others."""
+    hidden = sum(np.array_equal(line.get_xydata(), other.get_xydata()) for other in others.values())
+    if hidden:
+        line.set_linestyle((3.0 * hidden, (3.0, 3.0 * hidden)))
+    return line
 
 
 def _dashes(i: int) -> str:

@@ -16,28 +16,27 @@ _DEPTHS, ROWS = 128, 300  # at most, so that a picture of thousands of layers ca
 _DECADES = 2  # of singular values: tau drops most of what is smaller
 
 
-def rank_map(places: RankMap, ranks: Mapping[str, int], highest: int) -> Image.Image:
+def rank_map(places: RankMap, ranks: Mapping[str, int]) -> Image.Image:
     """Draw the ranks by kind of layer and depth.
 
     Args:
         places: The places of all adapters.
         ranks: The rank of each adapter.
-        highest: The largest rank that an adapter can have.
     """
     return heat_map(
         [spread(row, _DEPTHS) for row in spread(places.rows(ranks), ROWS)],
         spread(list(places.short_kinds().values()), ROWS),
         [depth_label(depth) for depth in spread(places.depths, _DEPTHS)],
         f"rank by kind of layer and depth, {sum(ranks.values()) / len(ranks):.2f} on average",
-        low=0,
-        high=highest,
-        cell=(34, 24),
+        low=min(ranks.values()),
+        high=max(ranks.values()),
+        cell=(68, 48),
         numbers=True,
     )
 
 
 def ranks_over_time(
-    drawn: RankMap, number: int, steps: Sequence[int], ranks: Mapping[str, Sequence[int]], highest: int
+    drawn: RankMap, number: int, steps: Sequence[int], ranks: Mapping[str, Sequence[int]]
 ) -> Image.Image:
     """Draw the rank of each adapter over the steps of a run.
 
@@ -46,8 +45,8 @@ def ranks_over_time(
         number: The number of all adapters.
         steps: Steps, ascending.
         ranks: The rank of each adapter at those steps.
-        highest: The largest rank that an adapter can have.
     """
+    there = [rank for name in drawn.places for rank in ranks.get(name, ())] or [0]
     last = steps[-1] if steps else 0
     columns = min(_COLUMNS, last + 1)
     at = [bisect_right(steps, last * (j + 1) // columns) - 1 for j in range(columns)]
@@ -57,10 +56,10 @@ def ranks_over_time(
         [[ranks[name][i] if i >= 0 else None for i in at] for name in drawn.places],
         _row_labels(drawn),
         labels,
-        f"rank by adapter over steps, of at most {highest}{_how_many(drawn, number)}",
-        low=0,
-        high=highest,
-        cell=(5, _row_height(drawn)),
+        f"rank by adapter over steps, from {min(there)} (light) to {max(there)} (dark){_how_many(drawn, number)}",
+        low=min(there),
+        high=max(there),
+        cell=(10, _row_height(drawn)),
     )
 
 
@@ -87,7 +86,7 @@ def spectra(drawn: RankMap, number: int, sigmas: Mapping[str, Sequence[float]], 
         f"{_how_many(drawn, number)}",
         low=-_DECADES,
         high=0,
-        cell=(22 if few else 5, _row_height(drawn)),
+        cell=(44 if few else 10, _row_height(drawn)),
     )
 
 
@@ -100,10 +99,10 @@ def _how_many(drawn: RankMap, number: int) -> str:
 
 
 def _row_height(drawn: RankMap) -> int:
-    return min(16, 1200 // len(drawn.places))
+    return min(32, 2400 // len(drawn.places))
 
 
 def _row_labels(drawn: RankMap) -> list[str]:
     """A label for each adapter, or for the first of each kind where the rows are too many for their labels."""
     labels, firsts = drawn.short_names(), drawn.firsts()
-    return [label if _row_height(drawn) >= 12 or name in firsts else "" for name, label in labels.items()]
+    return [label if _row_height(drawn) >= 24 or name in firsts else "" for name, label in labels.items()]

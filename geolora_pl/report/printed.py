@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from geolora_pl.report.printable import printable
+from geolora_pl.report.rank_map import RankMap
+
+
+def layers_title(places: RankMap) -> str:
+    """The head of a column of short names: what they leave out."""
+    return f"layers of {places.beginning}" if places.beginning else "layers"
+
+
+def depth_table(
+    places: RankMap, ranks: Mapping[str, int], sizes: Mapping[str, int], before: Mapping[str, int] | None = None
+) -> Table:
+    """Ranks by kind of layer (rows) and depth, their mean, and the parameters.
+
+    Args:
+        places: The places of the adapters.
+        ranks: The rank of each adapter.
+        sizes: The number of its inputs and outputs, which is that of its parameters at rank 1.
+        before: The ranks at the start, if they are known.
+    """
+
+    def mean(names: Iterable[str]) -> str:
+        found = list(names)
+        means = [sum(known[name] for name in found) / len(found) for known in (before, ranks) if known]
+        return " -> ".join(f"{value:.1f}" for value in means)
+
+    def parameters(names: Iterable[str]) -> str:
+        return f"{sum(ranks[name] * sizes[name] for name in names):,}"
+
+    table = Table(title="ranks found, by depth", title_justify="left", show_footer=True)
+    table.add_column(Text(layers_title(places)), "all", overflow="fold")
+    table.add_column("ranks", "")
+    table.add_column("mean rank", mean(ranks), justify="right", no_wrap=True)
+    table.add_column("parameters", parameters(ranks), justify="right")
+    for kind, label in places.short_kinds().items():
+        names = places.of_kind(kind)
+        table.add_row(
+            Text(printable(label)), " ".join(str(ranks[name]) for name in names), mean(names), parameters(names)
+        )
+    return table
 
 
 def print_summary(table: Table, lines: Sequence[str], console: Console | None = None) -> None:

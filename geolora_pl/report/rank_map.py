@@ -71,18 +71,43 @@ class RankMap:
         """The first adapter of every kind."""
         return {self.of_kind(kind)[0] for kind in self.kinds}
 
+    @property
+    def beginning(self) -> str:
+        """What the names of all kinds begin with, and labels leave out; empty if they have nothing in common."""
+        return ".".join(self.kinds[0].split(".")[: _in_common(self.kinds)]) if self.kinds else ""
+
     def short_kinds(self) -> dict[str, str]:
         """Labels of the kinds: without the beginning that all have in common."""
-        parts = [kind.split(".")[:-1] for kind in self.kinds]
-        same = 0
-        while all(len(of_kind) > same for of_kind in parts) and len({of_kind[same] for of_kind in parts}) == 1:
-            same += 1
+        same = _in_common(self.kinds)
         return {kind: ".".join(kind.split(".")[same:]) for kind in self.kinds}
 
     def short_names(self) -> dict[str, str]:
         """Labels of the adapters: kind and depth."""
         kinds = self.short_kinds()
         return {name: f"{kinds[kind]} {depth_label(depth)}".strip() for name, (kind, depth) in self.places.items()}
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without the beginning that all have in common; what is left still tells the depth.
+
+    Example:
+        >>> list(short_names(["model.blocks.0.fc", "model.blocks.1.fc"]).values())
+        ['blocks.0.fc', 'blocks.1.fc']
+    """
+    found = list(names)
+    same = _in_common(found)
+    while same and any(name.split(".")[same].isdecimal() for name in found):
+        same -= 1  # a number is a depth by what stands before it
+    return {name: ".".join(name.split(".")[same:]) for name in found}
+
+
+def _in_common(names: Sequence[str]) -> int:
+    """How many parts all names begin with, of those before the last."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = 0
+    while parts and all(len(of_name) > same for of_name in parts) and len({of_name[same] for of_name in parts}) == 1:
+        same += 1
+    return same
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:

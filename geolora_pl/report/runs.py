@@ -12,14 +12,15 @@ from typing import Any
 
 import yaml
 
-from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, OF_THE_RUN, RANK, is_rank
+from geolora_pl.report.confusion import Confusion, read_confusion
+from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, RANK, is_rank, is_score, name_today
+from geolora_pl.report.record import Record, read_record
 
 Curve = Sequence[tuple[int, float]]
 _Curves = dict[str, list[tuple[int, float]]]
 _MARK = MEAN_RANK  # of a fit: it is logged from the start on, and no evaluation logs it
 _MOST_SETTINGS = 100_000
 _LARGEST = 2**62  # of a step and of a value: what is above has left every picture, and its sums overflow
-_OF_LIGHTNING = ("epoch", "step", "hp_metric")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Run:
         curves: Steps, ascending, and values by the name of the metric.
         settings: The settings in ``config.yaml`` by their dotted names.
         checkpoints: Its checkpoint files, the last one at the end.
+        record: What it wrote of itself, such as its model and when it began.
+        confusion: How often each class was taken for which, in its last validation.
     """
 
     name: str
@@ -39,18 +42,18 @@ class Run:
     curves: Mapping[str, Curve]
     settings: Mapping[str, object]
     checkpoints: Sequence[Path]
+    record: Record
+    confusion: Confusion | None
 
     @property
     def ranks(self) -> dict[str, Curve]:
         """The rank of each adapter over steps."""
-        found = {name: curve for name, curve in self.curves.items() if is_rank(name) and name != MEAN_RANK}
-        return {name.removeprefix(RANK): curve for name, curve in found.items()}
+        return {name.removeprefix(RANK): curve for name, curve in self.curves.items() if is_rank(name)}
 
     @property
     def scores(self) -> dict[str, Curve]:
         """The metrics of the module: losses, scores, and whatever else it logs."""
-        others = (*OF_THE_RUN, *_OF_LIGHTNING)
-        return {n: c for n, c in self.curves.items() if not (n in others or is_rank(n) or n.startswith("lr-"))}
+        return {name: curve for name, curve in self.curves.items() if is_score(name)}
 
 
 def read_runs(folders: str | Path | Sequence[str | Path]) -> list[Run]:
@@ -99,6 +102,8 @@ def _read_run(folder: Path, name: str | None) -> Run:
     for points in map(_of_table, tables) if tables else map(_of_events, events):
         part: _Curves = {}
         _add(part, points)
+        if _MARK not in part:
+            part = {name_today(metric): curve for metric, curve in part.items()}
         if _MARK not in part and _MARK in curves:  # an evaluation, whose steps say nothing of the run
             curves |= {metric: curve for metric, curve in part.items() if metric not in curves}
         elif _MARK in part and part[_MARK][0][0] == 0:  # another run
@@ -109,7 +114,8 @@ def _read_run(folder: Path, name: str | None) -> Run:
         raise ValueError(f"run='{folder}' holds no number: its log is empty or broken, so name another folder")
     checkpoints = _files(folder, "checkpoints/*.ckpt")  # sharded ones are folders
     checkpoints.sort(key=lambda path: (path.name.startswith("last"), path.stat().st_mtime))
-    return Run(name or folder.resolve().name, folder, curves, _settings(folder / "config.yaml"), checkpoints)
+    settings, record, confusion = _settings(folder / "config.yaml"), read_record(folder), read_confusion(folder)
+    return Run(name or folder.resolve().name, folder, curves, settings, checkpoints, record, confusion)
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
@@ -137,7 +143,7 @@ def _add(curves: _Curves, points: Iterable[tuple[str, int, float]]) -> None:
 
 def _has_start(metric: str) -> bool:
     """Whether it is logged before the first batch as well, which has the step 0 too."""
-    return metric == ADAPTER_PARAMS or is_rank(metric)
+    return name_today(metric) in (ADAPTER_PARAMS, MEAN_RANK) or is_rank(metric)
 
 
 def _of_table(path: Path) -> Iterable[tuple[str, int, float]]:

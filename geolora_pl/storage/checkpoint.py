@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
 from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.adapters.wrappers import plain_name, unwrapped, wrapper_names
@@ -199,7 +200,18 @@ def describe_adapters(checkpoint: dict[str, Any], module: nn.Module) -> None:
         "layers": adapted_names(module),
         "trained": trained_names(module),
         "wrappers": wrapper_names(module),
+        "parameters": asdict(Counts.of(module, find_adapters(module))),
     }
+
+
+def counts_in(checkpoint: Mapping[str, Any]) -> Counts | None:
+    """How many parameters the module of a checkpoint has; ``None`` if it does not say, as an older one."""
+    noted = checkpoint.get(_ADAPTERS, {}).get("parameters")
+    names = [field.name for field in fields(Counts)]
+    if not isinstance(noted, Mapping) or not all(isinstance(noted.get(name), int) for name in names):
+        return None
+    counts = Counts(**{name: noted[name] for name in names})
+    return counts if counts.per_rank > 0 and counts.base >= 0 else None
 
 
 def plain_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

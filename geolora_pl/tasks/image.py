@@ -33,6 +33,7 @@ from geolora_pl.tasks.classes import (
     settle_multi_label,
     settle_num_classes,
 )
+from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.internals import save_config_for_hf
 from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
@@ -164,6 +165,7 @@ class ImageClassification(GeoLoRAModule):
         self.metrics = nn.ModuleDict(
             {split: make_metrics(names, classes, self.multi_label) for split in ("val", "test")}
         )
+        self.confusion = confusion_matrix(classes, self.multi_label)
         # A checkpoint can then be loaded without the data.
         self.hparams["num_classes"], self.hparams["class_names"] = self.num_classes, self.class_names
         self.hparams["multi_label"] = self.multi_label
@@ -258,13 +260,19 @@ class ImageClassification(GeoLoRAModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Log loss and metrics on the validation images."""
-        self._evaluate("val", batch)
+        outputs, labels = self._evaluate("val", batch)
+        if self.confusion is not None:
+            self.confusion.update(outputs, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep for the report which classes were taken for which."""
+        keep_confusion(self, self.confusion, self.class_names)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Log loss and metrics on the test images."""
         self._evaluate("test", batch)
 
-    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch
         outputs, of_split = self(images), self.metrics[split]
         assert self.num_classes is not None
@@ -273,6 +281,7 @@ class ImageClassification(GeoLoRAModule):
         update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
         for name, metric in of_split.items():
             self.log(f"{split}_{name}", metric, prog_bar=True)  # type: ignore[arg-type]  # a Metric
+        return outputs, labels
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the probabilities of the classes (batch, classes), or numbers (batch,) in a regression."""

@@ -20,6 +20,7 @@ from geolora_pl.tasks.classes import (
     settle_multi_label,
     settle_num_classes,
 )
+from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
@@ -155,6 +156,7 @@ class TextClassification(TransformerTask):
                 for split in (*self.val_splits, "test")
             }
         )
+        self.confusion = confusion_matrix(self.num_classes, bool(self.multi_label))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""
@@ -175,12 +177,18 @@ class TextClassification(TransformerTask):
         end = f"_{other}" if other else ""
         loss = self.loss(outputs, labels)
         self.log(f"{kind}_loss{end}", loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
+        if self.confusion is not None and split == self.val_splits[0]:
+            self.confusion.update(outputs, labels)
         of_split = self.metrics[split]
         assert isinstance(of_split, nn.ModuleDict)
         assert self.num_classes is not None
         update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
         for name, metric in of_split.items():
             self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)  # type: ignore[arg-type]  # a Metric
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep for the report which classes were taken for which in the first set of texts."""
+        keep_confusion(self, self.confusion, self.class_names)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return probabilities of the classes (batch, classes), or numbers (batch,) in a regression."""

@@ -16,7 +16,8 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     """Split what is trained into adapters, other matrices and other vectors.
 
     The groups suit any torch optimizer. Adapters come first, K and L of one adapter side by side, marked with
-    ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``.
+    ``adapters: True`` for :class:`RiemannianAdam`. Biases and norms get ``weight_decay: 0``. The names ``adapters``,
+    ``in_full`` and ``no_decay`` are those under which learning rates are logged.
 
     Args:
         model: A model with adapters, or parameters of such a model; those that need no gradient are left out.
@@ -40,9 +41,9 @@ def parameter_groups(model: nn.Module | Iterable[nn.Parameter], head_lr: float |
     rest = [p for p in trained if id(p) not in of_adapters]
     lr = {} if head_lr is None else {"lr": head_lr}
     groups: list[dict[str, Any]] = [
-        {"params": factors, "adapters": True},
-        {"params": [p for p in rest if p.dim() > 1], **lr},
-        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0, **lr},
+        {"params": factors, "adapters": True, "name": "adapters"},
+        {"params": [p for p in rest if p.dim() > 1], "name": "in_full", **lr},
+        {"params": [p for p in rest if p.dim() <= 1], "name": "no_decay", "weight_decay": 0.0, **lr},
     ]
     return [group for group in groups if group["params"]]
 

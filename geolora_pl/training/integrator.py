@@ -159,6 +159,11 @@ class RankAdaptiveIntegrator:
         """Optimizer steps that were skipped because a gradient was not finite."""
         return self._watch.skipped_steps
 
+    def gradient_norm(self) -> float | None:
+        """The norm of all gradients of the last step; ``None`` if nobody knows; waits for the device."""
+        squares = self._watch.squares
+        return None if squares is None else float(squares.sum().sqrt())
+
     @property
     def unfinished(self) -> bool:
         """Whether :meth:`retract` has anything to do: increments are pending, or new directions are not judged yet."""

@@ -54,6 +54,8 @@ class StepWatch:
         nesting: Knows whether a step goes on inside of another.
         coefficients_alone: Whether steps are to move S alone, and not the bases.
         every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
+        squares: The squared norm of each gradient of the last step, on its device; ``None`` before the first step, and
+            where a process holds parts of gradients only.
 
     Args:
         model: The model, for the names of its parameters.
@@ -80,6 +82,7 @@ class StepWatch:
         self._new_skips = 0
         self.skipped_steps = 0
         self.lr_factor = 1.0
+        self.squares: Tensor | None = None
         self.nesting = Nesting()
         self.decay: dict[str, float] = dict.fromkeys(adapters, 1.0)
         self._model = model
@@ -225,12 +228,15 @@ class StepWatch:
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        present = [p for p in parameters if _values(p).numel()]  # a process may hold no row of a sharded parameter
+        squares = _squares(present) if present else torch.zeros(0)
+        self.squares = None if any(is_sharded(p) for p in parameters) else squares
         broken_on_device = None
         if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
-            broken_on_device = (~_squares_are_finite(parameters).all()).to(torch.float32)
+            broken_on_device = (~squares.isfinite().all()).to(torch.float32)
             optimizer.leave_out_next_step_if(broken_on_device)
             self._statistics.take_back_if(broken_on_device)
-        elif (broken := _first_non_finite(parameters)) is not None:
+        elif (broken := _first_non_finite(parameters, present, squares)) is not None:
             self._statistics.take_back_if(True)
             self._skip(optimizer, parameters, broken)
             return
@@ -325,14 +331,20 @@ def _warn(message: str) -> None:
     warnings.warn(message, GeoLoRAWarning, stacklevel=3)
 
 
-def _first_non_finite(parameters: list[nn.Parameter]) -> nn.Parameter | None:
+def _first_non_finite(
+    parameters: list[nn.Parameter], present: list[nn.Parameter], squares: Tensor
+) -> nn.Parameter | None:
     """The first parameter with a gradient that is not finite or squares to infinity; one wait for the device.
 
     A process holds only a part of a sharded parameter, so what one process finds counts for all.
+
+    Args:
+        parameters: Those with a gradient.
+        present: Those of which this process holds anything.
+        squares: The squared norms of their gradients.
     """
-    checked = [parameter for parameter in parameters if _values(parameter).numel()]
-    below = _squares_are_finite(checked).tolist() if checked else []
-    broken = next((parameter for parameter, fine in zip(checked, below, strict=True) if not fine), None)
+    finite = squares.isfinite().tolist()
+    broken = next((parameter for parameter, fine in zip(present, finite, strict=True) if not fine), None)
     if any(is_sharded(parameter) for parameter in parameters):
         device = _values(parameters[0]).device
         if anywhere(torch.tensor(broken is not None, device=device)) and broken is None:
@@ -349,12 +361,12 @@ def _values(parameter: nn.Parameter) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _squares_are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Whether the squares of each gradient have a finite sum; otherwise second moments would never recover."""
+def _squares(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The squared norm of each gradient; if that is not finite, second moments would never recover."""
     values = [_values(parameter) for parameter in parameters]
     norms = foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
     squares = foreach_mul(norms, norms)  # each in its own precision, before they are stacked into one vector
-    return torch.stack([square.to(values[0].device) for square in squares]).isfinite()
+    return torch.stack([square.to(values[0].device) for square in squares])
 
 
 def _waits(device: torch.device) -> bool:

@@ -270,7 +270,7 @@ def test_two_steps_of_every_experiment(path, tmp_path, monkeypatch):
         values = [float(row[name]) for row in rows if row[name]]
         assert len(values) == count, name
         assert all(math.isfinite(value) and value > 0 for value in values), name
-    assert any(row["rank/mean"] for row in rows)
+    assert any(row["geolora/mean_rank"] for row in rows)
     assert list(metrics.parent.glob("events.out.tfevents.*"))
     assert (metrics.parent / "checkpoints" / "last.ckpt").is_file()
 

@@ -72,7 +72,7 @@ def test_a_run_adapts_and_ends_retracted(tmp_path):
     assert callback.integrator.total_steps == 12
     assert not callback.integrator.unfinished
     assert all(not layer.K[:, layer.probes :].any() and not layer.L.any() for layer in find_adapters(model).values())
-    logged = [entry["rank/mean"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry["geolora/mean_rank"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4
     # The last checkpoint has the final ranks, and not what was pending before them.
     last = made()
@@ -155,7 +155,7 @@ def test_ranks_stop_to_change(tmp_path):
     callback = GeoLoRATrainerCallback(tau=0.2, adapt_every=2, adapt_until=0.5)
     trainer = trainer_for(tmp_path, made(), callback, logging_steps=1, save_strategy="no")
     trainer.train()
-    ranks = [entry["adapter_params"] for entry in trainer.state.log_history if "loss" in entry]
+    ranks = [entry["geolora/adapter_params"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(set(ranks[6:])) == 1
 
 
@@ -254,4 +254,4 @@ def test_the_ranks_of_one_training_are_not_logged_with_another_model(tmp_path):
     trainer_for(tmp_path / "a", made(), callback).train()
     other = trainer_for(tmp_path / "b", made(), callback)
     other.evaluate()
-    assert not any("rank/mean" in entry for entry in other.state.log_history)
+    assert not any("geolora/mean_rank" in entry for entry in other.state.log_history)

@@ -20,6 +20,7 @@ from geolora_pl import (
     inject_adapters,
 )
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.lightning.monitor import RankMonitor
 
 
 class Built(Foreign):
@@ -163,19 +164,45 @@ def test_weight_averaging_is_refused_with_the_reason(other):
 
 
 def test_ranks_are_logged_as_often_as_the_trainer_logs(tmp_path):
-    callback = GeoLoRACallback(adapter=ADAPTER)
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=6)
     logger = CSVLogger(tmp_path, name="", version="")
     runs = trainer(callback, logger=logger, log_every_n_steps=2)
     runs.fit(Foreign(), loader())
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
     names = header.split(",")
-    expected = {"rank/mean", "rank/body.0", "rank/body.2", "adapter_params", "truncation_error", "skipped_steps"}
-    expected |= {"energy_kept", "orthonormality_defect", "adaptation_time"}
+    expected = {f"geolora/{name}" for name in ("mean_rank", "adapter_params", "truncation_error", "skipped_steps")}
+    expected |= {"rank/body.0", "rank/body.2"}
+    expected |= {"geolora/energy_kept", "geolora/orthonormality_defect", "geolora/adaptation_time"}
     assert expected <= set(names)
-    logged = [row for row in (dict(zip(names, row.split(","), strict=True)) for row in rows) if row["rank/mean"]]
-    assert [row["step"] for row in logged] == ["0", "1", "3", "5"]  # the start, and batches as Lightning counts
+    logged = [
+        row for row in (dict(zip(names, row.split(","), strict=True)) for row in rows) if row["geolora/mean_rank"]
+    ]
+    assert [row["step"] for row in logged] == ["0", "0", "1", "3", "5"]  # the start, and batches as Lightning counts
     assert float(logged[-1]["rank/body.0"]) == find_adapters(runs.lightning_module)["body.0"].rank
-    assert runs.callback_metrics["adapter_params"] == callback.integrator.adapter_parameters()
+    assert runs.callback_metrics["geolora/adapter_params"] == callback.integrator.adapter_parameters()
+
+
+def test_ranks_are_logged_at_every_adaptation_of_a_short_run(tmp_path):
+    """With Lightning's default of 50 steps between logs a run of 24 steps had two points."""
+    logger = CSVLogger(tmp_path, name="", version="")
+    callback = GeoLoRACallback(adapter=ADAPTER, adapt_every=5)
+    trainer(callback, logger=logger, log_every_n_steps=24).fit(Foreign(), loader(batches=24))
+    logged = [row["step"] for row in rows_of(tmp_path) if row["geolora/mean_rank"]]
+    assert logged == ["0", "0", "1", "3", "7", "12", "17", "22", "23"]
+
+
+def test_in_a_long_run_adaptations_are_logged_at_growing_distances():
+    inject_adapters(model := Foreign(), ADAPTER)
+    monitor = RankMonitor(RankAdaptiveIntegrator(model, tau=0.1))
+    logged = []
+    for step in range(20_000):
+        monitor.integrator.adaptations += 1
+        if monitor.is_due(step):
+            logged.append(step)
+            monitor.numbers(step)
+    assert logged[:200] == list(range(200))
+    assert len(logged) < 1300
+    assert logged[-1] - logged[-2] == 99
 
 
 def rows_of(folder):
@@ -185,9 +212,10 @@ def rows_of(folder):
 
 def test_with_accumulation_ranks_are_logged_once_a_step(tmp_path):
     settings = {"accumulate_grad_batches": 4, "log_every_n_steps": 2, "logger": CSVLogger(tmp_path, "", "")}
-    trainer(GeoLoRACallback(adapter=ADAPTER), **settings).fit(Foreign(), loader(batches=26))
+    trainer(GeoLoRACallback(adapter=ADAPTER, adapt_every=6), **settings).fit(Foreign(), loader(batches=26))
     rows = rows_of(tmp_path)
-    assert [row["step"] for row in rows if row["rank/mean"]] == ["0", "1", "3", "5", "6"]  # 6: the rest of the epoch
+    logged = [row["step"] for row in rows if row["geolora/mean_rank"]]
+    assert logged == ["0", "0", "1", "3", "5", "6"]  # 6: the rest of the epoch
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "3", "5"]
 
 
@@ -206,16 +234,20 @@ def test_rows_of_ranks_have_the_epoch_and_are_in_the_file_at_once(tmp_path):
     settings = {"max_epochs": 2, "log_every_n_steps": 3, "logger": CSVLogger(tmp_path, "", "")}
     runs = trainer(callback, Watch(), **settings)
     runs.fit(Quiet(), loader(batches=5))
-    assert [(r["step"], r["epoch"]) for r in rows_of(tmp_path) if r["rank/mean"]] == [
+    assert [(r["step"], r["epoch"]) for r in rows_of(tmp_path) if r["geolora/mean_rank"]] == [
         ("0", "0"),
+        ("0", "0"),
+        ("1", "0"),
         ("2", "0"),
+        ("3", "0"),
         ("4", "0"),
         ("5", "1"),
+        ("7", "1"),
         ("8", "1"),
         ("9", "1"),  # the end of the epoch, with what the retraction after its last step found
     ]
-    assert lengths == [1, 1, 2, 2, 3, 4, 4, 4, 5, 6]
-    assert {"rank/mean", "rank/body.0", "energy_kept"} <= set(runs.logged_metrics)
+    assert lengths == [2, 3, 4, 5, 6, 7, 7, 8, 9, 10]
+    assert {"geolora/mean_rank", "rank/body.0", "geolora/energy_kept"} <= set(runs.logged_metrics)
 
 
 def test_adapt_until_holds_the_ranks_for_the_rest_of_the_run():

@@ -19,6 +19,7 @@ from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.lightning.export import export
 from geolora_pl.lightning.loading import load_module
+from geolora_pl.report.rank_map import RankMap
 from geolora_pl.tasks import ImageClassification, TextClassification
 
 ROOT = Path(__file__).parents[2]
@@ -200,8 +201,11 @@ def test_ranks_shows_every_adapter(image, capsys, monkeypatch):
     rank_4.S.data[:4, :4] = torch.diag(torch.tensor([8.0, 3.4, 0.1, 0.0]))
     main(["ranks", "--ckpt_path", save(module, ckpt)])
     out = capsys.readouterr().out
-    assert all(name in out for name in layers)
-    (row,) = [line for line in out.splitlines() if "blocks.0.attn.qkv" in line]
+    by_depth, _, singly = out.partition("99% energy")
+    assert by_depth.index("layers of model.blocks") < by_depth.index("attn.qkv")
+    assert all(RankMap.of(layers).short_names()[name] in singly for name in layers)
+    assert max(map(len, out.splitlines())) <= 80
+    (row,) = [line for line in out.splitlines() if "attn.qkv 0" in line]
     assert [cell.strip() for cell in row.split("│")[2:-1]] == ["4", "256", "2", "8", "█▄▁▁"]
     total = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers.values())
     assert f"{total:,}" in out

@@ -85,7 +85,7 @@ def test_a_run_that_explodes_goes_back_and_ends_well(healthy, rescued):
     assert last_loss(module) < 0.5
     assert last_loss(lost) > 3 * last_loss(fine)
     assert callback.integrator.rollbacks == 1
-    assert runs.callback_metrics["rollbacks"] == 1
+    assert runs.callback_metrics["geolora/rollbacks"] == 1
     assert callback.integrator.total_steps == runs.global_step == 90
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 from foreign import ADAPTER, Foreign, loader, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters, merge_adapters
 from geolora_pl.adapters.inject import find_adapters, has_adapters
 from geolora_pl.lightning.monitor import RankMonitor
-from geolora_pl.lightning.summary import rank_table, show_whole_numbers, start_summary
+from geolora_pl.lightning.progress import fit_bar
+from geolora_pl.lightning.summary import rank_table, start_summary
 from geolora_pl.report.printed import print_summary
 
 
@@ -44,12 +45,16 @@ def fit(tmp_path, *more, enable_model_summary=True, **settings):
 
 def test_the_start_says_what_is_adapted_what_is_trained_and_what_it_takes():
     out = printed(*start_summary(model := blocks(), watched(model)))
-    assert ["m.*.fc1", "3", "16 x 8", "2", "4", "144"] in [
+    assert ["fc1", "3", "16 x 8", "2", "4", "144"] in [
         [cell.strip() for cell in row.strip("│").split("│")] for row in out.splitlines()
     ]
     # 6 layers of 24 at rank 2 with 2 probes; head 18; base 3 * (144 + 136) + 18
-    assert "trainable: 306 parameters, 288 in adapters (at most 576) and 18 of the 858 of the model itself; " in out
-    assert "; probes train 288 more, which no exported file holds" in out
+    parts = "288 in adapters (34.3% of the base of 840, as a LoRA of rank 2.0) and 18 in full (head and others)"
+    assert f"trained: 306 parameters: {parts}" in out
+    # K and L of 6 layers have columns for rank 4 and 2 probes; Lightning's summary counts all of them.
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 882
+    how = "576 of adapters at their largest, 288 of probes (in no exported file), and 18 in full"
+    assert f"allocated: 882 parameters, trainable in Lightning's summary: {how}" in out
     assert "memory: 3.43 kB of weights, 7.3 kB of adapters, 3.53 kB of gradients, besides" in out
 
 
@@ -60,7 +65,7 @@ def test_layers_of_several_shapes_and_ranks_are_told_together():
         [c.strip() for c in r.strip("│").split("│")]
         for r in printed(*start_summary(model, watched(model))).splitlines()
     ]
-    assert ["m.*.fc", "2", "2 shapes", "2 to 3", "2 to 4", "68"] in rows
+    assert ["fc", "2", "2 shapes", "2 to 3", "2 to 4", "68"] in rows
 
 
 def test_the_table_of_ranks_has_depth_in_order_and_how_the_mean_moved():
@@ -69,7 +74,7 @@ def test_the_table_of_ranks_has_depth_in_order_and_how_the_mean_moved():
         layer.rank = min(rank, 4)
     table = rank_table(monitor)
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    assert cells[:3] == [["m.*.fc1", "m.*.fc2"], ["1 3 4", "2 4 4"], ["2.0 -> 2.7", "2.0 -> 3.3"]]
+    assert cells[:3] == [["fc1", "fc2"], ["1 3 4", "2 4 4"], ["2.0 -> 2.7", "2.0 -> 3.3"]]
     assert [column.footer for column in table.columns] == ["all", "", "2.0 -> 3.0", "432"]
 
 
@@ -77,12 +82,13 @@ def test_a_fit_ends_with_ranks_scores_time_and_the_files(tmp_path, capfd):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", save_last=True)
     module = fit(tmp_path, checkpoint)
     out = capfd.readouterr().out
-    assert "trainable: " in out
+    assert "allocated: " in out
     end = out.partition("ranks found, by depth")[2]
     assert "at max_rank: 2 of 2 adapters" in end
-    assert f"│ body.0 │ {module.body[0].rank}     │ 2.0 -> {module.body[0].rank}.0 │" in end
-    total = sum(p.numel() for p in Foreign().parameters())
-    assert f"of the {total} of the model itself" in end
+    assert f"│ 0              │ {module.body[0].rank}     │ 2.0 -> {module.body[0].rank}.0 │" in end
+    base = sum(p.numel() for p in Foreign().body.parameters())
+    assert f"of the base of {base}, as a LoRA of rank " in end
+    assert "and 18 in full (head and others)" in end
     for line in ("val_loss: 0.", "train_loss: 0.", "time: ", "for 13 adaptations of the ranks"):
         assert line in end, line
     assert f"logs: {tmp_path}" in end
@@ -122,6 +128,7 @@ def test_long_names_are_whole_in_a_file_and_folded_on_a_narrow_terminal():
     model = nn.Linear(8, 8)
     for part in reversed(name.split(".")):
         model = nn.ModuleDict({part: model})
+    model["other"] = nn.Linear(8, 8)  # names have no beginning in common
     inject_adapters(model, AdapterConfig(init_rank=2))
     for terminal in (False, True):
         console = Console(width=60, file=io.StringIO(), force_terminal=terminal, color_system=None)
@@ -148,7 +155,7 @@ def test_only_the_first_of_two_processes_prints(capfd):
     settings = {"devices": 2, "strategy": "ddp_fork", "enable_model_summary": True}
     trainer(GeoLoRACallback(), **settings).fit(module, loader())
     out = capfd.readouterr().out
-    assert (out.count("trainable: "), out.count("ranks found")) == (1, 1)
+    assert (out.count("allocated: "), out.count("ranks found")) == (1, 1)
 
 
 def test_the_progress_bar_shows_mean_rank_and_whole_parameters(tmp_path):
@@ -161,9 +168,28 @@ def test_the_progress_bar_shows_mean_rank_and_whole_parameters(tmp_path):
 
     module = fit(tmp_path, Bar(), enable_progress_bar=True, log_every_n_steps=1, enable_model_summary=False)
     ranks = [layer.rank for layer in find_adapters(module).values()]
-    assert Bar.seen["rank/mean"] == sum(ranks) / 2
-    assert Bar.seen["adapter_params"] == str(ranks[0] * 22 + ranks[1] * 20)
-    show_whole_numbers(None)  # no bar
+    assert Bar.seen["rank"] == f"{sum(ranks) / 2:.1f}"
+    assert Bar.seen["params"] == str(ranks[0] * 22 + ranks[1] * 20)
+    fit_bar(None)  # no bar
+
+
+@pytest.mark.parametrize(("width", "has_bar"), [(80, False), (140, True)])
+def test_on_a_narrow_terminal_the_drawing_of_the_bar_gives_way_to_the_numbers(width, has_bar, monkeypatch):
+    """At 80 columns the numbers were folded into five lines beside a bar of 16 columns."""
+    monkeypatch.setattr("geolora_pl.lightning.progress.get_console", lambda: Console(width=width))
+    fit_bar(bar := RichProgressBar())
+    kinds = [type(column).__name__ for column in bar.configure_columns(None)]
+    assert ("CustomBarColumn" in kinds, "ProcessingSpeedColumn" in kinds) == (has_bar, has_bar)
+    assert {"BatchesProcessedColumn", "CustomTimeColumn"} <= set(kinds)
+
+
+def test_a_learning_rate_is_no_result(capfd, tmp_path):
+    """A fit ended with ``lr-RiemannianAdam/pg2: 0.0000`` among its scores."""
+    monitored = {"logger": CSVLogger(tmp_path), "enable_model_summary": True, "log_every_n_steps": 1}
+    trainer(GeoLoRACallback(adapter=ADAPTER), LearningRateMonitor(), **monitored).fit(Foreign(), loader())
+    end = capfd.readouterr().out.partition("ranks found, by depth")[2]
+    assert "train_loss: " in end
+    assert "lr-AdamW" not in end
 
 
 def test_a_progress_bar_that_formats_its_metrics_is_left_to_it():
@@ -177,7 +203,7 @@ def test_a_progress_bar_that_formats_its_metrics_is_left_to_it():
 
     settings = {"enable_progress_bar": True, "log_every_n_steps": 1}
     trainer(GeoLoRACallback(adapter=ADAPTER), Bar(), **settings).fit(Foreign(), loader())
-    assert re.fullmatch(r"\d\.\d\de\+0[12]", Bar.seen["adapter_params"])
+    assert re.fullmatch(r"\d\.\d\de\+0[12]", Bar.seen["params"])
 
 
 def test_a_module_may_merge_its_adapters_when_training_ends(capfd):
@@ -188,8 +214,8 @@ def test_a_module_may_merge_its_adapters_when_training_ends(capfd):
     callback = GeoLoRACallback(adapter=ADAPTER)
     trainer(callback, enable_model_summary=True).fit(module := Merges(), loader())
     assert not has_adapters(module)
-    active, total = callback.integrator.adapter_parameters(), sum(p.numel() for p in Foreign().parameters())
-    assert f"adapter parameters: {active} ({active / total:.1%} of the {total} " in capfd.readouterr().out
+    active, base = callback.integrator.adapter_parameters(), sum(p.numel() for p in Foreign().body.parameters())
+    assert f"{active} in adapters ({active / base:.1%} of the base of {base}, " in capfd.readouterr().out
 
 
 class Bracketed(Foreign):
@@ -209,5 +235,6 @@ def test_names_are_printed_as_they_are(capfd):
     trainer(GeoLoRACallback(adapter=adapter), enable_model_summary=True).fit(Bracketed(), loader())
     start, _, end = capfd.readouterr().out.partition("ranks found, by depth")
     for table in (start, end):
-        assert "body.[/x]" in table
-        assert "body.[bold]" in table
+        assert "layers of body" in table
+        assert " [/x] " in table
+        assert " [bold] " in table

@@ -71,8 +71,10 @@ def used(tree):
             yield from (alias.name for alias in node.names if is_private(alias.name))
         elif isinstance(node, ast.Import):
             yield from (part for alias in node.names for part in alias.name.split(".") if is_private(part))
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and is_private(node.attr):
-            yield node.attr
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            if isinstance(node.ctx, ast.Load) or not own:  # an attribute of something else may be set as well
+                yield node.attr
 
 
 def overridden(path):

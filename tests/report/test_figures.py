@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -8,7 +9,10 @@ RANKS = {f"m.{i}.{kind}": [(0, 2.0), (10, 2.0 + i), (20, 3.0 + i)] for i in rang
 
 
 def legend(figure):
-    return [text.get_text() for box in figure.legends for text in box.get_texts()]
+    """The names of the lines, in a legend or where the lines end."""
+    (ax,) = figure.axes
+    ends = [text.get_text() for text in ax.texts if text.get_transform() == ax.transAxes]
+    return [text.get_text() for box in figure.legends for text in box.get_texts()] or sorted(ends)
 
 
 def test_curves_have_a_line_each_and_its_points():
@@ -71,6 +75,46 @@ def test_one_layer_and_many_are_drawn_in_a_page(layers):
     ranks = {f"m.{i}.q": [(0, 4.0)] for i in range(layers)}
     assert figures.ranks_by_adapter(ranks, "").get_figheight() < 12
     assert figures.rank_map(dict.fromkeys(ranks, 4), "").axes
+
+
+def test_lines_in_one_place_have_all_their_names_apart_and_are_all_seen():
+    """Two kinds of layer had the same mean rank, and the page showed one line and two names somewhere else."""
+    same, other = [(0, 2.0), (9, 4.0)], [(0, 2.0), (9, 4.01)]
+    figure = figures.curves({"query": same, "key": same, "value": other}, "ranks")
+    (ax,) = figure.axes
+    heights = sorted(text.get_position()[1] for text in ax.texts)
+    assert legend(figure) == ["key", "query", "value"]
+    assert all(b - a > 0.07 for a, b in pairwise(heights))
+    assert heights[-1] <= 1
+    assert [text.get_color() for text in ax.texts] == [
+        line.get_color() for line in (ax.lines[0], ax.lines[1], ax.lines[2])
+    ]
+    assert [line.is_dashed() for line in ax.lines] == [False, True, False]
+
+
+def test_many_lines_and_long_names_have_a_legend():
+    many = {f"a rather long name of a run {i}": [(0, 1.0), (5, float(i))] for i in range(3)}
+    figure = figures.curves(many, "loss")
+    assert not figure.axes[0].texts
+    assert legend(figure) == list(many)
+
+
+def test_what_a_lower_rank_would_lose_ends_above_tau_and_tau_is_a_line():
+    figure = figures.tails({"m.0.q": [4.0, 3.0], "m.1.q": []}, 0.3, "lost")
+    (ax,) = figure.axes
+    first, second, tau = ax.lines
+    assert first.get_xydata().tolist() == [[0, 1], [1, pytest.approx(0.6)]]
+    assert len(second.get_xdata()) == 0
+    assert list(tau.get_ydata()) == [0.3, 0.3]
+    assert "tau 0.3" in [text.get_text() for text in ax.texts]
+    assert len(figures.tails({"m.0.q": [4.0, 3.0]}, None, "lost").axes[0].lines) == 1
+
+
+@pytest.mark.parametrize("largest", [0.9, 1.1, 3000.0])
+def test_a_logarithmic_scale_has_numbers_and_no_formulas(largest):
+    r"""The page wrote $\mathdefault{10^{0}}$ beside the singular values."""
+    figure = figures.spectra({"m.0.q": [largest, largest / 2, largest / 4]}, "spectra")
+    assert "mathdefault" not in figures.svg(figure, "", "log")
 
 
 def test_spectra_leave_out_what_a_logarithm_cannot_show():

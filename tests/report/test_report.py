@@ -94,8 +94,9 @@ def test_a_page_about_one_run(about_one):
     assert [len(page.all(tag)) for tag in ("html", "title", "h1", "main")] == [1, 1, 1, 1]
     assert "Run tau<0.05>" in page.words
     assert {"Learning curves", "Ranks", "Retractions", "Files", "last.ckpt", "geolora.tau", "0.05"} <= set(page.words)
+    assert {"Foreign on TensorDataset", "tau 0.05", "Rounding errors"} <= set(page.words)
     pictures = page.all("svg")
-    assert len(pictures) == len(page.all("figure")) == 1 + 5 + 3
+    assert len(pictures) == len(page.all("figure")) == 1 + 2 + 6 + 3
     said = " ".join(picture["aria-label"] for picture in pictures)
     for part in (
         "train_loss from ",
@@ -103,9 +104,12 @@ def test_a_page_about_one_run(about_one):
         "Rank map at the end: from ",
         "Mean rank over steps",
         "Singular",
+        "What each update would lose at a lower rank, with tau 0.05",
+        "learning rate, by its highest over steps: pg1 0.01 from 1 at step 0 to 1 at step 17",
+        "gradient norm, after clipping over steps: ",
     ):
         assert part in said
-    assert "adapter parameters over steps: adapter_params from 84 at step 0 to " in said
+    assert "adapter parameters over steps: geolora/adapter_params from 84 at step 0 to " in said
     assert all(picture["role"] == "img" for picture in pictures)
     assert text.count("<caption>") == len(page.all("table")) >= 3
     assert "Comparison" not in page.words
@@ -167,13 +171,44 @@ def tile(run, title):
 
 @pytest.mark.parametrize("ranks", ["", "2"])
 def test_a_test_after_the_fit_is_no_step(tmp_path, ranks):
-    (tmp_path / "metrics.csv").write_text(f"step,loss,test_loss,rank/mean\n0,1,,{ranks}\n9,1,,{ranks}\n10,,1,\n")
+    (tmp_path / "metrics.csv").write_text(
+        f"step,loss,test_loss,geolora/mean_rank\n0,1,,{ranks}\n9,1,,{ranks}\n10,,1,\n"
+    )
     assert tile(tmp_path, "steps") == "10"
 
 
 def test_of_a_validation_both_ends_are_said_for_nobody_knows_which_is_better(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,val_calibration\n1,0.5\n2,0.1\n3,0.9\n4,0.4\n")
     assert tile(tmp_path, "val_calibration") == "0.4 <small>lowest 0.1 at step 2, highest 0.9 at step 3</small>"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("val_accuracy", "best 0.9 at step 3"),
+        ("val_loss", "best 0.1 at step 2"),
+        ("val_f1_mismatched", "best 0.9 at step 3"),
+        ("validation/perplexity", "best 0.1 at step 2"),
+    ],
+)
+def test_of_a_score_the_best_value_is_said(tmp_path, name, said):
+    (tmp_path / "metrics.csv").write_text(f"step,{name}\n1,0.5\n2,0.1\n3,0.9\n4,0.4\n")
+    assert tile(tmp_path, name) == f"0.4 <small>{said}</small>"
+
+
+def test_what_chose_the_checkpoints_says_which_way_is_better(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val_calibration\n1,0.5\n2,0.1\n3,0.9\n4,0.4\n")
+    (tmp_path / "run.json").write_text('{"better.val_calibration": "min"}')
+    assert tile(tmp_path, "val_calibration") == "0.4 <small>best 0.1 at step 2</small>"
+
+
+def test_checkpoints_have_epoch_steps_and_score(runs):
+    text = write_report([runs[0]], runs[0] / "kept.html").read_text()
+    head, row = re.search(r"Checkpoints, oldest first</caption>(.*?)</table>", text)[1].split("<tbody>")
+    assert re.findall(r'<th scope="col">(.*?)</th>', head) == ["checkpoint", "epoch", "steps", "val_loss", "size"]
+    name, epoch, steps, loss, _ = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
+    assert (name, epoch, steps) == ("last.ckpt", "2", "18")
+    assert loss == re.search(r"<dt>val_loss</dt><dd>([\d.]+)", text)[1]
 
 
 def test_many_metrics_are_some_figures_and_a_table(tmp_path, monkeypatch):
@@ -252,9 +287,11 @@ def test_what_the_system_refuses_is_one_sentence(plain, tmp_path, capfd, monkeyp
 def test_without_matplotlib_the_remedy_is_said(runs, tmp_path, capfd, monkeypatch):
     for module in [m for m in sys.modules if m.partition(".")[0] == "matplotlib" or m in PICTURES]:
         monkeypatch.delitem(sys.modules, module)
+    for name in PICTURES:
+        monkeypatch.delattr(name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     err = refusal(["--run", str(runs[0]), "--output", str(tmp_path / "page.html")], capfd)
     assert err == "error: a report needs matplotlib: pip install 'geolora_pl[report]'\n"
 
 
-PICTURES = {"geolora_pl.report.page", "geolora_pl.report.figures"}
+PICTURES = {f"geolora_pl.report.{name}" for name in ("page", "figures", "html", "classes", "checkpoints")}

@@ -29,10 +29,10 @@ def test_a_run_is_read_from_its_table_or_its_events(tmp_path, logger):
     run = read_run(tmp_path / "run")
     assert run.name == "run"
     assert {name: curve[-1][1] for name, curve in run.ranks.items()} == integrator.ranks()
-    assert [step for step, _ in run.ranks["body.0"]] == [0, 1, 3, 5, 7, 9, 11]
+    assert [step for step, _ in run.ranks["body.0"]] == [0, 0, *range(1, 12)]
     assert set(run.scores) == {"train_loss", "val_loss"}
     assert [step for step, _ in run.curves["val_loss"]] == [5, 11]
-    assert run.curves["adapter_params"][-1] == (11, integrator.adapter_parameters())
+    assert run.curves["geolora/adapter_params"][-1] == (11, integrator.adapter_parameters())
     assert [path.name for path in run.checkpoints][-1] == "last.ckpt"
     assert len(run.checkpoints) == 4
 
@@ -48,15 +48,17 @@ def test_of_what_was_written_twice_the_later_counts(tmp_path):
 
 
 def test_another_run_in_the_same_folder_is_read_alone(tmp_path):
-    write(tmp_path, "step,train_loss,rank/mean,rank/a,rank/dead\n0,,2,2,2\n1,9,,,\n40,8,3,3,3\n", "metrics.1.csv")
-    write(tmp_path, "step,train_loss,rank/mean,rank/a\n0,,4,4\n5,7,,\n10,6,5,5\n")
+    write(
+        tmp_path, "step,train_loss,geolora/mean_rank,rank/a,rank/dead\n0,,2,2,2\n1,9,,,\n40,8,3,3,3\n", "metrics.1.csv"
+    )
+    write(tmp_path, "step,train_loss,geolora/mean_rank,rank/a\n0,,4,4\n5,7,,\n10,6,5,5\n")
     run = read_run(tmp_path)
     assert run.curves["train_loss"] == [(5, 7), (10, 6)]
     assert run.ranks == {"a": [(0, 4), (10, 5)]}
 
 
 def test_a_validation_or_a_test_after_the_fit_leaves_its_curves(tmp_path):
-    write(tmp_path, "step,val_loss,rank/mean\n0,,2\n10,5,3\n20,4,3\n", "metrics.1.csv")
+    write(tmp_path, "step,val_loss,geolora/mean_rank\n0,,2\n10,5,3\n20,4,3\n", "metrics.1.csv")
     write(tmp_path, "step,val_loss,val_score\n0,1,2\n", "metrics.2.csv")  # of ``validate``, which counts from 0
     write(tmp_path, "step,test_loss\n0,3\n")
     curves = read_run(tmp_path).curves
@@ -75,7 +77,7 @@ def test_a_run_and_what_follows_in_its_folder(tmp_path, logger):
     callback = GeoLoRACallback(tau=0.05, adapter=ADAPTER)
     other = trainer(callback, logger=logger(tmp_path, name="", version=""), log_every_n_steps=3, max_epochs=1)
     other.fit(Foreign(), loader())
-    assert [step for step, _ in read_run(tmp_path).ranks["body.0"]] == [0, 2, 5]
+    assert [step for step, _ in read_run(tmp_path).ranks["body.0"]] == [0, 0, *range(1, 6)]
     assert "val_loss" not in read_run(tmp_path).curves
 
 
@@ -106,6 +108,14 @@ def test_settings_are_flat(tmp_path):
     write(tmp_path, text, "config.yaml")
     expected = {"geolora.tau": 0.2, "trainer.callbacks.0.class_path": "X", "list": [1, 2], "empty": {}}
     assert read_run(tmp_path).settings == expected
+
+
+def test_a_run_from_before_names_had_groups_is_read_by_those_of_today(tmp_path):
+    write(tmp_path, "step,rank/mean,adapter_params,rank/a\n0,2,84,2\n0,3,90,3\n9,4,99,4\n")
+    run = read_run(tmp_path)
+    assert run.curves["geolora/mean_rank"] == [(0, 2), (0, 3), (9, 4)]
+    assert run.curves["geolora/adapter_params"][-1] == (9, 99)
+    assert list(run.ranks) == ["a"]
 
 
 def test_names_tell_runs_apart(tmp_path):

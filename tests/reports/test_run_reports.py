@@ -311,7 +311,7 @@ def test_a_metric_that_is_not_logged_is_refused_before_the_first_step(module, ca
     assert runs.global_step == 0
 
 
-@pytest.mark.parametrize("monitor", ["val_loss", "train_loss", "rank/mean"])
+@pytest.mark.parametrize("monitor", ["val_loss", "train_loss", "geolora/mean_rank"])
 def test_a_metric_that_is_logged_is_waited_for(tmp_path, monitor):
     """Metrics of the validation, of the training and of the ranks are there, and nothing is refused."""
     saved = ModelCheckpoint(tmp_path, monitor=monitor)
@@ -663,7 +663,7 @@ def test_names_from_files_are_no_commands_to_the_terminal(tmp_path, capsys):
 
 def run_folder(path, names=("val_loss",), config=""):
     path.mkdir()
-    head = ["step", "rank/mean", *names]
+    head = ["step", "geolora/mean_rank", *names]
     lines = [",".join(head), *(",".join(map(str, [step, *range(1, len(head))])) for step in range(3))]
     (path / "metrics.csv").write_text("\n".join(lines) + "\n")
     (path / "config.yaml").write_text(config)
@@ -771,7 +771,7 @@ def test_an_export_reads_numbers_as_fit_does(tmp_path):
 
 def test_a_report_of_a_run_that_left_all_bounds(tmp_path):
     """A loss ran off to 1e308 before it was stopped, and report ended in a traceback. There is a page."""
-    rows = ["step,rank/mean,rank/a,train_loss", "0,2,2,1.0", "10,2,1e300,1e308", "20,3,3,-1e308"]
+    rows = ["step,geolora/mean_rank,rank/a,train_loss", "0,2,2,1.0", "10,2,1e300,1e308", "20,3,3,-1e308"]
     (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
     assert write_report(tmp_path).is_file()
     (tmp_path / "metrics.csv").write_text("step,train_loss\n99999999999999999999999,1\n")

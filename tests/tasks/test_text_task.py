@@ -455,10 +455,18 @@ def test_fit_validate_predict_on_the_command_line(tmp_path, monkeypatch, model, 
     main(["fit", *common, *logger, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--test_after_fit=true"])
     out = capfd.readouterr().out
     assert re.search(r"test_accuracy: [01]\.\d{4}", out)
-    assert "model.bert.encoder.layer.*.attention.self.query" in out
+    assert "layers of model.bert.encoder.layer.*" in out
+    assert "│ attention.self.query " in out
     (metrics,) = Path().rglob("metrics.csv")
     logged = {name for row in csv.DictReader(metrics.read_text().splitlines()) for name, value in row.items() if value}
-    assert {"train_loss", "val_loss", "val_accuracy", "test_accuracy", "rank/mean", "adapter_params"} <= logged
+    assert {
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "test_accuracy",
+        "geolora/mean_rank",
+        "geolora/adapter_params",
+    } <= logged
     (checkpoint,) = Path().rglob("*.ckpt")
     for command in ("validate", "test", "predict"):
         output = ["--output=p.csv"] if command == "predict" else []

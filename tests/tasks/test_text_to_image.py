@@ -100,7 +100,7 @@ def test_fit_with_everything_switched_on(folders, kind, tmp_path):
     )
     runs = trainer(GeoLoRACallback(adapt_every=1), max_epochs=2, default_root_dir=tmp_path)
     runs.fit(module, with_class(folders))
-    assert {"train_loss", "val_loss", "rank/mean"} <= set(runs.callback_metrics)
+    assert {"train_loss", "val_loss", "geolora/mean_rank"} <= set(runs.callback_metrics)
     names = find_adapters(module.model)
     assert any(name.startswith("unet.") for name in names)
     assert any(name.startswith("text_encoder.") for name in names)

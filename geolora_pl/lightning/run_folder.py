@@ -1,4 +1,4 @@
-"""Keep what the user was told about data and model in the folder of the run."""
+"""The folder of a run, and what the user was told about data and model, which a fit leaves there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from geolora_pl.storage.atomic import atomic
 NAME = "notes.txt"
 
 
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """The folder that a logger gives to the run, in the process that writes; ``None`` if there is none on the disk."""
+    folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
+    return Path(folders[0]) if trainer.is_global_zero and folders and "://" not in folders[0] else None
+
+
 def write_notes(trainer: L.Trainer, module: L.LightningModule, more: Iterable[str] = ()) -> None:
     """Write the notes of the data module and the module as ``notes.txt``, if a logger gives the run its own folder.
 
@@ -25,10 +31,9 @@ def write_notes(trainer: L.Trainer, module: L.LightningModule, more: Iterable[st
     """
     data = getattr(trainer, "datamodule", None)
     notes = [*getattr(data, "notes", ()), *getattr(module, "notes", ()), *more]
-    folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
-    if not trainer.is_global_zero or not folders or "://" in folders[0]:
+    if (folder := run_folder(trainer)) is None:
         return
-    target = Path(folders[0], NAME)
+    target = folder / NAME
     if not notes:
         target.unlink(missing_ok=True)
         return
