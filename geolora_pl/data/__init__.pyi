@@ -18,4 +18,7 @@ from geolora_pl.data.texts.language import LanguageFiles as LanguageFiles
 from geolora_pl.data.texts.language import LanguageHub as LanguageHub
 from geolora_pl.data.texts.sources import TextFiles as TextFiles
 from geolora_pl.data.texts.sources import TextHub as TextHub
+from geolora_pl.data.texts.tags import TagDataModule as TagDataModule
+from geolora_pl.data.texts.tags import TagFiles as TagFiles
+from geolora_pl.data.texts.tags import TagHub as TagHub
 from geolora_pl.data.texts.unlabelled import UnlabelledTexts as UnlabelledTexts

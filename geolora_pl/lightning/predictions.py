@@ -31,9 +31,10 @@ class PredictionWriter(BasePredictionWriter):
 
     A row has the index of the input, what the data module says of it in ``predict_inputs`` (the name of an image's
     file, a text), and the label with the probability of every class (in CSV as columns ``p_<class>``), or the number
-    in a regression. Label and numbers are empty where they are not finite, which a warning says. The classes are named
-    by the module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would
-    run as a formula gets an apostrophe before it; JSON lines are exact.
+    in a regression; or, where ``predict_step`` returns a mapping per input, such as tags or an answer, what that says.
+    Label and numbers are empty where they are not finite, which a warning says. The classes are named by the module's
+    ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run as a formula
+    gets an apostrophe before it, and a list is written as in JSON; JSON lines are exact.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
@@ -82,15 +83,16 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Gather the predictions of all processes and write them."""
         by_set = predictions if len(batch_indices) > 1 else [predictions]
-        mine: dict[tuple[int, int], Tensor] = {}
+        mine: dict[tuple[int, int], Tensor | Row] = {}
         for number, (batches, indices_of_batches) in enumerate(zip(by_set, batch_indices, strict=True)):
             for batch, indices in zip(batches, indices_of_batches, strict=True):
-                if not isinstance(batch, Tensor) or batch.dim() not in (1, 2) or len(batch) != len(indices):
+                of_inputs = _of_inputs(batch)
+                if of_inputs is None or len(of_inputs) != len(indices):
                     raise ValueError(
-                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes) or "
-                        "numbers (batch,) for the predictions to be written"
+                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes), numbers "
+                        "(batch,) or one mapping per input for the predictions to be written"
                     )
-                for index, prediction in zip(indices, batch.detach().float().cpu(), strict=True):
+                for index, prediction in zip(indices, of_inputs, strict=True):
                     mine[number, index] = prediction
         everything = [mine]
         if trainer.world_size > 1:
@@ -98,7 +100,7 @@ class PredictionWriter(BasePredictionWriter):
             torch.distributed.all_gather_object(everything, mine)
         if trainer.is_global_zero:
             found = {key: prediction for of_process in everything for key, prediction in of_process.items()}
-            if broken := sum(not prediction.isfinite().all() for prediction in found.values()):
+            if broken := sum(isinstance(p, Tensor) and not p.isfinite().all() for p in found.values()):
                 rank_zero_warn(
                     f"{broken} of {len(found)} predictions are not finite, so their label or number is left empty: "
                     "look at the inputs and at the checkpoint",
@@ -143,13 +145,23 @@ def predict(
     return rows
 
 
-def _rows(found: dict[tuple[int, int], Tensor], module: object, data: object, sets: int) -> list[Row]:
+def _of_inputs(batch: object) -> Sequence[Any] | None:
+    """What is predicted for each input of a batch: a tensor or a mapping; ``None`` for what is neither."""
+    if isinstance(batch, Tensor) and batch.dim() in (1, 2):
+        return list(batch.detach().float().cpu())
+    return batch if isinstance(batch, list) and all(isinstance(row, dict) for row in batch) else None
+
+
+def _rows(found: dict[tuple[int, int], Tensor | Row], module: object, data: object, sets: int) -> list[Row]:
     names = _names(module, data)
-    inputs: dict[str, list[str]] = (getattr(data, "predict_inputs", None) or {}) if sets == 1 else {}
+    inputs: dict[str, list[Any]] = (getattr(data, "predict_inputs", None) or {}) if sets == 1 else {}
     rows = []
     for (number, index), prediction in sorted(found.items(), key=lambda item: item[0]):
         row: Row = ({"set": number} if sets > 1 else {}) | {"index": index}
         row |= {column: values[index] for column, values in inputs.items()}
+        if isinstance(prediction, dict):
+            rows.append(row | prediction)
+            continue
         if prediction.dim() == 0:
             rows.append(row | {"prediction": _finite(prediction.item())})
             continue
@@ -193,8 +205,12 @@ def _flat(row: Row) -> Row:
 def _harmless(cell: Any) -> Any:
     """A cell of a CSV file that no spreadsheet runs: a text that looks like a formula gets an apostrophe before it.
 
+    A list is written as in JSON, which begins with a bracket.
+
     OWASP names the signs; a text that is a number, such as the class -1, is not a formula.
     """
+    if isinstance(cell, list):
+        return json.dumps(cell, ensure_ascii=False)
     if not isinstance(cell, str) or not cell.startswith(_FORMULA):
         return cell
     try:

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.classes import (
     check_class_weights,
+    name_classes,
     settle_class_names,
     settle_class_weights,
     settle_num_classes,
@@ -124,9 +125,7 @@ class TextClassification(TransformerTask):
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``, with the names of the classes."""
         assert isinstance(self.model, PreTrainedModel)
-        if self.class_names is not None:
-            self.model.config.id2label = dict(enumerate(self.class_names))
-            self.model.config.label2id = {name: index for index, name in enumerate(self.class_names)}
+        name_classes(self.model.config, self.class_names)
         super().save_model(folder)
 
     def new_modules(self) -> Sequence[str]:

@@ -15,7 +15,8 @@ from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
-from geolora_pl.tasks import ImageClassification, TextClassification, TextToImage
+from geolora_pl.data.texts.tags import TagDataModule
+from geolora_pl.tasks import ImageClassification, TextClassification, TextToImage, TokenClassification
 from geolora_pl.tasks.transformer import TransformerTask
 
 ROOT = Path(__file__).parents[2]
@@ -29,15 +30,17 @@ OWNERS = [
     ImageClassification,
     TransformerTask,
     TextClassification,
+    TokenClassification,
     TextToImage,
     ImageDataModule,
     PromptedImages,
     TokenDataModule,
     LabelledTexts,
     LanguageDataModule,
+    TagDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule"}
+BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule", "TagDataModule"}
 
 
 def defaults(owner):

@@ -112,7 +112,8 @@ STEPS = [
 TASKS = [
     (
         "geolora_pl.tasks.TextClassification, geolora_pl.data.GLUE, geolora_pl.data.TextFiles, "
-        "geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles",
+        "geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles, "
+        "geolora_pl.tasks.TokenClassification, geolora_pl.data.TagFiles",
         ["timm", "sklearn", "diffusers"],
     ),
     ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", ["transformers", "diffusers", "datasets"]),
