@@ -11,6 +11,9 @@ from geolora_pl.data.images.folder import ImageFolder as ImageFolder
 from geolora_pl.data.images.prompted import PromptedImages as PromptedImages
 from geolora_pl.data.images.tiny_imagenet import TinyImageNet as TinyImageNet
 from geolora_pl.data.images.unlabelled import UnlabelledImages as UnlabelledImages
+from geolora_pl.data.texts.answers import AnswerDataModule as AnswerDataModule
+from geolora_pl.data.texts.answers import AnswerFiles as AnswerFiles
+from geolora_pl.data.texts.answers import AnswerHub as AnswerHub
 from geolora_pl.data.texts.glue import GLUE as GLUE
 from geolora_pl.data.texts.labelled import TextDataModule as TextDataModule
 from geolora_pl.data.texts.language import LanguageDataModule as LanguageDataModule

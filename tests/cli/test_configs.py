@@ -34,6 +34,7 @@ NOT_OF_THE_PAPER = {
     "diffusion/dreambooth",
     "diffusion/captions",
     "text/tags",
+    "text/qa",
     *LANGUAGE,
 }
 DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
@@ -167,7 +168,7 @@ def setting(config: dict[str, Any], name: str) -> Any:
 def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Settings that put a small model in the place of one from the hub."""
     settings = config["model"]["init_args"]
-    if config["model"]["class_path"].endswith((".TextClassification", ".TokenClassification")):
+    if config["model"]["class_path"].endswith((".TextClassification", ".TokenClassification", ".QuestionAnswering")):
         return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
     if config["model"]["class_path"].endswith(".CausalLM"):
         return {"model.init_args.model_name": save_tiny_decoder(folder / "model", DECODER[settings["model_name"]])}
@@ -183,6 +184,21 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "model.init_args.pretrained": False,
         "model.init_args.model_args": json.dumps({**(settings["model_args"] or {}), **SMALL_VIT}),
     }
+
+
+SHORT = {"max_length": 16, "stride": 2}
+
+
+def tiny_rows(source: str) -> dict[str, Any] | None:
+    """A row for the sources of texts that read columns of lists, or two columns of texts."""
+    return {
+        "TagFiles": {"tokens": ["good", "film"], "tags": ["B-X", "O"]},
+        "AnswerFiles": {
+            "question": "is",
+            "context": "the good film",
+            "answers": {"text": ["good"], "answer_start": [4]},
+        },
+    }.get(source)
 
 
 def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -205,11 +221,11 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         columns = [settings["text_column"], settings["label_column"]]
         write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
         return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
-    if source == "TagFiles":
-        rows = {settings["tokens_column"]: [["good", "film"]] * 20, settings["tags_column"]: [["B-X", "O"]] * 20}
-        datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
-        return {"data.init_args.train_file": folder / "train.parquet", "data.init_args.cache_dir": folder / "cache",
-                "data.init_args.max_length": 8}  # fmt: skip
+    if rows := tiny_rows(source):
+        datasets.Dataset.from_list([rows] * 20).to_parquet(folder / "train.parquet")
+        lengths = {f"data.init_args.{name}": length for name, length in SHORT.items() if settings.get(name) is not None}
+        files = {"data.init_args.train_file": folder / "train.parquet", "data.init_args.cache_dir": folder / "cache"}
+        return {**files, **lengths}
     if source == "LanguageFiles":
         columns = [settings[name] for name in ("prompt_column", "completion_column") if settings[name]]
         rows = {name: ["a good film", "the plot was not bad"] * 20 for name in columns or [settings["text_column"]]}

@@ -12,11 +12,18 @@ import geolora_pl.data
 from geolora_pl import AdapterConfig, GeoLoRACallback, GeoLoRAModule, GeoLoRATrainerCallback, RiemannianAdam
 from geolora_pl.data.images.base import ImageDataModule
 from geolora_pl.data.images.prompted import PromptedImages
+from geolora_pl.data.texts.answers import AnswerDataModule
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
 from geolora_pl.data.texts.tags import TagDataModule
-from geolora_pl.tasks import ImageClassification, TextClassification, TextToImage, TokenClassification
+from geolora_pl.tasks import (
+    ImageClassification,
+    QuestionAnswering,
+    TextClassification,
+    TextToImage,
+    TokenClassification,
+)
 from geolora_pl.tasks.transformer import TransformerTask
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +38,7 @@ OWNERS = [
     TransformerTask,
     TextClassification,
     TokenClassification,
+    QuestionAnswering,
     TextToImage,
     ImageDataModule,
     PromptedImages,
@@ -38,9 +46,17 @@ OWNERS = [
     LabelledTexts,
     LanguageDataModule,
     TagDataModule,
+    AnswerDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule", "TagDataModule"}
+BASES = {
+    "ImageDataModule",
+    "PromptedImages",
+    "TextDataModule",
+    "LanguageDataModule",
+    "TagDataModule",
+    "AnswerDataModule",
+}
 
 
 def defaults(owner):

@@ -78,11 +78,18 @@ def _read_json_lines(path: Path, columns: Sequence[str]) -> pa.Table:
         there.update(dict.fromkeys(found))
         of_row = dict(row)
         for name in columns:
-            values[name].append(of_row.get(name))
+            values[name].append(_objects(of_row.get(name)))
     if not there:
         raise ValueError(f"{path} holds no rows")
     _check_columns(path, columns, list(there))
     return pa.table({name: _column(path, name, of_column) for name, of_column in values.items()})
+
+
+def _objects(value: Any) -> Any:
+    """A value in which the pairs of every object have become a mapping."""
+    if isinstance(value, list):
+        return [_objects(inner) for inner in value]
+    return {name: _objects(inner) for name, inner in value} if isinstance(value, tuple) else value
 
 
 def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
