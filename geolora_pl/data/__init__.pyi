@@ -19,6 +19,9 @@ from geolora_pl.data.texts.labelled import TextDataModule as TextDataModule
 from geolora_pl.data.texts.language import LanguageDataModule as LanguageDataModule
 from geolora_pl.data.texts.language import LanguageFiles as LanguageFiles
 from geolora_pl.data.texts.language import LanguageHub as LanguageHub
+from geolora_pl.data.texts.seq2seq import Seq2SeqDataModule as Seq2SeqDataModule
+from geolora_pl.data.texts.seq2seq import Seq2SeqFiles as Seq2SeqFiles
+from geolora_pl.data.texts.seq2seq import Seq2SeqHub as Seq2SeqHub
 from geolora_pl.data.texts.sources import TextFiles as TextFiles
 from geolora_pl.data.texts.sources import TextHub as TextHub
 from geolora_pl.data.texts.tags import TagDataModule as TagDataModule

@@ -13,9 +13,9 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from glue_files import write_glue, write_tsv
+from glue_files import write_glue
 from image_files import write_cifar, write_image_folder, write_tiny_imagenet
-from tiny_text import save_tiny_decoder, save_tiny_model
+from tiny_text import save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
 
 from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
 from geolora_pl.cli.dispatch import main
@@ -35,6 +35,7 @@ NOT_OF_THE_PAPER = {
     "diffusion/captions",
     "text/tags",
     "text/qa",
+    "text/seq2seq",
     *LANGUAGE,
 }
 DECODER = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen3", "openai-community/gpt2": "gpt2"}
@@ -172,6 +173,8 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
     if config["model"]["class_path"].endswith(".CausalLM"):
         return {"model.init_args.model_name": save_tiny_decoder(folder / "model", DECODER[settings["model_name"]])}
+    if config["model"]["class_path"].endswith(".Seq2SeqLM"):
+        return {"model.init_args.model_name": save_tiny_seq2seq(folder / "model"), "model.init_args.max_new_tokens": 4}
     if config["model"]["class_path"].endswith(".TextToImage"):
         return {
             "model.init_args.model_name": save_tiny_pipeline(folder / "model"),
@@ -186,18 +189,19 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-SHORT = {"max_length": 16, "stride": 2}
+SHORT = {"max_length": 16, "stride": 2, "max_target_length": 8}
 
 
-def tiny_rows(source: str) -> dict[str, Any] | None:
-    """A row for the sources of texts that read columns of lists, or two columns of texts."""
+def tiny_rows(source: str, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Two rows for the sources of texts that read a row by its columns."""
+    if source == "TextFiles":
+        columns = [settings["text_column"], settings["label_column"]]
+        return [dict(zip(columns, row, strict=True)) for row in (("good film", "1"), ("bad plot", "0"))]
+    answers = {"text": ["good"], "answer_start": [4]}
     return {
-        "TagFiles": {"tokens": ["good", "film"], "tags": ["B-X", "O"]},
-        "AnswerFiles": {
-            "question": "is",
-            "context": "the good film",
-            "answers": {"text": ["good"], "answer_start": [4]},
-        },
+        "TagFiles": [{"tokens": ["good", "film"], "tags": ["B-X", "O"]}] * 2,
+        "AnswerFiles": [{"question": "is", "context": "the good film", "answers": answers}] * 2,
+        "Seq2SeqFiles": [{"text": "the good film", "target": "good"}] * 2,
     }.get(source)
 
 
@@ -217,12 +221,8 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             "data.init_args.class_folder": folder / "class",
             "data.init_args.num_class_images": 2,
         }
-    if source == "TextFiles":
-        columns = [settings["text_column"], settings["label_column"]]
-        write_tsv(folder / "train.tsv", [columns, *[["good film", "1"], ["bad plot", "0"]] * 10])
-        return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
-    if rows := tiny_rows(source):
-        datasets.Dataset.from_list([rows] * 20).to_parquet(folder / "train.parquet")
+    if rows := tiny_rows(source, settings):
+        datasets.Dataset.from_list(rows * 10).to_parquet(folder / "train.parquet")
         lengths = {f"data.init_args.{name}": length for name, length in SHORT.items() if settings.get(name) is not None}
         files = {"data.init_args.train_file": folder / "train.parquet", "data.init_args.cache_dir": folder / "cache"}
         return {**files, **lengths}
