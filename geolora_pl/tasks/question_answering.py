@@ -117,7 +117,7 @@ class QuestionAnswering(TransformerTask):
             {"id": str(number), "answers": {"text": texts or [""], "answer_start": [0] * max(1, len(texts))}}
             for number, texts in enumerate(batch["answers"])
         ]
-        scores = {name: score / 100 for name, score in squad(predicted, targets).items()}
+        scores = {name: float(score) / 100 for name, score in squad(predicted, targets).items()}
         kind, _, other = split.partition("_")  # val_other
         end = f"_{other}" if other else ""
         of_split = self.metrics[split]

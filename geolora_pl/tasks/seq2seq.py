@@ -141,7 +141,7 @@ class Seq2SeqLM(TransformerTask):
             if name == "loss":
                 metric.update(losses, learnt)
             else:
-                metric.update(scores[f"{name}_fmeasure"], len(written))
+                metric.update(float(scores[f"{name}_fmeasure"]), len(written))
             self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
 
     def write(self, batch: Batch) -> list[str]:

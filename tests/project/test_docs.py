@@ -15,11 +15,13 @@ from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.answers import AnswerDataModule
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
+from geolora_pl.data.texts.seq2seq import Seq2SeqDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
 from geolora_pl.data.texts.tags import TagDataModule
 from geolora_pl.tasks import (
     ImageClassification,
     QuestionAnswering,
+    Seq2SeqLM,
     TextClassification,
     TextToImage,
     TokenClassification,
@@ -39,6 +41,7 @@ OWNERS = [
     TextClassification,
     TokenClassification,
     QuestionAnswering,
+    Seq2SeqLM,
     TextToImage,
     ImageDataModule,
     PromptedImages,
@@ -47,6 +50,7 @@ OWNERS = [
     LanguageDataModule,
     TagDataModule,
     AnswerDataModule,
+    Seq2SeqDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 BASES = {
@@ -56,6 +60,7 @@ BASES = {
     "LanguageDataModule",
     "TagDataModule",
     "AnswerDataModule",
+    "Seq2SeqDataModule",
 }
 
 

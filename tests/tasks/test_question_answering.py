@@ -182,6 +182,23 @@ def test_a_data_set_of_the_hub_has_lists_of_texts_and_places(tmp_path):
     assert not loaded.unanswerable
 
 
+def test_no_context_is_both_in_training_and_held_out(tmp_path):
+    """Questions about one context share its answers, so that a score on the others would be too good."""
+    of_rows = [{**row, "question": question} for row in rows(10) for question in ("was one", "is one", "a one")]
+    of_file = attach(data(tmp_path, of_rows, val_file=None, val_fraction=0.2))
+    held_out = set(of_file.splits["val"]["context"][:])
+    assert len(of_file.splits["val"]) == 6
+    assert len(of_file.splits["train"]) == 24
+    tokenizer = make_tokenizer()
+    for ids in of_file.splits["train"]["input_ids"][:]:
+        assert tokenizer.decode(ids[4:-1]) not in held_out
+    assert "6 of 30 training questions, those of 2 contexts, are held out for validation (val_fraction=0.2)" in (
+        of_file.notes
+    )
+    with pytest.raises(ValueError, match="every question has the same context"):
+        attach(data(tmp_path, of_rows[:3], val_file=None))
+
+
 GOOD = {"question": "q", "context": "a good film", "answers": {"text": ["good"], "answer_start": [2]}}
 
 
@@ -283,6 +300,20 @@ def test_a_question_without_an_answer_is_right_if_none_is_given(tmp_path, model)
     assert module.unanswerable
     close(runs.callback_metrics["val_exact_match"], torch.tensor(0.25))
     close(runs.callback_metrics["val_f1"], torch.tensor(0.25))
+
+
+def test_two_processes_score_as_one_does(tmp_path, model, one_thread):
+    of_rows = rows(8) + rows(8, 1, length=16)  # of one piece and of two
+    found = []
+    for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
+        torch.manual_seed(0)
+        module = QuestionAnswering(model)
+        module.configure_model()
+        runs = trainer(GeoLoRACallback(), devices=devices, strategy=strategy)
+        of_file = data(tmp_path, of_rows, max_length=20, batch_size=4)
+        found.append(runs.validate(module, of_file, verbose=False)[0])
+    for name in ("val_loss", "val_exact_match", "val_f1"):
+        close(*(torch.tensor(metrics[name]) for metrics in found), NETWORK)
 
 
 def test_predictions_are_one_row_per_question_in_their_order(tmp_path, model):

@@ -16,7 +16,7 @@ from tolerance import NETWORK, close
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, pipeline
 
-from geolora_pl import GeoLoRACallback, predict
+from geolora_pl import GeoLoRACallback, PredictionWriter, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import TagFiles, TagHub
@@ -245,6 +245,24 @@ def test_loss_accuracy_and_f1_are_those_over_all_words(tmp_path, model):
     score = EntityScore()
     score.update([[module.class_names[i] for i in row.argmax(1)] for row in whole], [rule(words) for words in rows])
     close(runs.callback_metrics["val_f1"], score.compute())
+
+
+def test_two_processes_score_and_write_as_one_does(tmp_path, model, one_thread):
+    found, written = [], []
+    for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
+        torch.manual_seed(0)
+        module = TokenClassification(model, num_classes=5)
+        module.configure_model()
+        runs = trainer(GeoLoRACallback(), devices=devices, strategy=strategy)
+        found.append(runs.validate(module, data(tmp_path), verbose=False)[0])
+        writer = PredictionWriter(tmp_path / "p.jsonl")
+        runs = trainer(GeoLoRACallback(), writer, devices=devices, strategy=strategy)
+        runs.predict(module, data(tmp_path), return_predictions=False)
+        written.append([json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()])
+    for name in ("val_loss", "val_accuracy", "val_f1"):
+        close(*(torch.tensor(metrics[name]) for metrics in found), NETWORK)
+    assert [row["tokens"] for row in written[1]] == sentences(32)
+    assert [row["tags"] for row in written[0]] == [row["tags"] for row in written[1]]
 
 
 def test_every_word_has_a_tag_in_the_file_of_predictions_or_null_where_it_was_cut_off(tmp_path, model):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -94,6 +95,29 @@ class AnswerDataModule(Rows):
                 self.unanswerable = True
         kinds = {"answers": pa.list_(pa.string()), "starts": pa.list_(pa.int64())}
         return datasets.Dataset(pa.table({name: pa.array(values, kinds.get(name)) for name, values in columns.items()}))
+
+    def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
+        """Split training questions into ``train`` and ``val`` so that no context is in both.
+
+        Raises:
+            ValueError: There is one context.
+        """
+        contexts = np.asarray(list(dict.fromkeys(texts["context"])))
+        order = np.random.default_rng(self.seed).permutation(len(contexts))
+        if len(contexts) < 2:
+            raise ValueError(
+                f"val_fraction={self.val_fraction}: every question has the same context, so that none can be held out: "
+                "give questions for validation"
+            )
+        count = min(max(1, round(self.val_fraction * len(contexts))), len(contexts) - 1)
+        held_out = set(contexts[order[:count]].tolist())
+        inside = [context in held_out for context in texts["context"]]
+        note(
+            f"{sum(inside)} of {len(texts)} training questions, those of {count} contexts, are held out for validation "
+            f"(val_fraction={self.val_fraction})"
+        )
+        rows = {"train": np.flatnonzero(np.logical_not(inside)), "val": np.flatnonzero(inside)}
+        return {name: texts.select(chosen) for name, chosen in rows.items()}
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Refuse a limit or stride that leave no room for a context, and a tokenizer that knows no offsets."""
