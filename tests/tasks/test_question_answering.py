@@ -302,7 +302,9 @@ def test_a_question_without_an_answer_is_right_if_none_is_given(tmp_path, model)
     close(runs.callback_metrics["val_f1"], torch.tensor(0.25))
 
 
-def test_two_processes_score_as_one_does(tmp_path, model, one_thread):
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")  # the samples are even
+def test_two_processes_score_as_one_does(tmp_path, model, one_thread, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     of_rows = rows(8) + rows(8, 1, length=16)  # of one piece and of two
     found = []
     for devices, strategy in ((1, "auto"), (2, "ddp_fork")):

@@ -247,7 +247,9 @@ def test_loss_accuracy_and_f1_are_those_over_all_words(tmp_path, model):
     close(runs.callback_metrics["val_f1"], score.compute())
 
 
-def test_two_processes_score_and_write_as_one_does(tmp_path, model, one_thread):
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")  # the samples are even
+def test_two_processes_score_and_write_as_one_does(tmp_path, model, one_thread, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     found, written = [], []
     for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
         torch.manual_seed(0)
