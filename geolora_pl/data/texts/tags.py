@@ -85,11 +85,11 @@ class TagDataModule(Rows):
         _check_lists(tokens, source, self.tokens_column)
         columns: dict[str, list[Any]] = {"tokens": tokens}
         if split != "predict":
-            columns["tags"] = self._indices(table[self.tags_column].to_pylist(), tokens, source)
             if empty := sum(not words for words in tokens):
-                note(f"{source}: rows left out because {self.tokens_column} is empty: {empty}")
                 if empty == len(tokens):
                     raise ValueError(f"{source}: {self.tokens_column} is empty in every row: name another column")
+                note(f"{source}: rows left out because {self.tokens_column} is empty: {empty}")
+            columns["tags"] = self._indices(table[self.tags_column].to_pylist(), tokens, source)
             columns = {
                 name: [v for v, words in zip(values, tokens, strict=True) if words] for name, values in columns.items()
             }
@@ -105,9 +105,12 @@ class TagDataModule(Rows):
                     "every word needs one tag"
                 )
         if self._tags is None:
-            self._tags = _sorted({tag for tags in rows for tag in tags})
-            if len(self._tags) < 2:
-                raise ValueError(f"{source}: every tag is {self._tags}: there must be two, so name another column")
+            found = _sorted({tag for tags in rows for tag in tags})
+            if len(found) < 2:
+                raise ValueError(
+                    f"{source}: every {self.tags_column} is {found[0]!r}: there must be two tags, so name another column"
+                )
+            self._tags = found
         index = {tag: position for position, tag in enumerate(self._tags)}
         for number, tags in enumerate(rows, 1):
             if unknown := [tag for tag in tags if str(tag) not in index]:
