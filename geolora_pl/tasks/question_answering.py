@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTra
 from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask
+from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
 
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 _METRICS = ("loss", "exact_match", "f1")
@@ -83,6 +83,7 @@ class QuestionAnswering(TransformerTask):
             with keep_notes(self.notes):
                 note_trained_in_full(self.model, self.new_modules())
         data = self._data()
+        check_source(self, data, ("start_positions", "begins"), "AnswerFiles or AnswerHub")
         if self.unanswerable is None:
             self.unanswerable = bool(getattr(data, "unanswerable", False))
             self.hparams["unanswerable"] = self.unanswerable
@@ -141,19 +142,19 @@ class QuestionAnswering(TransformerTask):
             For each question its ``answer``, the character at which it ``start``s, and its ``score``, a probability. No
             answer is an empty text without a start.
         """
-        begins = batch["begins"]
-        outside = begins < 0
-        length = begins.shape[1]
-        spans = found[..., 0].masked_fill(outside, float("-inf"))[:, :, None] + found[:, None, :, 1]
-        allowed = (
-            torch.ones(length, length, dtype=torch.bool, device=begins.device).triu().tril(self.max_answer_length - 1)
-        )
-        spans = spans.masked_fill(~allowed | outside[:, None, :], float("-inf"))
+        begins, longest = batch["begins"], self.max_answer_length
+        inside = found.masked_fill((begins < 0)[..., None], float("-inf"))
+        last_tokens = F.pad(inside[..., 1], (0, longest - 1), value=float("-inf")).unfold(1, longest, 1)
+        spans = inside[..., :1] + last_tokens  # (pieces, length, longest): by the first token and how many follow it
         best, index = spans.flatten(1).max(1)
-        null = found[torch.arange(len(found)), batch["null"]].sum(-1)
-        first, last = index // length, index % length
-        pieces = torch.arange(len(found))
-        starts, ends = begins[pieces, first].tolist(), batch["ends"][pieces, last].tolist()
+        pieces = torch.arange(len(found), device=found.device)
+        first, last = index // longest, index // longest + index % longest
+        # Where no token is of the context, the last one may lie beyond the end.
+        starts, ends = (
+            begins[pieces, first].tolist(),
+            batch["ends"][pieces, last.clamp_max(begins.shape[1] - 1)].tolist(),
+        )
+        null = found[pieces, batch["null"]].sum(-1)
         scores, nulls, questions = best.tolist(), null.tolist(), batch["question"].tolist()
         rows: list[dict[str, Any]] = []
         for number, context in enumerate(batch["context"]):

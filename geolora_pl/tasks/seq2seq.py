@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM, GenerationMixin
 
-from geolora_pl.tasks.transformer import Batch, TransformerTask
+from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _IGNORED = -100  # the label of padding
@@ -98,7 +98,9 @@ class Seq2SeqLM(TransformerTask):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of texts."""
-        self.val_splits = getattr(self._data(), "splits_of", lambda kind: [kind])("val") or ["val"]
+        data = self._data()
+        check_source(self, data, ("target",), "Seq2SeqFiles or Seq2SeqHub", ("val", "test"))
+        self.val_splits = getattr(data, "splits_of", lambda kind: [kind])("val") or ["val"]
         self.metrics = nn.ModuleDict(
             {split: nn.ModuleDict({n: MeanMetric() for n in ("loss", *_ROUGE)}) for split in (*self.val_splits, "test")}
         )

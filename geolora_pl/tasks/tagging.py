@@ -17,7 +17,7 @@ from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_nu
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask
+from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
 
 NOT_INPUTS = ("labels", "words", "word_count")
 
@@ -94,6 +94,7 @@ class TokenClassification(TransformerTask):
             with keep_notes(self.notes):
                 note_trained_in_full(self.model, self.new_modules())
         data = self._data()
+        check_source(self, data, ("words",), "TagFiles or TagHub")
         self.num_classes = settle_num_classes(self.num_classes, data)
         self.class_names = settle_class_names(self.class_names, self.num_classes, data)
         self.val_splits = getattr(data, "splits_of", lambda kind: [kind])("val") or ["val"]

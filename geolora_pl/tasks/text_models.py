@@ -231,7 +231,9 @@ def head_names(model: nn.Module) -> list[str]:
     """
     prefix = str(model.base_model_prefix)
     after = {name: child for name, child in model.named_children() if name != prefix}
-    if isinstance(pooler := getattr(getattr(model, prefix), "pooler", None), nn.Module):
+    if not hasattr(model, prefix):  # the body has no name of its own, as in T5ForQuestionAnswering
+        after = {name: child for name, child in after.items() if isinstance(child, nn.Linear)}
+    if isinstance(pooler := getattr(getattr(model, prefix, None), "pooler", None), nn.Module):
         after[f"{prefix}.pooler"] = pooler
     return [name for name, child in after.items() if any(True for _ in child.parameters())]
 

@@ -11,7 +11,7 @@ from flags import FLAGS, LIMITS, QUIET
 from foreign import trainer
 from peft import AutoPeftModelForQuestionAnswering
 from text_files import attach, write
-from tiny_text import WORDS, make_tokenizer, save_tiny_model
+from tiny_text import SEQ2SEQ, WORDS, make_tokenizer, save_tiny_model, save_tiny_seq2seq
 from tolerance import NETWORK, close
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering
@@ -19,9 +19,9 @@ from transformers import AutoModelForQuestionAnswering
 from geolora_pl import GeoLoRACallback, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
-from geolora_pl.data import AnswerFiles, AnswerHub
+from geolora_pl.data import AnswerFiles, AnswerHub, TextFiles
 from geolora_pl.lightning.export import export
-from geolora_pl.tasks import QuestionAnswering
+from geolora_pl.tasks import QuestionAnswering, Seq2SeqLM, TokenClassification
 
 NUMBERS, OTHERS = WORDS[-7:], WORDS[:14]
 
@@ -242,14 +242,22 @@ def test_mistakes_are_refused(tmp_path, model):
         ValueError, match=r"stride=3 must be below 3, the tokens that are left .* half of max_length=12"
     ):
         attach(data(tmp_path, stride=3, max_length=12))
+    texts = write(tmp_path / "t.tsv", text=["good", "bad"] * 4, label=["yes", "no"] * 4)
+    of_texts = TextFiles(texts, texts, cache_dir=str(tmp_path / "cache"))
+    for task, take in ((QuestionAnswering, "AnswerFiles or"), (TokenClassification, "TagFiles or")):
+        with pytest.raises(ValueError, match=f"TextFiles does not make what {task.__name__} learns from: take {take}"):
+            trainer(GeoLoRACallback()).fit(task(model), of_texts)
+    with pytest.raises(ValueError, match="AnswerFiles does not make what Seq2SeqLM learns from: take Seq2SeqFiles or"):
+        trainer(GeoLoRACallback()).fit(Seq2SeqLM(save_tiny_seq2seq(tmp_path / "t5")), data(tmp_path, max_length=16))
     with pytest.raises(ValueError, match="max_answer_length=0 must be at least 1"):
         QuestionAnswering(model, max_answer_length=0)
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "deberta-v2", "modernbert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "deberta-v2", "modernbert", "gpt2", "qwen3", *SEQ2SEQ])
 def test_every_family_is_trained_in_its_blocks_and_its_head(tmp_path, family):
-    module, runs = QuestionAnswering(save_tiny_model(tmp_path / "m", family)), trainer(GeoLoRACallback())
-    runs.fit(module, data(tmp_path))
+    make = save_tiny_seq2seq if family in SEQ2SEQ else save_tiny_model
+    module, runs = QuestionAnswering(make(tmp_path / "m", family)), trainer(GeoLoRACallback())
+    runs.fit(module, data(tmp_path, max_length=32))
     assert {"train_loss", "val_loss", "val_exact_match", "val_f1"} <= set(runs.callback_metrics)
     trained = {name for name, p in module.model.named_parameters() if p.requires_grad and name[-2:] not in (".K", ".L")}
     assert trained

@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from geolora_pl import GeoLoRACallback, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
-from geolora_pl.data import Seq2SeqFiles, Seq2SeqHub
+from geolora_pl.data import Seq2SeqFiles, Seq2SeqHub, UnlabelledTexts
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import Seq2SeqLM
 
@@ -221,6 +221,14 @@ def test_predictions_are_the_texts_that_are_written_in_the_order_of_the_inputs(t
     assert [list(row) for row in rows] == [["index", "text", "generated"]] * 3
     assert [row["text"] for row in rows] == texts
     assert (tmp_path / "p.csv").read_text().splitlines()[0] == "index,text,generated"
+
+
+def test_lines_of_texts_are_enough_to_predict(tmp_path, model):
+    (tmp_path / "t.txt").write_text("good film\none two\n")
+    module = Seq2SeqLM(model, max_new_tokens=4)
+    module.configure_model()
+    lines = UnlabelledTexts(str(tmp_path / "t.txt"), max_length=16, num_workers=0, cache_dir=str(tmp_path / "cache"))
+    assert [row["text"] for row in predict(module, lines, **QUIET)] == ["good film", "one two"]
 
 
 @pytest.mark.parametrize("family", SEQ2SEQ)

@@ -102,7 +102,7 @@ class AnswerDataModule(Rows):
         Raises:
             ValueError: There is one context.
         """
-        contexts = np.asarray(list(dict.fromkeys(texts["context"])))
+        contexts = list(dict.fromkeys(texts["context"]))
         order = np.random.default_rng(self.seed).permutation(len(contexts))
         if len(contexts) < 2:
             raise ValueError(
@@ -110,7 +110,7 @@ class AnswerDataModule(Rows):
                 "give questions for validation"
             )
         count = min(max(1, round(self.val_fraction * len(contexts))), len(contexts) - 1)
-        held_out = set(contexts[order[:count]].tolist())
+        held_out = {contexts[index] for index in order[:count]}
         inside = [context in held_out for context in texts["context"]]
         note(
             f"{sum(inside)} of {len(texts)} training questions, those of {count} contexts, are held out for validation "

@@ -108,7 +108,7 @@ class TagDataModule(Rows):
             found = _sorted({tag for tags in rows for tag in tags})
             if len(found) < 2:
                 raise ValueError(
-                    f"{source}: every {self.tags_column} is {found[0]!r}: there must be two tags, so name another column"
+                    f"{source}: every {self.tags_column} is {found[0]!r}: there must be two tags, name another column"
                 )
             self._tags = found
         index = {tag: position for position, tag in enumerate(self._tags)}
