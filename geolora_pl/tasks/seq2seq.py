@@ -65,7 +65,7 @@ class Seq2SeqLM(TransformerTask):
         Raises:
             ValueError: The checkpoint says more.
         """
-        if name == "generation" and value != _numbers(value):
+        if name == "generation" and value is not None and value != _numbers(value):
             raise ValueError("is not a mapping of names to numbers")
         return super().argument_from_checkpoint(name, value)
 

@@ -198,6 +198,8 @@ def test_a_checkpoint_writes_as_the_run_did_with_what_came_with_the_model(tmp_pa
         config = task.model.generation_config
         assert (config.num_beams, config.no_repeat_ngram_size, config.length_penalty) == (2, 2, 2.0)
         assert (config.max_new_tokens, config.max_length) == (7, None)
+    given = Seq2SeqLM.load_from_checkpoint(path, generation={"num_beams": 3}, max_new_tokens=2)
+    assert (given.model.generation_config.num_beams, given.model.generation_config.max_new_tokens) == (3, 2)
     batch = module.tokenizer(["the good film", "one"], padding=True, return_tensors="pt")
     assert loaded.write(batch) == module.write(batch)
 
@@ -207,6 +209,7 @@ def test_a_checkpoint_says_only_numbers_of_how_to_write():
         with pytest.raises(ValueError, match="is not a mapping of names to numbers"):
             Seq2SeqLM.argument_from_checkpoint("generation", given)
     assert Seq2SeqLM.argument_from_checkpoint("generation", {"num_beams": 4}) == {"num_beams": 4}
+    assert Seq2SeqLM.argument_from_checkpoint("generation", None) is None
 
 
 def test_predictions_are_the_texts_that_are_written_in_the_order_of_the_inputs(tmp_path, model):

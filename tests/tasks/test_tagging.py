@@ -118,6 +118,13 @@ def test_a_data_set_of_the_hub_names_its_tags(tmp_path):
     of_hub = TagHub(str(tmp_path / "hub"), tags_column="ner_tags")
     assert of_hub.class_names == ["O", "B-Y", "B-X"]
     assert of_hub.load_splits()["train"]["tags"][:] == [[2, 0], [0]]
+    datasets.Dataset.from_dict({**rows, "ner_tags": [[2, 0], [-1]]}, features).to_parquet(
+        tmp_path / "hub" / "test.parquet"
+    )
+    with pytest.raises(
+        ValueError, match=r"hub test: row 2 has the tag '-1', which is none of O, B-Y, B-X: fix the row"
+    ):
+        TagHub(str(tmp_path / "hub"), tags_column="ner_tags").load_splits()
 
 
 @pytest.mark.parametrize(

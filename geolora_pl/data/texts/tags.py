@@ -205,7 +205,7 @@ class TagHub(FromHub, TagDataModule):
             return table
         self._tags = self._tags or list(feature.names)
         named = [
-            None if tags is None else [feature.names[tag] if tag in range(len(feature.names)) else tag for tag in tags]
+            tags and [feature.names[tag] if tag in range(len(feature.names)) else str(tag) for tag in tags]
             for tags in table[self.tags_column].to_pylist()
         ]
         return table.set_column(1, self.tags_column, pa.array(named))
