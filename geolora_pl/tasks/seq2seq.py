@@ -42,8 +42,8 @@ class Seq2SeqLM(TransformerTask):
         >>> tiny |= {"vocab_size": 11, "decoder_start_token_id": 0}
         >>> task = Seq2SeqLM("tiny", pretrained=False, model_args=tiny)
         >>> task.configure_model()
-        >>> tokens = torch.ones(2, 5, dtype=torch.long)
-        >>> task({"input_ids": tokens, "labels": tokens[:, :3]}).shape
+        >>> tokens, labels = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        >>> task({"input_ids": tokens, "labels": labels}).shape
         torch.Size([2, 3, 11])
     """
 
