@@ -200,7 +200,9 @@ def tiny_rows(source: str, settings: dict[str, Any]) -> list[dict[str, Any]] | N
     answers = {"text": ["good"], "answer_start": [4]}
     return {
         "TagFiles": [{"tokens": ["good", "film"], "tags": ["B-X", "O"]}] * 2,
-        "AnswerFiles": [{"question": "is", "context": "the good film", "answers": answers}] * 2,
+        "AnswerFiles": [
+            {"question": "is", "context": context, "answers": answers} for context in ("the good film", "the good plot")
+        ],
         "Seq2SeqFiles": [{"text": "the good film", "target": "good"}] * 2,
     }.get(source)
 

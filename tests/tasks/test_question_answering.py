@@ -257,7 +257,7 @@ def test_mistakes_are_refused(tmp_path, model):
 def test_every_family_is_trained_in_its_blocks_and_its_head(tmp_path, family):
     make = save_tiny_seq2seq if family in SEQ2SEQ else save_tiny_model
     module, runs = QuestionAnswering(make(tmp_path / "m", family)), trainer(GeoLoRACallback())
-    runs.fit(module, data(tmp_path, max_length=32))
+    runs.fit(module, data(tmp_path, max_length=30))
     assert {"train_loss", "val_loss", "val_exact_match", "val_f1"} <= set(runs.callback_metrics)
     trained = {name for name, p in module.model.named_parameters() if p.requires_grad and name[-2:] not in (".K", ".L")}
     assert trained
