@@ -12,6 +12,9 @@ from geolora_pl.data.images.prompted import PromptedImages as PromptedImages
 from geolora_pl.data.images.table import ImageTable as ImageTable
 from geolora_pl.data.images.tiny_imagenet import TinyImageNet as TinyImageNet
 from geolora_pl.data.images.unlabelled import UnlabelledImages as UnlabelledImages
+from geolora_pl.data.texts.answers import AnswerDataModule as AnswerDataModule
+from geolora_pl.data.texts.answers import AnswerFiles as AnswerFiles
+from geolora_pl.data.texts.answers import AnswerHub as AnswerHub
 from geolora_pl.data.texts.chats import ChatDataModule as ChatDataModule
 from geolora_pl.data.texts.chats import ChatFiles as ChatFiles
 from geolora_pl.data.texts.chats import ChatHub as ChatHub
@@ -20,6 +23,12 @@ from geolora_pl.data.texts.labelled import TextDataModule as TextDataModule
 from geolora_pl.data.texts.language import LanguageDataModule as LanguageDataModule
 from geolora_pl.data.texts.language import LanguageFiles as LanguageFiles
 from geolora_pl.data.texts.language import LanguageHub as LanguageHub
+from geolora_pl.data.texts.seq2seq import Seq2SeqDataModule as Seq2SeqDataModule
+from geolora_pl.data.texts.seq2seq import Seq2SeqFiles as Seq2SeqFiles
+from geolora_pl.data.texts.seq2seq import Seq2SeqHub as Seq2SeqHub
 from geolora_pl.data.texts.sources import TextFiles as TextFiles
 from geolora_pl.data.texts.sources import TextHub as TextHub
+from geolora_pl.data.texts.tags import TagDataModule as TagDataModule
+from geolora_pl.data.texts.tags import TagFiles as TagFiles
+from geolora_pl.data.texts.tags import TagHub as TagHub
 from geolora_pl.data.texts.unlabelled import UnlabelledTexts as UnlabelledTexts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,13 @@ def settle_class_names(given: Sequence[str] | None, num_classes: int, data: obje
         raise ValueError(f"class_names={list(given)} do not fit the data, which have {list(of_data)}: leave them out")
     names = given or of_data
     return None if names is None else list(names)
+
+
+def name_classes(config: Any, class_names: Sequence[str] | None) -> None:
+    """Write the names of the classes into the configuration of a model of transformers, if there are names."""
+    if class_names is not None:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
 
 
 def check_class_weights(given: Sequence[float] | str | None) -> None:

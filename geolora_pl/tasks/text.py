@@ -13,6 +13,7 @@ from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.classes import (
     check_class_weights,
     make_loss,
+    name_classes,
     probabilities,
     problem_type,
     settle_class_names,
@@ -129,9 +130,7 @@ class TextClassification(TransformerTask):
         assert isinstance(self.model, PreTrainedModel)
         assert self.num_classes is not None
         self.model.config.problem_type = problem_type(self.num_classes, bool(self.multi_label))
-        if self.class_names is not None:
-            self.model.config.id2label = dict(enumerate(self.class_names))
-            self.model.config.label2id = {name: index for index, name in enumerate(self.class_names)}
+        name_classes(self.model.config, self.class_names)
         super().save_model(folder)
 
     def new_modules(self) -> Sequence[str]:

@@ -36,6 +36,8 @@ _NOT_TAKEN |= {"torch_dtype", "transformers_version"}
 # Settings of a configuration, or of one inside it, that make transformers fetch weights or kernels, or rename settings.
 _FETCHES = {"attn_implementation", "experts_implementation", "quantization_config", "use_kernels"}
 _FETCHES |= {"attribute_map", "sub_configs", "auto_map", "backbone", "backbone_config", "use_pretrained_backbone"}
+# Tokens that the configuration of any model may name, though that of few kinds has them from the start.
+_TOKENS = {f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")}
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")  # BERT and most; GPT-2; OPT
 _IN_BLOCK = re.compile(r".*\.\d+\..+")  # a part of a numbered block, as in encoder.layer.0.output.dense
 
@@ -98,7 +100,7 @@ def config_from_checkpoint(model_args: object) -> dict[str, Any]:
         raise ValueError(
             "is not a complete configuration of a model that transformers has, so that it would be fetched"
         )
-    known = AutoConfig.for_model(kind).to_dict().keys() - _NOT_TAKEN
+    known = (AutoConfig.for_model(kind).to_dict().keys() | _TOKENS) - _NOT_TAKEN
     sizes = {name: value for name, value in model_args.items() if name in known}
     check_sizes(sizes, never=_FETCHES)
     return {**sizes, "model_type": kind}
@@ -242,7 +244,9 @@ def head_names(model: nn.Module) -> list[str]:
     """
     prefix = str(model.base_model_prefix)
     after = {name: child for name, child in model.named_children() if name != prefix}
-    if isinstance(pooler := getattr(getattr(model, prefix), "pooler", None), nn.Module):
+    if not hasattr(model, prefix):  # the body has no name of its own, as in T5ForQuestionAnswering
+        after = {name: child for name, child in after.items() if isinstance(child, nn.Linear)}
+    if isinstance(pooler := getattr(getattr(model, prefix, None), "pooler", None), nn.Module):
         after[f"{prefix}.pooler"] = pooler
     return [name for name, child in after.items() if any(True for _ in child.parameters())]
 

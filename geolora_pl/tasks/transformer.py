@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -292,3 +292,28 @@ class TransformerTask(GeoLoRAModule):
 
     def _data(self) -> object:
         return datamodule_of(self)
+
+
+def check_source(
+    task: object,
+    data: object,
+    columns: Collection[str],
+    take: str,
+    kinds: Sequence[str] = ("train", "val", "test", "predict"),
+) -> None:
+    """Refuse texts that were tokenized for another task.
+
+    Args:
+        task: The task.
+        data: The data module; one that does not say what its splits hold is taken as it is.
+        columns: Those of which every split has one.
+        take: The sources that have them.
+        kinds: The kinds of splits that must have them.
+
+    Raises:
+        ValueError: A split has none of the columns.
+    """
+    for name, tokens in getattr(data, "splits", {}).items():
+        there = getattr(tokens, "column_names", columns)
+        if name.partition("_")[0] in kinds and not set(columns) & set(there):
+            raise ValueError(f"{type(data).__name__} does not make what {type(task).__name__} learns from: take {take}")

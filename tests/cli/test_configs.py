@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from glue_files import write_glue, write_tsv
+from glue_files import write_glue
 from image_files import write_cifar, write_image_folder, write_image_table, write_tiny_imagenet
 from tiny_chat import save_tiny_chat
-from tiny_text import save_tiny_decoder, save_tiny_model
+from tiny_text import save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
 
 from benchmarks.diffusion.tiny_pipeline import SIZE, draw_subject, save_tiny_pipeline
 from geolora_pl.cli.dispatch import main
@@ -37,6 +37,9 @@ NOT_OF_THE_PAPER = {
     "text/glue_wnli",
     "diffusion/dreambooth",
     "diffusion/captions",
+    "text/tags",
+    "text/qa",
+    "text/seq2seq",
     *LANGUAGE,
 }
 DECODER = {
@@ -176,12 +179,14 @@ def setting(config: dict[str, Any], name: str) -> Any:
 def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Settings that put a small model in the place of one from the hub."""
     settings = config["model"]["init_args"]
-    if config["model"]["class_path"].endswith(".TextClassification"):
+    if config["model"]["class_path"].endswith((".TextClassification", ".TokenClassification", ".QuestionAnswering")):
         return {"model.init_args.model_name": save_tiny_model(folder / "model", "deberta-v2")}
     if config["data"]["class_path"].endswith(".ChatFiles"):
         return {"model.init_args.model_name": save_tiny_chat(folder / "model")}
     if config["model"]["class_path"].endswith(".CausalLM"):
         return {"model.init_args.model_name": save_tiny_decoder(folder / "model", DECODER[settings["model_name"]])}
+    if config["model"]["class_path"].endswith(".Seq2SeqLM"):
+        return {"model.init_args.model_name": save_tiny_seq2seq(folder / "model"), "model.init_args.max_new_tokens": 4}
     if config["model"]["class_path"].endswith(".TextToImage"):
         return {
             "model.init_args.model_name": save_tiny_pipeline(folder / "model"),
@@ -194,6 +199,25 @@ def tiny_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "model.init_args.pretrained": False,
         "model.init_args.model_args": json.dumps({**(settings["model_args"] or {}), **SMALL_VIT}),
     }
+
+
+SHORT = {"max_length": 16, "stride": 2, "max_target_length": 8}
+
+
+def tiny_rows(source: str, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Two rows for the sources of texts that read a row by its columns."""
+    if source == "TextFiles":
+        columns = [settings["text_column"], settings["label_column"]]
+        labels = ("praise|cinema", "") if settings["label_separator"] else ("1", "0")
+        return [dict(zip(columns, row, strict=True)) for row in zip(("good film", "bad plot"), labels, strict=True)]
+    answers = {"text": ["good"], "answer_start": [4]}
+    return {
+        "TagFiles": [{"tokens": ["good", "film"], "tags": ["B-X", "O"]}] * 2,
+        "AnswerFiles": [
+            {"question": "is", "context": context, "answers": answers} for context in ("the good film", "the good plot")
+        ],
+        "Seq2SeqFiles": [{"text": "the good film", "target": "good"}] * 2,
+    }.get(source)
 
 
 def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -212,11 +236,11 @@ def tiny_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             "data.init_args.class_folder": folder / "class",
             "data.init_args.num_class_images": 2,
         }
-    if source == "TextFiles":
-        columns = [settings["text_column"], settings["label_column"]]
-        labels = ("praise|cinema", "") if settings["label_separator"] else ("1", "0")
-        write_tsv(folder / "train.tsv", [columns, *[["good film", labels[0]], ["bad plot", labels[1]]] * 10])
-        return {"data.init_args.train_file": folder / "train.tsv", "data.init_args.cache_dir": folder / "cache"}
+    if rows := tiny_rows(source, settings):
+        datasets.Dataset.from_list(rows * 10).to_parquet(folder / "train.parquet")
+        lengths = {f"data.init_args.{name}": length for name, length in SHORT.items() if settings.get(name) is not None}
+        files = {"data.init_args.train_file": folder / "train.parquet", "data.init_args.cache_dir": folder / "cache"}
+        return {**files, **lengths}
     if source in ("LanguageFiles", "ChatFiles"):
         ours = ["prompt", "completion"]
         columns = ours if source == "ChatFiles" else [name for ending in ours if (name := settings[f"{ending}_column"])]

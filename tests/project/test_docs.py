@@ -19,10 +19,20 @@ from geolora_pl import (
 )
 from geolora_pl.data.images.base import ImageDataModule
 from geolora_pl.data.images.prompted import PromptedImages
+from geolora_pl.data.texts.answers import AnswerDataModule
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
+from geolora_pl.data.texts.seq2seq import Seq2SeqDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
-from geolora_pl.tasks import ImageClassification, TextClassification, TextToImage
+from geolora_pl.data.texts.tags import TagDataModule
+from geolora_pl.tasks import (
+    ImageClassification,
+    QuestionAnswering,
+    Seq2SeqLM,
+    TextClassification,
+    TextToImage,
+    TokenClassification,
+)
 from geolora_pl.tasks.transformer import TransformerTask
 
 ROOT = Path(__file__).parents[2]
@@ -37,15 +47,30 @@ OWNERS = [
     ImageClassification,
     TransformerTask,
     TextClassification,
+    TokenClassification,
+    QuestionAnswering,
+    Seq2SeqLM,
     TextToImage,
     ImageDataModule,
     PromptedImages,
     TokenDataModule,
     LabelledTexts,
     LanguageDataModule,
+    TagDataModule,
+    AnswerDataModule,
+    Seq2SeqDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-BASES = {"ImageDataModule", "PromptedImages", "TextDataModule", "LanguageDataModule", "ChatDataModule"}
+BASES = {
+    "ImageDataModule",
+    "PromptedImages",
+    "TextDataModule",
+    "LanguageDataModule",
+    "ChatDataModule",
+    "TagDataModule",
+    "AnswerDataModule",
+    "Seq2SeqDataModule",
+}
 
 
 def defaults(owner):

@@ -115,7 +115,10 @@ STEPS = [
 TASKS = [
     (
         "geolora_pl.tasks.TextClassification, geolora_pl.data.GLUE, geolora_pl.data.TextFiles, "
-        "geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles",
+        "geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles, "
+        "geolora_pl.tasks.TokenClassification, geolora_pl.data.TagFiles, "
+        "geolora_pl.tasks.QuestionAnswering, geolora_pl.data.AnswerFiles, "
+        "geolora_pl.tasks.Seq2SeqLM, geolora_pl.data.Seq2SeqFiles",
         ["timm", "sklearn", "diffusers"],
     ),
     ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", ["transformers", "diffusers", "datasets"]),

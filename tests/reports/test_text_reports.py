@@ -174,7 +174,7 @@ def test_only_the_columns_that_are_named_are_read(tmp_path):
 def test_a_named_column_of_mixed_types_is_refused(tmp_path):
     """A label that is a word in one row and a number in another is not guessed."""
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": 1}\n')
-    with pytest.raises(ValueError, match=r"train.jsonl: label must hold strings alone, or numbers alone"):
+    with pytest.raises(ValueError, match=r"train.jsonl: label must hold values of one kind, and row 2 is of another"):
         TextFiles(str(tmp_path / "train.jsonl")).load_splits()
 
 

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [
     "good",
@@ -78,6 +84,35 @@ FAMILIES = {
     "gpt_neox": {**_COMMON, "pad_token_id": None, "bos_token_id": 2, "eos_token_id": 3},
     "qwen3": {**_COMMON, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": 3},
 }
+SEQ2SEQ = {
+    "t5": {
+        "vocab_size": SIZE,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 3,
+    },
+    "bart": {
+        "vocab_size": SIZE,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 32,
+        "decoder_start_token_id": 3,
+        "forced_eos_token_id": 3,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    },
+}
 DECODERS = {"llama", "gpt2", "qwen3", "gpt_neox"}
 
 
@@ -94,7 +129,7 @@ def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedT
             model_input_names=["input_ids", "attention_mask"],
             **settings,
         )
-    single = family in {"roberta", "distilbert", "modernbert"}
+    single = family in {"roberta", "distilbert", "modernbert", *SEQ2SEQ}
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]" if single else "[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -109,6 +144,7 @@ def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedT
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_input_names=names,
+        **({"eos_token": "[SEP]"} if family in SEQ2SEQ else {}),
         **settings,
     )
 
@@ -127,5 +163,14 @@ def save_tiny_decoder(folder: Path, family: str = "gpt2", **settings) -> str:
     torch.manual_seed(1)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **settings})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer(family).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_seq2seq(folder: Path, family: str = "t5", **settings) -> str:
+    """A pretrained encoder and decoder with random weights, and its tokenizer."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **{**SEQ2SEQ[family], **settings})
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     make_tokenizer(family).save_pretrained(folder)
     return str(folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import lightning as L
@@ -43,6 +43,8 @@ class TokenDataModule(L.LightningDataModule):
         ValueError: An argument is out of range.
     """
 
+    not_shown: ClassVar[Collection[str]] = ("label",)  # columns that are not written beside the predictions
+
     def __init__(
         self,
         batch_size: int = 32,
@@ -67,7 +69,7 @@ class TokenDataModule(L.LightningDataModule):
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
         self.notes: list[str] = []  # what the user is told about the data
-        self.predict_inputs: dict[str, list[str]] = {}  # columns to write beside the predictions
+        self.predict_inputs: dict[str, list[Any]] = {}  # columns to write beside the predictions
         self._made_with: tuple[str, int] | None = None
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
@@ -101,7 +103,7 @@ class TokenDataModule(L.LightningDataModule):
         predicted = _predicted(splits)
         if len(predicted) == 1 and self.a_sample_is_a_text:
             texts = splits[predicted[0]]
-            self.predict_inputs = {name: texts[name][:] for name in texts.column_names if name != "label"}
+            self.predict_inputs = {name: texts[name][:] for name in texts.column_names if name not in self.not_shown}
         tokens = {name: self.tokenize(texts, tokenizer, limit, name) for name, texts in splits.items()}
         for name, of_split in tokens.items():
             self._refuse_unknown_tokens(name, of_split)
@@ -110,7 +112,7 @@ class TokenDataModule(L.LightningDataModule):
     def _refuse_unknown_tokens(self, name: str, tokens: datasets.Dataset) -> None:
         """Refuse token ids that the model has no embedding for, which would end in an IndexError in some step."""
         rows = getattr(self._module(), "num_tokens", None)
-        highest = pc.max(pc.list_flatten(tokens.with_format("arrow")[:]["input_ids"])).as_py()
+        highest = pc.max(pc.list_flatten(tokens.with_format("arrow")[:]["input_ids"], recursive=True)).as_py()
         if rows is not None and highest is not None and highest >= rows:
             raise ValueError(
                 f"{name}: the tokenizer gives the id {highest} to a token, but the model has embeddings for the ids 0 "

@@ -65,12 +65,13 @@ def load_hub(
     return {ours: (f"{dataset} {theirs}", hub[theirs]) for ours, theirs in names.items()}
 
 
-def select(texts: datasets.Dataset, columns: Sequence[str], source: str) -> pa.Table:
-    """Return some columns as a table of plain values.
+def select(texts: datasets.Dataset, columns: Sequence[str], source: str, *, nested: bool = False) -> pa.Table:
+    """Return some columns as a table, of plain values unless they may be nested.
 
     Raises:
         ValueError: A column does not exist or is not plain.
     """
     if absent := [name for name in columns if name not in texts.column_names]:
         raise ValueError(f"{source} has no column {absent[0]!r}; it has {', '.join(texts.column_names)}")
-    return plain(texts.select_columns(list(columns)).with_format("arrow")[:], source)
+    table = texts.select_columns(list(columns)).with_format("arrow")[:]
+    return table if nested else plain(table, source)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _BLOCK = 1 << 26  # bytes read at once, which limits the length of a row
 
 
-def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
+def read_table(path: str | Path, columns: Sequence[str], *, nested: bool = False) -> pa.Table:
     """Read some columns of a file; its suffix says how it is read.
 
     In ``.csv`` a field may be quoted; in ``.tsv`` quotes are data. Both are read as UTF-8, and every column as strings.
@@ -31,6 +32,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
     Args:
         path: The file.
         columns: The columns to keep, in this order.
+        nested: Whether a column may hold lists and structures, which only the last two kinds of files can.
 
     Raises:
         ValueError: The file is missing, empty, broken or of another kind, or a column does not exist or is not plain.
@@ -42,7 +44,8 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         return read_delimited(path, columns, tab=suffix == ".tsv")
     read = _read_parquet if suffix == ".parquet" else _read_json_lines
-    return _not_empty(path, plain(read(path, columns), path))
+    table = read(path, columns)
+    return _not_empty(path, table if nested else plain(table, path))
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -75,18 +78,36 @@ def _read_json_lines(path: Path, columns: Sequence[str]) -> pa.Table:
         there.update(dict.fromkeys(found))
         of_row = dict(row)
         for name in columns:
-            values[name].append(of_row.get(name))
+            values[name].append(_objects(of_row.get(name)))
     if not there:
         raise ValueError(f"{path} holds no rows")
     _check_columns(path, columns, list(there))
     return pa.table({name: _column(path, name, of_column) for name, of_column in values.items()})
 
 
+def _objects(value: Any) -> Any:
+    """A value in which the pairs of every object have become a mapping."""
+    if isinstance(value, list):
+        return [_objects(inner) for inner in value]
+    return {name: _objects(inner) for name, inner in value} if isinstance(value, tuple) else value
+
+
 def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
-        raise ValueError(f"{path}: {name} must hold strings alone, or numbers alone: {error}") from error
+        row = bisect_left(range(1, len(values)), True, key=lambda count: not _fits(values[:count])) + 1
+        raise ValueError(
+            f"{path}: {name} must hold values of one kind, and row {row} is of another: {error}; fix the row"
+        ) from error
+
+
+def _fits(values: list[Any]) -> bool:
+    try:
+        pa.array(values)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return False
+    return True
 
 
 def read_delimited(

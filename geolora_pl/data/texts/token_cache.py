@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def tokenize(
             return_length=True,
         )
         encoded["cut"] = _were_cut(encoded, batch, tokenizer, max_length)
-        _fill_empty(encoded, tokenizer)
+        fill_empty(encoded, tokenizer)
         return encoded
 
     made_with = (tokenizer_hash(tokenizer), str(max_length))
@@ -121,8 +121,13 @@ def _were_cut(
     return [length > max_length for length in whole["length"]]
 
 
-def _fill_empty(encoded: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a text without tokens the end-of-text token, for a model cannot read a sequence of none."""
+def fill_empty(encoded: MutableMapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a text without tokens the end-of-text token, for a model cannot read a sequence of none.
+
+    Args:
+        encoded: Columns of token ids and of the other inputs of a model, and their ``length``; they are changed.
+        tokenizer: The tokenizer that made them.
+    """
     tokens = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
     filler = next((token for token in tokens if token is not None), 0)
     encoded["empty"] = [not ids for ids in encoded["input_ids"]]
