@@ -21,31 +21,33 @@ def before_a_class_is_replaced(call: Callable[[Any, Any], None]) -> Iterator[Non
     Args:
         call: It gets the settings of the old class, which it may change, and those of the new one.
     """
-    with _before("discard_init_args_on_class_path_change", lambda parser, before, value: call(before, value)):
+    original: Callable[..., Any] = _typehints.discard_init_args_on_class_path_change
+
+    def called_first(parser: ArgumentParser, before: Any, value: Any) -> Any:
+        call(before, value)
+        return original(parser, before, value)
+
+    with _replaced("discard_init_args_on_class_path_change", called_first):
         yield
 
 
 @contextmanager
-def before_a_class_is_looked_up(call: Callable[[str], Any]) -> Iterator[None]:
-    """Call a function whenever, while settings are parsed, a class is looked up by a path or by its name alone.
+def classes_by_name(path_of: Callable[[str], str]) -> Iterator[None]:
+    """While settings are parsed, say which class is meant where one is looked up by a path or by its name alone.
 
     Args:
-        call: It gets the path or name.
+        path_of: It gets the path or name, and returns what is to be looked up in its place.
     """
-    with _before("resolve_class_path_by_name", lambda base, name: call(name)):
+    original = _typehints.resolve_class_path_by_name
+    with _replaced("resolve_class_path_by_name", lambda base, name: original(base, path_of(name))):
         yield
 
 
 @contextmanager
-def _before(name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """For a while, call something with the arguments of a function of jsonargparse, before that function."""
+def _replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """For a while, have another function in the place of one of jsonargparse."""
     original = getattr(_typehints, name)
-
-    def called_first(*args: Any) -> Any:
-        call(*args)
-        return original(*args)
-
-    setattr(_typehints, name, called_first)
+    setattr(_typehints, name, function)
     try:
         yield
     finally:

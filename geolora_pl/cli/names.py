@@ -1,10 +1,12 @@
-"""Classes of this package by their names alone: ``class_path: ImageFolder``."""
+"""Classes by their names alone: ``class_path: ImageFolder``, ``optimizer: AdamW``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+
+from torch import optim
 
 
 @cache
@@ -14,11 +16,22 @@ def homes() -> Mapping[str, str]:
     return {name: package for package in packages for name in import_module(package).__all__}
 
 
-def import_by_name(name: str) -> None:
-    """Import the task or data source of a name, so that the command line, which knows what is imported, finds it.
+def path_of(name: str) -> str:
+    """What the command line is to look up for a name; anything else is returned as it is.
+
+    A task or data source is imported, because the command line knows what is imported. An optimizer or schedule of
+    torch is found by its path, for other libraries have some of the same name (``AdamW`` of bitsandbytes).
 
     Args:
         name: A name, or anything else.
+
+    Example:
+        >>> path_of("AdamW"), path_of("LinearLR"), path_of("mine.AdamW")
+        ('torch.optim.AdamW', 'torch.optim.lr_scheduler.LinearLR', 'mine.AdamW')
     """
     if name in homes():
         getattr(import_module(homes()[name]), name)
+    for package in (optim, optim.lr_scheduler):
+        if name.isidentifier() and isinstance(getattr(package, name, None), type):
+            return f"{package.__name__}.{name}"
+    return name

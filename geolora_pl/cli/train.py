@@ -21,9 +21,9 @@ from rich import get_console
 import geolora_pl
 from geolora_pl.cli.called import called
 from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_command
-from geolora_pl.cli.internals import CheckpointAwareCLI, before_a_class_is_looked_up
+from geolora_pl.cli.internals import CheckpointAwareCLI, classes_by_name
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
-from geolora_pl.cli.names import import_by_name
+from geolora_pl.cli.names import path_of
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
@@ -103,7 +103,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
         Raises:
             ValueError: The seed is out of range, or a setting or its absence would make the command useless.
         """
-        with before_a_class_is_looked_up(import_by_name), own_defaults():
+        with classes_by_name(path_of), own_defaults():
             super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         if config.trainer.logger in (False, []) and config.trainer.default_root_dir is None:

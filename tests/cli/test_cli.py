@@ -156,6 +156,14 @@ def test_an_optimizer_that_is_named_has_its_own_defaults(folder, capfd, named):
     assert (of_adamw["lr"], of_adamw["betas"], of_adamw["weight_decay"]) == (1e-3, [0.9, 0.999], 1e-2)
 
 
+def test_a_name_means_the_class_of_torch_where_another_library_has_one_of_that_name(folder, capfd):
+    """With bitsandbytes installed, ``AdamW`` was the name of several classes; torch's is the one that is meant."""
+    another = type("AdamW", (torch.optim.AdamW,), {"__module__": "another"})
+    config = parsed(capfd, f"{OPTIMIZER}=AdamW")
+    assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert issubclass(another, torch.optim.Optimizer)  # and is still there
+
+
 def test_what_was_set_for_another_optimizer_is_dropped_and_said(folder, capfd, caplog):
     config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=AdamW")
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
