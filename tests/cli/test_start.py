@@ -126,8 +126,8 @@ def test_help_imports_none_of_the_heavy_libraries():
 def test_a_fit_of_images_imports_no_library_of_another_task(empty):
     """The quickstart imported scikit-learn, and with it pandas, to read one table of numbers.
 
-    Lightning imports torchmetrics, and that transformers and matplotlib where they are installed; of these, too, the fit
-    imports no further module.
+    Lightning imports torchmetrics, and that transformers and matplotlib where they are installed; the fit imports no
+    further module of these, either.
     """
     lightning = "import lightning, huggingface_hub; before = set(sys.modules)"  # timm needs the client of the hub
     fit = f"from geolora_pl.cli.dispatch import main; main({['quickstart', *SHORT]})"

@@ -115,7 +115,10 @@ TASKS = [
         "geolora_pl.tasks.CausalLM, geolora_pl.data.LanguageFiles",
         ["timm", "sklearn", "diffusers"],
     ),
-    ("geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits", ["transformers", "diffusers", "datasets", "sklearn"]),
+    (
+        "geolora_pl.tasks.ImageClassification, geolora_pl.data.Digits",
+        ["transformers", "diffusers", "datasets", "sklearn"],
+    ),
 ]
 # After the steps each kind of task is tried in a fork, in which Lightning is there already.
 LOOK = """

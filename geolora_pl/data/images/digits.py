@@ -9,7 +9,7 @@ from geolora_pl.data.images.base import ArrayImages, ImageDataModule, hold_out
 from geolora_pl.data.images.reader import Sample
 from geolora_pl.packaged import in_package
 
-# A row has 64 values of 0 to 16 and the digit. load_digits reads the same file, but importing scikit-learn takes .6 s of
+# A row has 64 values of 0 to 16 and the digit. load_digits reads the same file, but importing scikit-learn takes .3 s of
 # CPU (with pandas, where that is installed).
 _TABLE = "pkg://sklearn/datasets/data/digits.csv.gz"
 
