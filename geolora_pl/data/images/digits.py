@@ -9,8 +9,8 @@ from geolora_pl.data.images.base import ArrayImages, ImageDataModule, hold_out
 from geolora_pl.data.images.reader import Sample
 from geolora_pl.packaged import in_package
 
-# A row has 64 values of 0 to 16 and the digit. load_digits reads the same file, but importing scikit-learn takes .3 s of
-# CPU (with pandas, where that is installed).
+# A row has 64 values of 0 to 16 and the digit. load_digits reads the same file, but importing scikit-learn for that takes
+# .3 s of CPU, because it imports pandas where that is installed.
 _TABLE = "pkg://sklearn/datasets/data/digits.csv.gz"
 
 
