@@ -9,8 +9,8 @@ from geolora_pl.data.images.base import ArrayImages, ImageDataModule, hold_out
 from geolora_pl.data.images.reader import Sample
 from geolora_pl.packaged import in_package
 
-# A row has 64 values of 0 to 16 and the digit. load_digits reads the same file, but importing scikit-learn for that takes
-# .3 s of CPU, because it imports pandas where that is installed.
+# A row has 64 values of 0 to 16 and the digit. load_digits reads the same file, but importing scikit-learn takes .3 s
+# of CPU time, because it imports pandas where that is installed.
 _TABLE = "pkg://sklearn/datasets/data/digits.csv.gz"
 
 
@@ -30,5 +30,5 @@ class Digits(ImageDataModule):
         assert path is not None
         table = np.loadtxt(path, delimiter=",")
         images = (table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-        train, test = hold_out(ArrayImages(images, table[:, 64].astype(int)), self.test_size, self.seed)
+        train, test = hold_out(ArrayImages(images, table[:, 64].astype(int).tolist()), self.test_size, self.seed)
         return {"train": train, "test": test}
