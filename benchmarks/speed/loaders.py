@@ -19,12 +19,9 @@ from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.shared.text_tasks import MODEL
 from benchmarks.speed import timing
-from geolora_pl.data import GLUE, ImageFolder
+from geolora_pl.data import ImageFolder
 from geolora_pl.data.images.reader import read_image
-from geolora_pl.data.texts.token_cache import tokenize
-from geolora_pl.tasks.text_models import load_config, load_tokenizer
 
 HEADER = ["what", "workers or cores", "per second", "", "times the step's"]
 STEPS = {"tokens": "throughput_minilm", "images": "throughput_vit_tiny"}  # the results with the rate of a step on a CPU
@@ -80,6 +77,11 @@ def row(what: str, number: int, rates: Sequence[float], unit: str) -> Found:
 
 def texts(glue: Path, task: str, cache: Path) -> Iterator[Found]:
     """Tokenize the first training texts of a task of GLUE with one core and with all, and load the token ids."""
+    from benchmarks.shared.text_tasks import MODEL  # here, for gpu.sh times steps on machines without datasets
+    from geolora_pl.data import GLUE
+    from geolora_pl.data.texts.token_cache import tokenize
+    from geolora_pl.tasks.text_models import load_config, load_tokenizer
+
     tokenizer = load_tokenizer(MODEL, load_config(MODEL, {}))
     data = GLUE(task, str(glue), cache_dir=str(cache), max_length=LONGEST)  # type: ignore[arg-type]  # a literal
     whole = data.load_splits()["train"]

@@ -1,5 +1,8 @@
 """What the loaders deliver is measured in whole passes over files, and stands beside the rate of a step."""
 
+import subprocess
+import sys
+
 import pytest
 from glue_files import write_glue
 
@@ -7,6 +10,7 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 from benchmarks.shared import results
+from benchmarks.shared.paths import ROOT
 from benchmarks.speed import loaders, throughput
 
 
@@ -51,3 +55,9 @@ def test_a_tensor_is_transformed_as_timm_transforms_an_image(tmp_path, monkeypat
     image = loaders.read_image(tmp_path / "noise" / "0.jpg")
     ours = loaders.tensor_transform()(loaders.F.pil_to_tensor(image))
     assert (ours - loaders.create_transform(**loaders.OF_VIT)(image)).abs().max() < 2.1 / 127.5
+
+
+def test_steps_can_be_timed_without_datasets():
+    """The machine of benchmarks/gpu.sh does not have it, and starts the script that measures the loaders, too."""
+    code = "import sys; sys.modules['datasets'] = None; import benchmarks.speed.throughput"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=400)
