@@ -25,7 +25,7 @@ from benchmarks.shared.methods import METHODS
 from benchmarks.shared.paths import RESULTS, ROOT
 from benchmarks.shared.summary import current, latest
 from benchmarks.shared.sweep import read
-from benchmarks.speed import products, throughput
+from benchmarks.speed import loaders, products, throughput
 from benchmarks.speed.random_models import BERTS, GPT2S, VITS
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "speed.md")
@@ -113,6 +113,11 @@ def products_table(name: str, columns: Sequence[str]) -> str:
     return markdown(columns, products.rows(results.read("products")[name], columns))
 
 
+def loaders_table() -> str:
+    """What the loaders deliver beside what a step takes."""
+    return markdown(loaders.HEADER, loaders.rows(results.read("throughput_loaders"), throughput.step_rates()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
@@ -121,6 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "matrix_approximation": matrix_table,
     "speed": speed,
     "event": event_table,
+    "loaders": loaders_table,
     "layouts": lambda: products_table("layouts", products.LAYOUTS),
     "forms": lambda: products_table("forms", products.FORMS),
     **{f"throughput_{name}": partial(throughput_table, name) for name in (*BERTS, *GPT2S, *VITS, "minilm_one_thread")},

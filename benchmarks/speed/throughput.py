@@ -12,6 +12,7 @@ What can be measured:
 *   ``event``: one adaptation of the 72 adapters of a BERT-base, batched, one by one, and without QR.
 *   ``growth``: how the cost of a step grows with width, depth, rank and batch.
 *   ``map``: rows by width on one thread and on two; where a step is cheaper than LoRA's.
+*   ``loaders``: tokens and images per second that the loaders deliver, beside what a step takes.
 *   ``guard``: whether a small step has become slower than the committed one, which ``--update`` replaces; the exit
     status is 1 if it has.
 
@@ -36,12 +37,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shared import figures, results
+from benchmarks.shared.paths import GLUE_FOLDER
 from benchmarks.shared.results import Record
-from benchmarks.speed import adaptation_event, growth, guard, memory, random_models, rows_by_width, timing
+from benchmarks.speed import adaptation_event, growth, guard, loaders, memory, random_models, rows_by_width, timing
 from benchmarks.speed.random_models import BERTS, GPT2S, VITS, Setup
 from geolora_pl.math.ranks import usual_cadence
 
-WHAT = ("step", "memory", "loss", "event", "growth", "map", "guard")
+WHAT = ("step", "memory", "loss", "event", "growth", "map", "loaders", "guard")
 OVER = {"bound": "frozen", "lora": "LoRA", "adalora": "AdaLoRA"}
 HEADER = ["method", "ms per step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "throughput", "peak MB"]
 # The largest values allowed, on a CPU in float32 and on a GPU in bf16-mixed.
@@ -154,6 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss", type=float, default=0.5, help="the loss to reach")
     parser.add_argument("--steps", type=int, default=200, help="the most steps to reach it in")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--glue", type=Path, default=GLUE_FOLDER, help="where GLUE lies, for the loaders of texts")
     parser.add_argument("--update", action="store_true", help="commit to what guard measures")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("32", "bf16-mixed"), help="by default 32 on a CPU, bf16-mixed on a GPU")
@@ -235,6 +238,19 @@ def measure_map(args: argparse.Namespace, command: str) -> None:
     rows_by_width.draw(found)
 
 
+def measure_loaders(args: argparse.Namespace, command: str) -> None:
+    """Measure, save and show what the loaders deliver, beside the committed rates of a step."""
+    torch.set_num_threads(1)  # as in the processes of a loader
+    found = loaders.measure(args.glue)
+    results.write("throughput_loaders", command, found)
+    show(loaders.HEADER, loaders.rows(found, step_rates()), "what the loaders deliver")
+
+
+def step_rates() -> dict[str, float]:
+    """What the committed steps of this package take per second, by unit."""
+    return {unit: results.read(name)[0]["step"]["geolora"]["a_second"] for unit, name in loaders.STEPS.items()}
+
+
 def compare_with_committed(args: argparse.Namespace, command: str) -> bool:
     """Show the ratios of a small step beside the committed ones; whether none is slower."""
     torch.set_num_threads(1)
@@ -259,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_growth(args, command)
     if "map" in args.what:
         measure_map(args, command)
+    if "loaders" in args.what:
+        measure_loaders(args, command)
     if "guard" in args.what and not compare_with_committed(args, command):
         sys.exit(1)
 

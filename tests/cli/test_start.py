@@ -91,11 +91,49 @@ def test_help_and_hints_name_the_script_that_was_called(script, monkeypatch, cap
     assert capsys.readouterr().out.startswith("usage: geolora-pl ranks ")
 
 
+# What other tasks and their data need, what only tests need, and what reads tables.
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "sklearn",
+    "tokenizers",
+    "torchao",
+    "transformers",
+}
+OF_LIGHTNING = {"lightning", "scipy", "torch", "torchmetrics", "torchvision"}
+
+
+def imported_by(code):
+    """The libraries of which a process imports modules, beyond those that it has before a line ``before = ...``."""
+    script = f"import sys; before = set(); sys.argv[1:] = []\n{code}\nprint(*(sys.modules.keys() - before))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=400)
+    return {module.partition(".")[0] for module in done.stdout.splitlines()[-1].split()}
+
+
 def test_help_imports_none_of_the_heavy_libraries():
     """Help cost seven seconds: it must need nothing but the standard library."""
-    script = "from geolora_pl.cli.dispatch import main; main(['--help']); import sys; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=200)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert not imported_by("from geolora_pl.cli.dispatch import main; main(['--help'])") & (HEAVY | OF_LIGHTNING)
+
+
+@pytest.mark.slow
+def test_a_fit_of_images_imports_no_library_of_another_task(empty):
+    """The quickstart imported scikit-learn, and with it pandas, to read one table of numbers.
+
+    Lightning imports torchmetrics, and that transformers and matplotlib where they are installed; the fit imports no
+    further module of these, either.
+    """
+    lightning = "import lightning, huggingface_hub; before = set(sys.modules)"  # timm needs the client of the hub
+    fit = f"from geolora_pl.cli.dispatch import main; main({['quickstart', *SHORT]})"
+    used = imported_by(f"{lightning}\n{fit}")
+    assert {"timm", "geolora_pl"} <= used
+    assert not used & HEAVY
 
 
 def completed(script, *words):

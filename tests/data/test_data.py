@@ -7,6 +7,7 @@ import pytest
 import torch
 from image_files import write_cifar, write_idx, write_tiny_imagenet
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from geolora_pl.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageDataModule, ImageFolder, TinyImageNet
 from geolora_pl.data.images.base import ArrayImages, _Transformed
@@ -53,6 +54,13 @@ def tree(tmp_path):
             for i in range(n):
                 Image.new(mode, (30, 24), i * 20).save(folder / f"{i}.png")
     return tmp_path
+
+
+def test_digits_are_those_that_scikit_learn_loads():
+    """The table is read from the folder of scikit-learn, which is not imported for that: it may change its place."""
+    samples, digits = Digits().load_splits()["train"].dataset, load_digits()
+    assert np.array_equal(samples.images, (digits.images * (255 / 16)).astype(np.uint8))
+    assert list(samples.labels) == list(digits.target)
 
 
 def test_digits_are_the_same_for_the_same_seed_and_never_overlap():
