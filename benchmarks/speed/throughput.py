@@ -13,6 +13,8 @@ What can be measured:
 *   ``growth``: how the cost of a step grows with width, depth, rank and batch.
 *   ``map``: rows by width on one thread and on two; where a step is cheaper than LoRA's.
 *   ``loaders``: tokens and images per second that the loaders deliver, beside what a step takes.
+*   ``many``: how starts, steps without the model, adaptations, files and pages grow with up to 5,000 adapters and with
+    their width.
 *   ``guard``: whether a small step has become slower than the committed one, which ``--update`` replaces; the exit
     status is 1 if it has.
 
@@ -39,11 +41,21 @@ from rich.table import Table
 from benchmarks.shared import figures, results
 from benchmarks.shared.paths import GLUE_FOLDER
 from benchmarks.shared.results import Record
-from benchmarks.speed import adaptation_event, growth, guard, loaders, memory, random_models, rows_by_width, timing
+from benchmarks.speed import (
+    adaptation_event,
+    growth,
+    guard,
+    loaders,
+    many,
+    memory,
+    random_models,
+    rows_by_width,
+    timing,
+)
 from benchmarks.speed.random_models import BERTS, GPT2S, VITS, Setup
 from geolora_pl.math.ranks import usual_cadence
 
-WHAT = ("step", "memory", "loss", "event", "growth", "map", "loaders", "guard")
+WHAT = ("step", "memory", "loss", "event", "growth", "map", "loaders", "many", "guard")
 OVER = {"bound": "frozen", "lora": "LoRA", "adalora": "AdaLoRA"}
 HEADER = ["method", "ms per step", *timing.PARTS, *(f"over {name}" for name in OVER.values()), "throughput", "peak MB"]
 # The largest values allowed, on a CPU in float32 and on a GPU in bf16-mixed.
@@ -251,6 +263,21 @@ def step_rates() -> dict[str, float]:
     return {unit: results.read(name)[0]["step"]["geolora"]["a_second"] for unit, name in loaders.STEPS.items()}
 
 
+def measure_many(args: argparse.Namespace, command: str) -> None:
+    """Measure, save, show and draw what grows with the number and width of adapters, on one thread."""
+    torch.set_num_threads(1)
+    found = many.measure()
+    decoder = many.measure_decoder(found)
+    results.write("throughput_many", command, {"grown": found, "decoder": decoder})
+    many.draw(found)
+    for grows in ("number", "width"):
+        header = ["milliseconds", *map(str, many.sizes(found, grows)), "exponent"]
+        show(header, many.rows(found, grows), f"by {grows} of adapters")
+    lines = [[f"milliseconds, {p}", f"{ms:,}", f"{decoder['expected'][p]:,}"] for p, ms in decoder["ms"].items()]
+    show(["", "measured", "by the widths"], lines, f"{decoder['blocks']} blocks of Llama-3-70B")
+    show(["on paper", ""], [[name, f"{value:,}"] for name, value in decoder["on_paper"].items()], "all its blocks")
+
+
 def compare_with_committed(args: argparse.Namespace, command: str) -> bool:
     """Show the ratios of a small step beside the committed ones; whether none is slower."""
     torch.set_num_threads(1)
@@ -277,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_map(args, command)
     if "loaders" in args.what:
         measure_loaders(args, command)
+    if "many" in args.what:
+        measure_many(args, command)
     if "guard" in args.what and not compare_with_committed(args, command):
         sys.exit(1)
 

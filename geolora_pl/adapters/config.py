@@ -51,6 +51,7 @@ class AdapterConfig:
         dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
         train_bias: Whether the biases of the adapted layers are trained, or ``"all"`` for those of the whole model.
         rank_pattern: Initial rank by name or regular expression, for the layers that differ; the first match counts.
+            Letters, digits, dashes and dots are a name.
             A rank above ``max_rank`` raises the cap of those layers to it.
         probes: Columns allocated for every adapter beside ``max_rank``, at least 0, that gather what the gradient asks
             for outside of the adapter's bases and take no part in the forward; see :class:`~geolora_pl.GeoLoRALayer`.

@@ -18,7 +18,7 @@ from geolora_pl.adapters.targets import (
     all_names,
     bias_of,
     check_rank_pattern,
-    config_for,
+    config_of_each,
     find_modules_to_save,
     find_targets,
     weight_identity,
@@ -75,12 +75,13 @@ def _inject(model: nn.Module, config: AdapterConfig) -> dict[str, GeoLoRALayer]:
     model.requires_grad_(False)
     adapters: dict[str, GeoLoRALayer] = {}
     of_weight: dict[int, GeoLoRALayer] = {}
+    config_of = config_of_each(config)
     for name, layer in targets.items():
         shared = of_weight.get(weight_identity(layer))
         if shared is None:
             kind = adapter_class_of(layer)
             assert kind is not None, "a target has an adapter"
-            shared = adapters[name] = kind(layer, config_for(name, config))
+            shared = adapters[name] = kind(layer, config_of(name))
             of_weight[weight_identity(layer)] = shared
         assert shared.bias is bias_of(layer), "tied weights with two biases are refused before anything is replaced"
         model.set_submodule(name, shared)

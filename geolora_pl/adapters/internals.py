@@ -16,6 +16,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules right inside of a module under every name; ``named_children`` gives each only once."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def is_transformed() -> bool:
     """Whether ``torch.func`` (vmap, grad, ...), forward-mode differentiation or ``torch.jit.trace`` is under way."""
     if torch.compiler.is_compiling():  # which looks into such transforms itself

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -12,18 +12,12 @@ from torch import nn
 
 from geolora_pl.adapters.base import computed_tensor
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.names import ancestors, first_meant, matcher, means_nothing, meant_by
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.errors import GeoLoRAWarning
 
 # Names that libraries give to the part of a model that is new for each task.
 _HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
-
-
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Whether a module's name matches one regular expression as a whole, or a list of names and name endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def all_names(model: nn.Module) -> dict[int, list[str]]:
@@ -48,6 +42,10 @@ def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Mo
     in_saved = {id(module) for root in saved.values() for module in root.modules()}
     targets = _layers_meant(model, config, in_saved)
     attention = _layers_of_attention(model)
+    inside: dict[str, str] = {}  # for every module around a target the first such target
+    for name in targets:
+        for outer in ancestors(name):
+            inside.setdefault(outer, name)
     for name, layer in targets.items():
         if id(layer) in in_saved:
             raise ValueError(f"{name} is in target_modules and in modules_to_save={config.modules_to_save!r}: drop one")
@@ -57,9 +55,9 @@ def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Mo
                 f"never calls it, so an adapter there would be ignored: add {name.rpartition('.')[2]!r} to "
                 "exclude_modules, or use attention that calls its linear layers"
             )
-        if inside := [other for other in targets if other.startswith(f"{name}.")]:
+        if name in inside:
             raise ValueError(
-                f"{inside[0]} lies inside of {name}, and only one of them can have an adapter: exclude one"
+                f"{inside[name]} lies inside of {name}, and only one of them can have an adapter: exclude one"
             )
         kind = adapter_class_of(layer)
         if kind is not None and (reason := kind.refusal(layer)) is not None:
@@ -78,12 +76,13 @@ def _layers_meant(model: nn.Module, config: AdapterConfig, in_saved: set[int]) -
     """The layers that ``target_modules`` means and ``exclude_modules`` does not, by every name that they have."""
     everything = config.target_modules == "all-linear"
     left_out = in_saved | _head_modules(model) if everything else set()
+    excluded, named = matcher(config.exclude_modules), matcher(config.target_modules)
     meant = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         kind = adapter_class_of(layer)
-        if not name or kind is None or matches(name, config.exclude_modules):
+        if not name or kind is None or excluded(name):
             continue
-        chosen = kind.is_linear and id(layer) not in left_out if everything else matches(name, config.target_modules)
+        chosen = kind.is_linear and id(layer) not in left_out if everything else named(name)
         if chosen:
             meant[name] = layer
     return meant
@@ -105,21 +104,22 @@ def _report_kinds_without_adapter(
     """Refuse an entry that means only layers of a kind without adapter; warn of such layers beside others."""
     if config.target_modules == "all-linear":
         return
-    entries = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    excluded = matcher(config.exclude_modules)
     without = {
         name: module
         for name, module in model.named_modules()
         if adapter_class_of(module) is None
-        and not (id(module) in in_saved or matches(name, config.exclude_modules) or any(module.children()))
+        and not (id(module) in in_saved or excluded(name) or any(module.children()))
         and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     }
-    for patterns in (entry if isinstance(config.target_modules, str) else [entry] for entry in entries):
-        meant = [name for name in without if matches(name, patterns)]
+    adapted = meant_by(config.target_modules, targets)
+    for entry, meant in meant_by(config.target_modules, without).items():
         if not meant:
             continue
+        patterns = entry if isinstance(config.target_modules, str) else [entry]
         kind = type(without[meant[0]]).__name__
         what = f"{meant[0]} is a {kind}, a kind of layer without an adapter"
-        if not any(matches(name, patterns) for name in targets):
+        if not adapted[entry]:
             raise ValueError(
                 f"target_modules={patterns!r}: {what} (nn.Linear, Conv1D of transformers, nn.Conv2d and nn.Embedding "
                 f"have one): leave it out, or write one and register_adapter({kind}, ...)"
@@ -182,8 +182,8 @@ def _endings(names: Iterable[str]) -> list[str]:
 def _refuse_patterns_without_match(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> None:
     """Raise a ValueError for an entry of a list that matches nothing, since it is most likely misspelt."""
     names = list(names)
-    for pattern in [] if isinstance(patterns, str) else patterns:
-        if not any(matches(name, [pattern]) for name in names):
+    for pattern, meant in ({} if isinstance(patterns, str) else meant_by(patterns, names)).items():
+        if not meant:
             raise ValueError(
                 f"{argument}={pattern!r} matches none of {', '.join(filter(None, names))}: drop or correct it"
             )
@@ -192,14 +192,8 @@ def _refuse_patterns_without_match(argument: str, patterns: str | Sequence[str],
 def check_rank_pattern(config: AdapterConfig, targets: Iterable[str]) -> None:
     """Raise a ValueError if a key of ``rank_pattern`` means none of the adapted layers."""
     names = list(targets)
-    for pattern in config.rank_pattern:
-        if not any(_means(pattern, name) for name in names):
-            raise ValueError(f"rank_pattern={pattern!r} matches none of the adapted layers {', '.join(names)}")
-
-
-def _means(pattern: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` matches a layer, as its name or as a regular expression."""
-    return matches(name, [pattern]) or matches(name, pattern)
+    if absent := means_nothing(config.rank_pattern, names):
+        raise ValueError(f"rank_pattern={absent[0]!r} matches none of the adapted layers {', '.join(names)}")
 
 
 def _refuse_what_one_adapter_cannot_serve(model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -240,7 +234,8 @@ def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str,
     """
     saved: dict[str, nn.Module] = {}
     for pattern in patterns:
-        found = {name: module for name, module in model.named_modules() if name and matches(name, [pattern])}
+        meant = matcher([pattern])
+        found = {name: module for name, module in model.named_modules() if name and meant(name)}
         if not found:
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"modules_to_save={pattern!r} matches no module; the model's own are {children}")
@@ -263,9 +258,11 @@ def _head_modules(model: nn.Module) -> set[int]:
     return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 
-def config_for(name: str, config: AdapterConfig) -> AdapterConfig:
-    """The configuration of one layer: with the ranks that the first matching key of ``rank_pattern`` gives it."""
-    for pattern, rank in config.rank_pattern.items():
-        if _means(pattern, name):
-            return replace(config, init_rank=rank, max_rank=max(rank, config.max_rank))
-    return config
+def config_of_each(config: AdapterConfig) -> Callable[[str], AdapterConfig]:
+    """Give a layer its configuration: with the ranks that the first matching key of ``rank_pattern`` has for it."""
+    rank_of = first_meant(config.rank_pattern)
+    of_rank = {
+        rank: replace(config, init_rank=rank, max_rank=max(rank, config.max_rank))
+        for rank in set(config.rank_pattern.values())
+    }
+    return lambda name: config if (rank := rank_of(name)) is None else of_rank[rank]

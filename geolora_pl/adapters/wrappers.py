@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 from torch import nn
+
+from geolora_pl.adapters.internals import children
 
 # Where a wrapper keeps the module inside of it, by the name of its class, which need not be imported for that.
 _INSIDE = {
@@ -38,10 +41,7 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     plain = _opened(model)
     taken_out: list[tuple[str, nn.Module]] = []
     try:
-        while found := _first_wrapper(plain):
-            name, wrapper = found
-            plain.set_submodule(name, _opened(wrapper))
-            taken_out.append((name, wrapper))
+        _take_out(plain, "", taken_out)
         yield plain
     finally:
         for name, wrapper in reversed(taken_out):
@@ -59,22 +59,20 @@ def wrapper_names(model: nn.Module) -> list[str]:
     return [f"{name}.{attribute}".lstrip(".") for name, attribute in inside.items() if attribute is not None]
 
 
-def plain_name(name: str, wrappers: list[str]) -> str:
+def plain_name(name: str, wrappers: Collection[str]) -> str:
     """The name that a tensor has in the plain model.
 
     Args:
         name: Its name in the model with wrappers.
-        wrappers: What :func:`wrapper_names` says of that model.
+        wrappers: What :func:`wrapper_names` says of that model; a set of it where many names are asked for.
 
     Example:
         >>> plain_name("0.module.weight", ["0.module"])
         '0.weight'
     """
-    for wrapper in sorted(wrappers, key=len, reverse=True):
-        if name.startswith(f"{wrapper}."):
-            outer = wrapper.rpartition(".")[0]
-            name = f"{outer}{name.removeprefix(wrapper)}".removeprefix(".")
-    return name
+    *around, last = name.split(".")
+    paths = accumulate(around, "{}.{}".format)
+    return ".".join([*(part for part, path in zip(around, paths, strict=True) if path not in wrappers), last])
 
 
 def _attribute(module: nn.Module) -> str | None:
@@ -90,10 +88,14 @@ def _opened(module: nn.Module) -> nn.Module:
     return module
 
 
-def _first_wrapper(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first wrapper in a model, outside before inside, and its name."""
-    modules = model.named_modules(remove_duplicate=False)
-    return next(((name, module) for name, module in modules if _attribute(module) is not None), None)
+def _take_out(module: nn.Module, prefix: str, taken_out: list[tuple[str, nn.Module]]) -> None:
+    """Put what is inside of wrappers in their place, outside before inside, and note each with its name."""
+    for name, child in children(module):
+        inside = _opened(child)
+        if inside is not child:
+            taken_out.append((prefix + name, child))  # before, so that an interrupt loses none
+            module.set_submodule(name, inside)
+        _take_out(inside, f"{prefix}{name}.", taken_out)
 
 
 def _around(wrapper: nn.Module, inside: nn.Module) -> nn.Module:

@@ -136,8 +136,9 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (width, max(2.9 if width == _NARROW else 0, 0.75 + 0.36 * rows)))
         low, high = min(ranks.values()), max(ranks.values())
+        row_of, column_of = ({place: at for at, place in enumerate(of)} for of in (places.kinds, places.depths))
         for name, (kind, depth) in places.places.items():
-            i, j, level = places.kinds.index(kind), places.depths.index(depth), _level(ranks[name], low, high)
+            i, j, level = row_of[kind], column_of[depth], _level(ranks[name], low, high)
             ax.add_patch(_cell(j, i, level))
             ink = COLOURS["on-high" if level >= 6 else "on-low"]
             ax.text(j, i, str(ranks[name]), color=ink, ha="center", va="center")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -65,7 +66,14 @@ class RankMap:
 
     def of_kind(self, kind: str) -> list[str]:
         """The adapters of one kind, from the first layer to the last."""
-        return [name for name, (its_kind, _) in self.places.items() if its_kind == kind]
+        return list(self._by_kind[kind])
+
+    @cached_property
+    def _by_kind(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, (kind, _) in self.places.items():
+            found.setdefault(kind, []).append(name)
+        return found
 
     def firsts(self) -> set[str]:
         """The first adapter of every kind."""

@@ -15,15 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geolora_pl.adapters.config import AdapterConfig
+from geolora_pl.adapters.names import alternation, names_in
 from geolora_pl.storage.adapter_state import (
     AdapterState,
     Factors,
-    alternation,
     apply,
     capture,
     check,
     config_of,
-    names_in,
 )
 from geolora_pl.storage.atomic import atomic
 from geolora_pl.storage.checkpoint import load_checkpoint, read_checkpoint

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.adapters.names import alternation, ancestors, names_in
 from geolora_pl.adapters.statistics import changed_buffers, running_statistics
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import decompose, without_probes
@@ -54,28 +54,6 @@ class AdapterState:
         """The number of columns allocated for each adapter."""
         ranks = {name: rank for names, rank in self.config.rank_pattern.items() for name in names_in(names)}
         return {name: ranks[name] for name in self.factors}
-
-
-def alternation(names: Iterable[str]) -> str:
-    """The regular expression that matches these modules and no others."""
-    return f"({'|'.join(map(re.escape, names))})"
-
-
-def names_in(expression: object) -> list[str]:
-    r"""The names in an expression of :func:`alternation`, which is never run: a stranger's may take for ever.
-
-    Raises:
-        ValueError: It is another expression.
-
-    Example:
-        >>> names_in(r"(0|2\.0)")
-        ['0', '2.0']
-    """
-    inner = expression[1:-1] if isinstance(expression, str) else ""
-    names = [re.sub(r"\\(.)", r"\1", name) for name in re.split(r"(?<!\\)\|", inner)]
-    if alternation(names) != expression:
-        raise ValueError(f"{expression!r} does not list names of layers")
-    return names
 
 
 def config_of(
@@ -316,10 +294,14 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def base_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers outside the adapters that a state dict holds, by name."""
-    within = tuple(f"{name}." for name in find_adapters(model))
+    adapters = find_adapters(model)
     with unwrapped(model) as plain:
         saved, buffers = plain.state_dict(), dict(plain.named_buffers())
-    return {name: buffer for name, buffer in buffers.items() if name in saved and not name.startswith(within or "\0")}
+    return {
+        name: buffer
+        for name, buffer in buffers.items()
+        if name in saved and not any(module in adapters for module in ancestors(name))
+    }
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -19,10 +19,11 @@ from torch import nn
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapters, remove_adapters
+from geolora_pl.adapters.names import alternation
 from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.adapters.wrappers import plain_name, unwrapped, wrapper_names
 from geolora_pl.math.ranks import RankRule
-from geolora_pl.storage.adapter_state import adapted_names, alternation, config_of
+from geolora_pl.storage.adapter_state import adapted_names, config_of
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
@@ -218,7 +219,7 @@ def plain_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a checkpoint by the names that they have in a module without wrappers."""
     found = checkpoint.get(_ADAPTERS)
     listed = found.get("wrappers") if isinstance(found, Mapping) else None
-    wrappers = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    wrappers = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
     return {plain_name(name, wrappers): value for name, value in checkpoint.get("state_dict", {}).items()}
 
 
@@ -281,7 +282,7 @@ def load_checkpoint(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """
     config, trained = config_of_adapters(checkpoint)
     with unwrapped(model) as plain:
-        _load_into(plain, {**checkpoint, "state_dict": plain_weights(checkpoint)}, config, trained)
+        _load_into(plain, {**checkpoint, "state_dict": plain_weights(checkpoint)}, config, frozenset(trained))
 
 
 def _load_into(model: nn.Module, checkpoint: dict[str, Any], config: AdapterConfig, trained: Collection[str]) -> None:
@@ -366,5 +367,6 @@ def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 def _frozen_names(module: nn.Module, trained: Collection[str]) -> set[str]:
     """All names that frozen weights of the base have in a ``state_dict``."""
-    frozen = {id(parameter) for name, parameter in base_parameters(module).items() if name not in trained}
+    left_out = frozenset(trained)
+    frozen = {id(parameter) for name, parameter in base_parameters(module).items() if name not in left_out}
     return {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in frozen}

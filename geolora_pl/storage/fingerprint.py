@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.adapters.names import ancestors
 from geolora_pl.adapters.statistics import whole_values
 from geolora_pl.adapters.wrappers import unwrapped
 
@@ -29,7 +29,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     with unwrapped(model) as plain:
         parameters = list(plain.named_parameters())
     for name, parameter in parameters:
-        adapter = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in adapters), None)
+        adapter = next((module for module in ancestors(name) if module in adapters), None)
         if adapter is None:
             found[name] = parameter
         elif (rest := name.removeprefix(f"{adapter}.")).startswith("base."):
@@ -61,9 +61,9 @@ def base_hash(model: nn.Module, trained: Collection[str]) -> str:
         >>> is_same_base(base_hash(model, []), base_hash(model.half(), []))
         True
     """
-    digests = [hashlib.sha256(), hashlib.sha256()]
+    digests, left_out = [hashlib.sha256(), hashlib.sha256()], frozenset(trained)
     for name, parameter in sorted(base_parameters(model).items()):
-        if name not in trained:
+        if name not in left_out:
             weight = whole_values(parameter.detach())
             wide = weight.dtype in (torch.float32, torch.float64)
             for digest, rounded in zip(digests, (weight, weight.half() if wide else weight), strict=True):

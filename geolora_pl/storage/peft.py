@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.kinds import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbedding
+from geolora_pl.adapters.names import ancestors
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd
@@ -315,11 +316,12 @@ def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], li
     if bare := [name for name, owner in owners.items() if owner == ""]:
         raise ValueError(f"{bare[0]} was trained and is in no module that PEFT could save: merge the adapters instead")
     modules = dict(model.named_modules(remove_duplicate=False))
+    outside = {found for name in adapters for found in (*ancestors(name), name)}
     saved: set[str] = set()
     for name in whole:
         # PEFT saves every module whose name ends so, dot or not.
         for found in (other for other in modules if other.endswith(name)):
-            if any(f"{adapter}.".startswith(f"{found}.") for adapter in adapters):
+            if found in outside:
                 raise ValueError(f"{name} was trained, and PEFT would take {found}, which has an adapter, for it")
             saved.add(found)
     return sorted(saved), [name for name in state.trained if name.rpartition(".")[0] not in saved]

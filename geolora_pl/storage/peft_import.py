@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from geolora_pl.adapters.inject import has_adapters
+from geolora_pl.adapters.names import first_meant
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd_of_product
 from geolora_pl.math.precision import working_dtype
@@ -100,7 +101,6 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
     others = _by_first_name(others, model, folder)
     _refuse_misfits(others, {**buffers, **parameters}, folder)
     modules = dict(model.named_modules())
-    factors: dict[str, Factors] = {}
     max_ranks: dict[str, int] = {}
     for name, pair in sides.items():
         layer = modules.get(name)
@@ -108,10 +108,10 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
             raise ValueError(
                 f"{folder}: {name} is not a linear layer of the model: take the base that it was trained on"
             )
-        factors[name] = factors_of(name, pair, config, folder)
         max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *layer.weight.shape)
-    if not factors:
+    if not sides:
         raise ValueError(f"{folder} holds no LoRA of a linear layer")
+    factors = factors_of(sides, config, folder)
     apply(
         model,
         AdapterState(
@@ -188,29 +188,41 @@ def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
     return found
 
 
-def factors_of(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> Factors:
-    """The factors of one layer's update, scaling included.
+def factors_of(
+    sides: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], folder: Path
+) -> dict[str, Factors]:
+    """The factors of every layer's update, scaling included.
+
+    Args:
+        sides: The two sides of every LoRA by the name of its layer.
+        config: The configuration in the folder.
+        folder: Where they come from, for messages.
 
     Raises:
         ValueError: The sides are not those of a LoRA of the rank in the configuration.
     """
-    r = _by_pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    # As PEFT chooses them: the first key whose expression matches the end of the name.
+    rank_of, alpha_of = (
+        first_meant(config.get(pattern) or {}, r"(.*\.)?({})") for pattern in ("rank_pattern", "alpha_pattern")
+    )
+    found = {}
+    for name, pair in sides.items():
+        r, alpha = rank_of(name), alpha_of(name)
+        r, alpha = config["r"] if r is None else r, config["lora_alpha"] if alpha is None else alpha
+        _check_sides(name, pair, r, folder)
+        scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
+        A, B = pair["A"].double(), pair["B"].double()
+        # A direction must be larger than the rounding of the precision in which the factors are kept.
+        dtype = working_dtype(pair["A"].dtype)
+        found[name] = leading(*(tensor.to(dtype) for tensor in svd_of_product(scaling * B, A.mT, r)))
+    return found
+
+
+def _check_sides(name: str, pair: Mapping[str, Tensor], r: object, folder: Path) -> None:
     complete = pair.keys() == {"A", "B"} and pair["A"].dim() == pair["B"].dim() == 2
-    if not (complete and len(pair["A"]) == pair["B"].shape[1] == r >= 1):
+    if not (complete and len(pair["A"]) == pair["B"].shape[1] == r != 0):
         shapes = ", ".join(f"lora_{side} {tuple(tensor.shape)}" for side, tensor in sorted(pair.items()))
         raise ValueError(f"{folder}: {name} has {shapes}, which are not the two sides of a LoRA of rank {r}")
-    scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
-    A, B = pair["A"].double(), pair["B"].double()
-    # A direction must be larger than the rounding of the precision in which the factors are kept.
-    dtype = working_dtype(pair["A"].dtype)
-    return leading(*(tensor.to(dtype) for tensor in svd_of_product(scaling * B, A.mT, r)))
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The entry for a layer, chosen as PEFT does: the first one whose expression matches the end of the name."""
-    found = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(found, default)
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:

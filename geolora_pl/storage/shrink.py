@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from geolora_pl.adapters.names import alternation
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule, ranks_by_tau, ranks_of_each_by_budget, resolution
 from geolora_pl.storage.adapter_file import read_adapter, write_adapter
-from geolora_pl.storage.adapter_state import Factors, alternation
+from geolora_pl.storage.adapter_state import Factors
 from geolora_pl.storage.atomic import refuse_existing
 from geolora_pl.storage.peft import PREFIX, SIDE_A, SIDE_B, fit_to_write, lora_of, write_folder
 from geolora_pl.storage.peft_import import factors_of, read_lora, sides_of
@@ -89,7 +90,7 @@ def shrink(
     sides, _ = sides_of(tensors)
     if not sides:
         raise ValueError(f"{adapter} holds no LoRA of a linear layer")
-    factors, said = _cut({name: factors_of(name, pair, config, Path(adapter)) for name, pair in sides.items()}, rule)
+    factors, said = _cut(factors_of(sides, config, Path(adapter)), rule)
     loras, settings, names = lora_of(factors, 1.0, compact)
     # Without an adapter a layer is no longer wrapped, and what was trained in it has its own name again.
     bare = {f"{PREFIX}{name}.base_layer": f"{PREFIX}{name}" for name in sides.keys() - names}

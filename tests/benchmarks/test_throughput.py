@@ -12,9 +12,20 @@ pytest.importorskip("matplotlib")
 from benchmarks.shared import figures, harness, results
 from benchmarks.shared.methods import LoRA
 from benchmarks.shared.task import to_device
-from benchmarks.speed import adaptation_event, growth, guard, memory, random_models, rows_by_width, throughput, timing
+from benchmarks.speed import (
+    adaptation_event,
+    growth,
+    guard,
+    many,
+    memory,
+    random_models,
+    rows_by_width,
+    throughput,
+    timing,
+)
 from benchmarks.speed.random_models import BERTS, Setup
-from geolora_pl import AdapterConfig
+from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters
+from geolora_pl.training import plan
 
 REPOSITORY = results.RESULTS  # where what is committed lies
 TINY = Setup("bert", rank=2, batch_size=8, length=8, sizes=(32, 2, 2))
@@ -265,3 +276,52 @@ def test_the_guard_measures(monkeypatch):
         print(*line)
     assert set(now) == {"bound", "lora"}
     assert all(0 < low <= middle <= high for low, middle, high in now.values())
+
+
+@pytest.fixture
+def tiny_decoder(monkeypatch):
+    """Two blocks of two layers in the place of a decoder."""
+    monkeypatch.setattr(many, "SHAPES", {"up": (40, 24), "down": (24, 40)})
+    monkeypatch.setattr(many, "BLOCKS", 2)
+    monkeypatch.setattr(many, "TRIED", 1)
+
+
+@pytest.mark.slow
+def test_what_is_done_per_adapter_is_measured_at_every_number_and_width(monkeypatch, tmp_path, tiny_decoder, capsys):
+    for name, value in (("NUMBERS", (2, 9)), ("WIDTH", 8), ("FEW", 2), ("WIDTHS", (8, 16)), ("REPEATS", 1)):
+        monkeypatch.setattr(many, name, value)
+    threads = torch.get_num_threads()
+    try:
+        throughput.main(["many"])
+    finally:
+        torch.set_num_threads(threads)
+    found = results.read("throughput_many")
+    assert [(r["grows"], r["size"]) for r in found["grown"]] == [
+        *(("number", 2), ("number", 9)),
+        *(("width", 8), ("width", 16)),
+    ]
+    assert set(found["grown"][1]["ms"]) == {*many.OF_MODEL, *many.OF_FIT}
+    assert set(found["grown"][-1]["ms"]) == set(many.OF_MODEL)
+    assert set(found["decoder"]["ms"]) == set(found["decoder"]["expected"]) == {"step", "event"}
+    assert "by number of adapters" in capsys.readouterr().out
+    assert (tmp_path / "many.svg").exists()
+
+
+def test_an_exponent_is_that_of_the_two_largest_sizes():
+    records = [{"grows": "number", "size": n, "ms": {"step": ms}} for n, ms in ((1, 9.0), (10, 10.0), (100, 1000.0))]
+    assert many.exponent(records, "number", "step") == 2
+
+
+def test_the_bytes_on_paper_are_those_that_are_sent(monkeypatch, tiny_decoder):
+    config = AdapterConfig(init_rank=16)
+    model = many.Decoder(many.BLOCKS)
+    factors = [factor for layer in inject_adapters(model, config).values() for factor in (layer.K, layer.L)]
+    paper, sent = many.on_paper(config), []
+    assert paper["bytes of gradients"] == sum(factor.numel() * factor.element_size() for factor in factors)
+    monkeypatch.setattr(plan, "processes", lambda: 2)
+    monkeypatch.setattr(plan, "broadcast_packed", lambda tensors: sent.extend(tensors))
+    integrator = RankAdaptiveIntegrator(model)
+    torch.nn.init.normal_(factors[0])
+    integrator.retract()
+    assert paper["bytes of a retraction's message"] == sum(tensor.nbytes for tensor in sent)
+    assert paper["adapters"] == 4
