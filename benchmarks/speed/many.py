@@ -32,7 +32,7 @@ from geolora_pl import (
     load_adapter,
     save_adapter,
 )
-from geolora_pl.cli.commands import ranks_table
+from geolora_pl.cli.commands import ranks_tables
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.summary import start_summary
 from geolora_pl.loggers import CSVLogger
@@ -165,7 +165,7 @@ def _of_fit(seconds: Seconds, number: int, width: int, folder: Path) -> None:
     with _timed(seconds, "checkpoint"):
         trainer.save_checkpoint(file)
     with _timed(seconds, "ranks"):
-        ranks_table(file)
+        ranks_tables(file)
     with _timed(seconds, "report"):
         write_report(folder)
 

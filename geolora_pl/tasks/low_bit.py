@@ -19,8 +19,9 @@ from transformers.utils.import_utils import (
     is_torchao_available,
 )
 
+from geolora_pl.adapters.names import matcher, meant_by
 from geolora_pl.adapters.quantised import dequantise
-from geolora_pl.adapters.targets import find_modules_to_save, matches
+from geolora_pl.adapters.targets import find_modules_to_save
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
@@ -135,9 +136,9 @@ def modules_left_plain(model: PreTrainedModel, trained: Sequence[str], quantizat
     setting = "llm_int8_skip_modules" if quantization["bits"] == 4 else "modules_to_not_convert"
     names = [name for name, _ in model.named_modules() if name]
     named = quantization.get(setting, [])
-    if absent := [entry for entry in named if not any(matches(name, [entry]) for name in names)]:
+    if absent := [entry for entry, meant in meant_by(named, names).items() if not meant]:
         raise ValueError(f"quantization.{setting}={absent!r} matches no module: drop or correct it")
-    left = [*find_modules_to_save(model, trained), *(name for name in names if matches(name, named))]
+    left = [*find_modules_to_save(model, trained), *filter(matcher(named), names)]
     return sorted(HfQuantizer.get_modules_to_not_convert(model, left, add_default_skips=True))
 
 
