@@ -147,3 +147,12 @@ def test_links_inside_the_project_lead_somewhere(page):
         file = page.parent / target if target else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_sentence_stands_twice_on_a_page(page):
+    """Two branches changed one paragraph, and the page had both versions after their merge: each line stands once."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for line in prose.splitlines() if len(line) > 60 and not re.match(r"[|!*]", line)]
+    assert len(lines) == len(set(lines)), {line for line in lines if lines.count(line) > 1}
+    assert "\n@@" not in prose
