@@ -9,9 +9,9 @@ import pytest
 from pages import ROOT, blocks, commands, of_the_command_line, quiet_trainers, understood
 from peft import AdaLoraConfig, LoraConfig
 
-from benchmarks import write_tables
 import geolora_pl.data
 import geolora_pl.tasks
+from benchmarks import write_tables
 from geolora_pl import AdapterConfig
 from geolora_pl.adapters.elsewhere import PEFT
 from geolora_pl.cli.start import STARTS
