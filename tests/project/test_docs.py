@@ -17,15 +17,18 @@ from geolora_pl import (
     GeoLoRATrainerCallback,
     RiemannianAdam,
 )
+from geolora_pl.cli import commands, start
 from geolora_pl.data.images.base import ImageDataModule
 from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.answers import AnswerDataModule
 from geolora_pl.data.texts.base import TokenDataModule
+from geolora_pl.data.texts.chats import ChatDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
 from geolora_pl.data.texts.seq2seq import Seq2SeqDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
 from geolora_pl.data.texts.tags import TagDataModule
 from geolora_pl.tasks import (
+    CausalLM,
     ImageClassification,
     QuestionAnswering,
     Seq2SeqLM,
@@ -50,6 +53,7 @@ OWNERS = [
     TokenClassification,
     QuestionAnswering,
     Seq2SeqLM,
+    CausalLM,
     TextToImage,
     ImageDataModule,
     PromptedImages,
@@ -59,6 +63,7 @@ OWNERS = [
     TagDataModule,
     AnswerDataModule,
     Seq2SeqDataModule,
+    ChatDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 BASES = {
@@ -110,6 +115,18 @@ def test_every_source_is_on_the_page_with_its_settings():
     for name, settings in said.items():
         own = set(inspect.signature(getattr(geolora_pl.data, name)).parameters) - shared - {"kwargs"}
         assert own <= settings, name
+
+
+@pytest.mark.parametrize("command", ["init", "report", "ranks", "export", "push", "shrink"])
+def test_every_option_of_a_command_is_on_the_page(command, capsys):
+    """A user looks for the options of a command on the page of settings: it has those that ``--help`` has."""
+    with pytest.raises(SystemExit):
+        (start if command == "init" else commands).main([command, "--help"])
+    options = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    rows = re.findall(rf"^\| `{command}` \| `?([\w-]+)`? \|.*?\| (.*) \|$", section("Command line"), re.M)
+    assert options == {name for name, _ in rows if name.startswith("--")}
+    if command == "init":
+        assert set(re.findall(r"`(\w+)`", dict(rows)["task"])) == set(start.STARTS)
 
 
 def test_the_picture_of_the_architecture_is_that_of_the_imports():
