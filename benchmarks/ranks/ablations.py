@@ -99,7 +99,11 @@ def of_today(records: Sequence[Record]) -> list[Record]:
 def document(records: Sequence[Record]) -> str:
     """The page of the documentation: one table per question and one row per variant, with scores and parameters."""
     if not records:
-        return "# Why the defaults are what they are\n\nNo run has been made with the defaults of today.\n"
+        return (
+            "# Why the defaults are what they are\n\nNo run has been made with the defaults of today. "
+            "Runs with earlier defaults, before there were probes, are in\n`benchmarks/results/ablations.jsonl`; "
+            "`python benchmarks/ranks/ablations.py` makes those of today.\n"
+        )
     names = list(dict.fromkeys(record["task"] for record in records))
     commands = dict.fromkeys(record["command"] for record in records)
     seeds, lrs = (sorted({record[key] for record in records}) for key in ("seed", "lr"))

@@ -1,4 +1,4 @@
-"""Weights of a few bits, as bitsandbytes and torchao hold them, whatever library it was."""
+"""Find the weights that bitsandbytes or torchao has quantised, and make them plain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands for a beginning: init writes a configuration to start from, and the quickstart is one that is ready."""
+"""The command init, which writes a configuration to start from, and where that of the quickstart lies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The net under a run: it tells by the training losses that the run has diverged, and takes it back."""
+"""Tell by the training losses that a run has diverged, and take it back to an earlier state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters of one shape could keep and take in at a retraction, before a budget has its say."""
+"""What adapters of one shape could keep and take in at a retraction, before a budget is shared out."""
 
 from __future__ import annotations
 

@@ -309,6 +309,14 @@ def test_every_epoch_writes_the_last_checkpoint_and_the_best_has_a_name_of_its_o
     assert best["filename"] is None
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_tensorboard_shows_no_metric_of_minus_one(path):
+    """A user saw ``hp_metric`` -1 in TensorBoard, which Lightning writes unless it is told not to."""
+    loggers = yaml.safe_load(path.read_text())["trainer"]["logger"]
+    of_tensorboard = [logger for logger in loggers if logger["class_path"].endswith("TensorBoardLogger")]
+    assert all(logger["init_args"].get("default_hp_metric") is False for logger in of_tensorboard)
+
+
 def test_no_two_experiments_share_a_folder():
     folders = [
         {(logger["init_args"]["name"], logger["init_args"]["version"]) for logger in parsed(path)["trainer"]["logger"]}

@@ -17,15 +17,18 @@ from geolora_pl import (
     GeoLoRATrainerCallback,
     RiemannianAdam,
 )
+from geolora_pl.cli import commands, start
 from geolora_pl.data.images.base import ImageDataModule
 from geolora_pl.data.images.prompted import PromptedImages
 from geolora_pl.data.texts.answers import AnswerDataModule
 from geolora_pl.data.texts.base import TokenDataModule
+from geolora_pl.data.texts.chats import ChatDataModule
 from geolora_pl.data.texts.language import LanguageDataModule
 from geolora_pl.data.texts.seq2seq import Seq2SeqDataModule
 from geolora_pl.data.texts.sources import LabelledTexts
 from geolora_pl.data.texts.tags import TagDataModule
 from geolora_pl.tasks import (
+    CausalLM,
     ImageClassification,
     QuestionAnswering,
     Seq2SeqLM,
@@ -50,6 +53,7 @@ OWNERS = [
     TokenClassification,
     QuestionAnswering,
     Seq2SeqLM,
+    CausalLM,
     TextToImage,
     ImageDataModule,
     PromptedImages,
@@ -59,6 +63,7 @@ OWNERS = [
     TagDataModule,
     AnswerDataModule,
     Seq2SeqDataModule,
+    ChatDataModule,
 ]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 BASES = {
@@ -112,6 +117,18 @@ def test_every_source_is_on_the_page_with_its_settings():
         assert own <= settings, name
 
 
+@pytest.mark.parametrize("command", ["init", "report", "ranks", "export", "push", "shrink"])
+def test_every_option_of_a_command_is_on_the_page(command, capsys):
+    """A user looks for the options of a command on the page of settings: it has those that ``--help`` has."""
+    with pytest.raises(SystemExit):
+        (start if command == "init" else commands).main([command, "--help"])
+    options = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    rows = re.findall(rf"^\| `{command}` \| `?([\w-]+)`? \|.*?\| (.*) \|$", section("Command line"), re.M)
+    assert options == {name for name, _ in rows if name.startswith("--")}
+    if command == "init":
+        assert set(re.findall(r"`(\w+)`", dict(rows)["task"])) == set(start.STARTS)
+
+
 def test_the_picture_of_the_architecture_is_that_of_the_imports():
     page = (ROOT / "docs" / "architecture.md").read_text()
     drawn = re.search(r"^    (math --> .*)$", page, re.M)[1]
@@ -147,3 +164,12 @@ def test_links_inside_the_project_lead_somewhere(page):
         file = page.parent / target if target else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_sentence_stands_twice_on_a_page(page):
+    """Two branches changed one paragraph, and the page had both versions after their merge: each line stands once."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for line in prose.splitlines() if len(line) > 60 and not re.match(r"[|!*]", line)]
+    assert len(lines) == len(set(lines)), {line for line in lines if lines.count(line) > 1}
+    assert "\n@@" not in prose

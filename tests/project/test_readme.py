@@ -9,9 +9,12 @@ import pytest
 from pages import ROOT, blocks, commands, of_the_command_line, quiet_trainers, understood
 from peft import AdaLoraConfig, LoraConfig
 
+import geolora_pl.data
+import geolora_pl.tasks
 from benchmarks import write_tables
 from geolora_pl import AdapterConfig
 from geolora_pl.adapters.elsewhere import PEFT
+from geolora_pl.cli.start import STARTS
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 PAGE = ROOT / "README.md"
@@ -34,7 +37,7 @@ def test_the_commands_are_understood(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["geolora_pl"])
     calls = commands(PAGE, tmp_path)
-    assert len(calls) == 21
+    assert len(calls) == 19
     for program, *arguments in calls:
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
@@ -57,6 +60,17 @@ def test_the_yaml_for_own_data_is_a_configuration_of_ten_lines(block, tmp_path, 
 
 def test_there_are_three_kinds_of_own_data():
     assert len(blocks(PAGE, "yaml")) == 3
+
+
+def test_the_table_of_tasks_has_every_task_and_every_configuration_to_start_from():
+    """A user saw in the README neither ``init chat`` nor some of the tasks: the table has all that there is."""
+    table = re.search(r"^\| you have \|.*?\n\n", PAGE.read_text(), re.M | re.S)[0]
+    cells = set(re.findall(r"`([^`]*)`", table))
+    named = {name for name in geolora_pl.data.__all__ if name.endswith(("Files", "Hub", "Folder", "Table"))}
+    assert {*geolora_pl.tasks.__all__, *named} <= cells
+    assert {cell for cell in cells if cell.startswith("init ")} == {f"init {task}" for task in STARTS}
+    listed = re.search(r"`init` writes a commented YAML for (.*?), and never", PAGE.read_text(), re.S)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(STARTS)
 
 
 def test_the_table_for_those_who_come_from_peft_says_what_the_errors_say():

@@ -1,4 +1,4 @@
-"""Read conversations: rows of files as messages, in the forms in which people keep them."""
+"""Read conversations: rows of files as messages, in each of the usual forms."""
 
 from __future__ import annotations
 
