@@ -117,6 +117,7 @@ def run(tmp_path, program, *more, percent=100):
     return done.returncode, [part["part"] for part in parts], [part["exit"] for part in parts]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
     """The second part hangs, for the four seconds that it may, and the third fails."""
     program = 'case "$*" in *sst2.py*) sleep 600 ;; *bert_base*) exit 3 ;; esac'

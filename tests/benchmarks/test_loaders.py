@@ -57,6 +57,7 @@ def test_a_tensor_is_transformed_as_timm_transforms_an_image(tmp_path, monkeypat
     assert (ours - loaders.create_transform(**loaders.OF_VIT)(image)).abs().max() < 2.1 / 127.5
 
 
+@pytest.mark.slow
 def test_steps_can_be_timed_without_datasets():
     """The machine of benchmarks/gpu.sh does not have it, and starts the script that measures the loaders, too."""
     code = "import sys; sys.modules['datasets'] = None; import benchmarks.speed.throughput"

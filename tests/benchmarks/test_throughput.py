@@ -226,6 +226,7 @@ def test_a_vit_of_other_sizes_has_the_tokens_it_is_measured_for():
     assert next(task.batches(0))["images"].shape == (1, 3, 96, 96)
 
 
+@pytest.mark.slow
 def test_the_map_has_a_value_for_every_width_and_number_of_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(rows_by_width, "WIDTHS", (64, 128))
     monkeypatch.setattr(rows_by_width, "ROWS", (64, 128))

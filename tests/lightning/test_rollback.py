@@ -209,7 +209,7 @@ class Counted(L.Callback):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:the training loss rose:geolora_pl.GeoLoRAWarning")
-@pytest.mark.parametrize("kind", [Explodes, Alone])
+@pytest.mark.parametrize("kind", [pytest.param(Explodes, marks=pytest.mark.slow), Alone])
 def test_two_processes_decide_alike_and_resume_exactly(tmp_path, kind):
     start = kind(at=(17,))
     inject_adapters(start, ADAPTER)

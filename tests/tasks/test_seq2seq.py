@@ -137,6 +137,7 @@ def test_every_family_is_trained_in_its_blocks_alone(tmp_path, family):
     assert any("encoder" in name for name in adapters)
 
 
+@pytest.mark.slow
 def test_which_word_is_a_number_is_learnt_and_written(tmp_path):
     torch.manual_seed(0)
     module = Seq2SeqLM(save_tiny_seq2seq(tmp_path / "m"), max_new_tokens=6, model_args={"dropout_rate": 0.0})
