@@ -60,10 +60,10 @@ class Adapters:
         self._qr = qr
 
     def _take_a_step(self) -> None:
-        """Leave increments and moments as training does, with all columns of K and L in use."""
+        """Leave increments and moments as training does: columns of K and L whose bases are zero have no gradient."""
         for layer in self.layers:
-            for factor in (layer.K, layer.L):
-                factor.grad = torch.randn_like(factor)
+            for factor, basis in ((layer.K, layer.V), (layer.L, layer.U)):
+                factor.grad = torch.randn_like(factor) * (basis != 0).any(0)
         self.optimizer.step()
 
     def _tensors(self) -> list[Tensor]:
