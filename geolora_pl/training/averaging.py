@@ -17,6 +17,7 @@ from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.internals import foreach_copy_, foreach_lerp_
 from geolora_pl.training.offers import group_by_shape
 from geolora_pl.training.threads import one_thread
+from geolora_pl.training.uninterrupted import finish
 
 _EARLIER = ("A", "B")  # the mean up to the last fold, as A B^T
 _SINCE = ("K", "L")  # what is averaged since then
@@ -88,24 +89,30 @@ class RunningMean:
             means, [getattr(layer, side).detach() for side in _SINCE for layer in adapters.values()], 1 - decay
         )
         for name, tensor in self._tensors.items():
-            self._entries[name].lerp_(_wide(tensor), 1 - decay)
+            mean, now = self._entries[name], _wide(tensor)
+            # Beside an infinity, as in a mask, there is no mean: the difference would be undefined.
+            mean.copy_(torch.where(mean.isfinite(), mean.lerp(now, 1 - decay), now))
 
     def _fold(self) -> None:
         """Write the mean in one pair of factors, and begin to average in the present bases."""
         folded = self._mean_factors()
-        for name, (U, sigma, V) in folded.items():
-            torch.mul(U, sigma, out=self._factors[name]["A"])
-            self._factors[name]["B"].copy_(V)
         adapters = self._integrator.adapters
-        foreach_copy_(
-            [self._factors[name][basis] for basis in "USV" for name in adapters],
-            [getattr(layer, basis).detach() for basis in "USV" for layer in adapters.values()],
-        )
-        for factors in self._factors.values():
-            for side in _SINCE:
-                factors[side].zero_()
-        self._share = 1.0
-        self._moves = self._count_of_moves()
+
+        def write() -> None:
+            for name, (U, sigma, V) in folded.items():
+                torch.mul(U, sigma, out=self._factors[name]["A"])
+                self._factors[name]["B"].copy_(V)
+            foreach_copy_(
+                [self._factors[name][basis] for basis in "USV" for name in adapters],
+                [getattr(layer, basis).detach() for basis in "USV" for layer in adapters.values()],
+            )
+            for factors in self._factors.values():
+                for side in _SINCE:
+                    factors[side].zero_()
+            self._share = 1.0
+            self._moves = self._count_of_moves()
+
+        finish(write)
 
     def _mean_factors(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """The mean of every adapter as its R leading singular triplets: U (m, R), sigma (R,), V (n, R)."""

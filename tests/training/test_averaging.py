@@ -7,6 +7,7 @@ from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.training import averaging
 from geolora_pl.training.averaging import RunningMean
 
 DECAY = 0.8
@@ -133,6 +134,44 @@ def test_a_mean_in_half_precision_moves_by_less_than_its_rounding():
     ((_, value),) = [pair for pair in mean.values() if pair[0] is head]
     assert value.dtype == torch.bfloat16
     close(value.float(), torch.full((2,), 2 - 0.999**500), within=2**-8)
+
+
+def test_a_buffer_with_infinities_keeps_them_until_it_changes():
+    """A user's model has a mask of zeros and -inf as a buffer, and the least value so far in another."""
+    mask, least = torch.full((3, 3), -torch.inf).triu(1), torch.tensor([torch.inf, 1.0])
+    expected = mask.clone()
+    mean = RunningMean(RankAdaptiveIntegrator(build(max_rank=3)), {"mask": mask, "least": least})
+    mean.update(DECAY)
+    mean.update(DECAY)
+    least.copy_(torch.tensor([3.0, 0.0]))
+    mean.update(DECAY)
+    values = {id(tensor): value for tensor, value in mean.values()}
+    assert torch.equal(values[id(mask)], expected)
+    assert torch.equal(values[id(least)], torch.tensor([3.0, DECAY]))
+
+
+def test_a_mean_that_is_interrupted_while_bases_change_is_whole(monkeypatch):
+    """A user presses Ctrl-C, and the checkpoint that is written then has the mean up to that step."""
+    model = build(max_rank=9)
+    integrator = RankAdaptiveIntegrator(model, tau=0.0, min_rank=9, adapt_every=3)
+    mean = RunningMean(integrator, {"head": model[3].weight})
+    walk = steps(model, integrator, RiemannianAdam(model, lr=0.05), 9)
+    while integrator.adaptations < 4:
+        expected = dense_of(mean, model)[0] if mean.started else None
+        next(walk)
+        if integrator.adaptations < 4:
+            mean.update(DECAY)
+    copy = averaging.foreach_copy_
+
+    def interrupted(to, of):
+        monkeypatch.setattr(averaging, "foreach_copy_", copy)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(averaging, "foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mean.update(DECAY)
+    for name, matrix in dense_of(mean, model)[0].items():
+        close(matrix, expected[name], within=EXACT)
 
 
 def test_a_state_continues_to_the_bit_and_refuses_another_model():
