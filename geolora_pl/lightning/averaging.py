@@ -21,9 +21,9 @@ from geolora_pl.training.averaging import RunningMean
 class GeoLoRAEMAWeightAveraging(L.Callback):
     """Average the weights over the steps of a run, for modules with adapters.
 
-    It stands for Lightning's ``EMAWeightAveraging``, with the same arguments: an exponential moving average, begun with
-    the state after the first update. Of an adapter the update is averaged and not its factors, which would not stay
-    orthonormal; what is trained in full is averaged entry by entry, and so are buffers.
+    It stands for Lightning's ``EMAWeightAveraging`` and has the arguments below from there: an exponential moving
+    average, begun with the state after the first update. Of an adapter the update is averaged and not its factors,
+    which would not stay orthonormal; what is trained in full is averaged entry by entry, and so are buffers.
 
     Validations see the averaged weights, and so does ``on_validation_epoch_end``. A checkpoint has them as its
     ``state_dict``: ``test``, ``load_from_checkpoint`` and ``export`` take them. A fit that is resumed goes on from the
