@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -98,7 +99,12 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         }
         if self.use_buffers:
             tensors |= {name: b for name, b in base_buffers(pl_module).items() if b.is_floating_point()}
-        self._mean = RunningMean(integrator, tensors)
+        places = {
+            id(tensor): (module, name)
+            for module in pl_module.modules()
+            for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        }
+        self._mean = RunningMean(integrator, {name: places[id(tensor)] for name, tensor in tensors.items()})
         if self._restored is not None:
             self._latest_step = self._restored["latest_step"]
             self._mean.load_state_dict(self._restored["mean"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.math.averages import mean_update
@@ -38,21 +38,25 @@ class RunningMean:
 
     Args:
         integrator: It moves the adapters; its counters say whether bases have changed.
-        tensors: What else is averaged, by name: parameters that are trained in full, and buffers, of real or complex
-            numbers. The means have at least the precision of float32.
+        places: What else is averaged, by name, as a module and the name of its parameter or buffer of real or complex
+            numbers, in whose place a step may put another tensor. The means have at least the precision of float32.
     """
 
-    def __init__(self, integrator: RankAdaptiveIntegrator, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, integrator: RankAdaptiveIntegrator, places: Mapping[str, tuple[nn.Module, str]]) -> None:
         self._integrator = integrator
-        self._tensors = dict(tensors)
+        self._places = dict(places)
         self._restart()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What else is averaged, as it is now."""
+        return ((name, getattr(module, attribute)) for name, (module, attribute) in self._places.items())
 
     def _restart(self) -> None:
         """Forget the mean: the next state begins it."""
         self._updates = 0
         self._share = 0.0  # of the mean at the last fold in the mean now
         self._moves = self._count_of_moves()
-        self._entries = {name: _wide(tensor).clone() for name, tensor in self._tensors.items()}
+        self._entries = {name: _wide(tensor).clone() for name, tensor in self._tensors()}
         self._factors: dict[str, dict[str, Tensor]] = {}
         for name, layer in self._integrator.adapters.items():
             U, S, V, K, L = (factor.detach() for factor in (layer.U, layer.S, layer.V, layer.K, layer.L))
@@ -88,7 +92,7 @@ class RunningMean:
         foreach_lerp_(
             means, [getattr(layer, side).detach() for side in _SINCE for layer in adapters.values()], 1 - decay
         )
-        for name, tensor in self._tensors.items():
+        for name, tensor in self._tensors():
             mean, now = self._entries[name], _wide(tensor)
             # Beside an infinity, as in a mask, there is no mean: the difference would be undefined.
             mean.copy_(torch.where(mean.isfinite(), mean.lerp(now, 1 - decay), now))
@@ -146,7 +150,7 @@ class RunningMean:
             if layer.unused_row is not None:
                 new["V"][layer.unused_row] = 0  # where the factorisation leaves rounding
             pairs += [(getattr(layer, factor), new[factor]) for factor in FACTORS]
-        entries = [(tensor, self._entries[name].to(tensor.dtype)) for name, tensor in self._tensors.items()]
+        entries = [(tensor, self._entries[name].to(tensor.dtype)) for name, tensor in self._tensors()]
         broadcast_packed([value for _, value in entries])  # running statistics differ between processes
         return pairs + entries
 
