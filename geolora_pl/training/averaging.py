@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,19 +120,23 @@ class RunningMean:
 
     def _mean_factors(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """The mean of every adapter as its R leading singular triplets: U (m, R), sigma (R,), V (n, R)."""
-        adapters = self._integrator.adapters
+        groups = group_by_shape(self._integrator.adapters)
+        means = [self._mean_of(names) for names in groups]
+        broadcast_packed([part for parts in means for part in parts])
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for names in group_by_shape(adapters):
-            layer = adapters[names[0]]
-            A, B, U, S, V, K, L = (
-                torch.stack([self._factors[name][factor] for name in names]) for factor in (*_EARLIER, *FACTORS)
-            )
-            with exact_products(layer.U.device), one_thread(layer.U.device):
-                mean = mean_update(A, B, self._share, without_probes(U, S, V, K, L), layer.max_rank)
-            parts = (mean.U, mean.sigma[:, : layer.max_rank].contiguous(), mean.V)
-            broadcast_packed(parts)
+        for names, parts in zip(groups, means, strict=True):
             found |= zip(names, zip(*(part.unbind() for part in parts), strict=True), strict=True)
         return found
+
+    def _mean_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of B adapters of one shape: U (B, m, R), sigma (B, R), V (B, n, R)."""
+        layer = self._integrator.adapters[names[0]]
+        A, B, U, S, V, K, L = (
+            torch.stack([self._factors[name][factor] for name in names]) for factor in (*_EARLIER, *FACTORS)
+        )
+        with exact_products(layer.U.device), one_thread(layer.U.device):
+            mean = mean_update(A, B, self._share, without_probes(U, S, V, K, L), layer.max_rank)
+        return mean.U, mean.sigma[:, : layer.max_rank], mean.V
 
     @torch.no_grad()
     def values(self) -> list[tuple[Tensor, Tensor]]:
