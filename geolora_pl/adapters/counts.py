@@ -9,6 +9,7 @@ from torch import nn
 
 from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
 from geolora_pl.adapters.inject import adapter_parameters
+from geolora_pl.adapters.quantised import quantised_sizes
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,18 @@ class Counts:
 
     @classmethod
     def of(cls, model: nn.Module, adapters: Mapping[str, GeoLoRALayer]) -> Counts:
-        """Count the parameters of a model.
+        """Count the parameters of a model; codes count as the numbers that they stand for.
 
         Args:
             model: With adapters, or just merged.
             adapters: Those of the model.
         """
         factors = {id(getattr(layer, name)) for layer in adapters.values() for name in FACTORS}
-        own = [p for p in model.parameters() if id(p) not in factors]
+        own, codes = [p for p in model.parameters() if id(p) not in factors], quantised_sizes(model)
         in_full = sum(p.numel() for p in own if p.requires_grad)
+        base = sum(codes.get(id(p), p.numel()) for p in own if not p.requires_grad)
         per_rank = sum(layer.in_features + layer.out_features for layer in adapters.values())
-        return cls(adapter_parameters(adapters), in_full, sum(p.numel() for p in own) - in_full, per_rank)
+        return cls(adapter_parameters(adapters), in_full, base, per_rank)
 
     def __str__(self) -> str:
         share = f"{self.adapters / self.base:.1%} of the base of {self.base:,}, " if self.base else ""

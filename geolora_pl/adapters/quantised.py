@@ -35,6 +35,18 @@ def _is_packed(parameter: Tensor) -> bool:
     return is_whole and type(parameter) is not nn.Parameter
 
 
+def quantised_sizes(model: nn.Module) -> dict[int, int]:
+    """How many numbers the quantised weight of each linear layer stands for, by the identity of the weight.
+
+    Two of 4 bits may be stored as one of 8.
+    """
+    return {
+        id(getattr(layer, "weight", None)): layer.out_features * layer.in_features
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and GeoLoRALinear.is_quantised(layer)
+    }
+
+
 def loadable_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model without what quantised layers write beside their weights, such as scales.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -21,9 +22,9 @@ from geolora_pl.training.averaging import RunningMean
 class GeoLoRAEMAWeightAveraging(L.Callback):
     """Average the weights over the steps of a run, for modules with adapters.
 
-    It stands for Lightning's ``EMAWeightAveraging``, with the same arguments: an exponential moving average, begun with
-    the state after the first update. Of an adapter the update is averaged and not its factors, which would not stay
-    orthonormal; what is trained in full is averaged entry by entry, and so are buffers.
+    It stands for Lightning's ``EMAWeightAveraging`` and has the arguments below from there: an exponential moving
+    average, begun with the state after the first update. Of an adapter the update is averaged and not its factors,
+    which would not stay orthonormal; what is trained in full is averaged entry by entry, and so are buffers.
 
     Validations see the averaged weights, and so does ``on_validation_epoch_end``. A checkpoint has them as its
     ``state_dict``: ``test``, ``load_from_checkpoint`` and ``export`` take them. A fit that is resumed goes on from the
@@ -98,7 +99,12 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         }
         if self.use_buffers:
             tensors |= {name: b for name, b in base_buffers(pl_module).items() if b.is_floating_point()}
-        self._mean = RunningMean(integrator, tensors)
+        places = {
+            id(tensor): (module, name)
+            for module in pl_module.modules()
+            for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        }
+        self._mean = RunningMean(integrator, {name: places[id(tensor)] for name, tensor in tensors.items()})
         if self._restored is not None:
             self._latest_step = self._restored["latest_step"]
             self._mean.load_state_dict(self._restored["mean"])

@@ -85,7 +85,7 @@ class GeoLoRACallback(L.Callback):
 
     Raises:
         ValueError: An argument is out of range, or the run cannot work: the module's optimizers do not hold the
-            adapters, weights are averaged, or the run is shorter than ``adapt_every``.
+            adapters, weights are averaged entry by entry, or the run is shorter than ``adapt_every``.
         RuntimeError: Training ended without a single adaptation; or the run diverged, with ``on_divergence="raise"`` or
             after ten rollbacks.
         FloatingPointError: A gradient is not finite, with ``on_nonfinite="raise"``.

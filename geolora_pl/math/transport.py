@@ -18,8 +18,9 @@ def transport_first_moment(
         m_K' = m_K (V^T V') + U (m_L^T V'), \qquad
         m_L' = (I - V' V'^T) \left( m_L (U^T U') + V (m_K^T U') \right),
 
-    which is the best approximation of xi in the tangent space at U', V'. What probes have gathered inside of the
-    tangent space is there already, and so only what lies outside of it counts.
+    which is the best approximation of xi in the tangent space at U', V'. With probes, :math:`V' V'^T` is that of the
+    live columns alone. What probes have gathered inside of the tangent space is there already, and so only what lies
+    outside of it counts.
 
     Args:
         m_K: (..., m, p + R), coordinates in V.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.math.averages import mean_update
@@ -17,6 +17,7 @@ from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.internals import foreach_copy_, foreach_lerp_
 from geolora_pl.training.offers import group_by_shape
 from geolora_pl.training.threads import one_thread
+from geolora_pl.training.uninterrupted import finish
 
 _EARLIER = ("A", "B")  # the mean up to the last fold, as A B^T
 _SINCE = ("K", "L")  # what is averaged since then
@@ -37,21 +38,25 @@ class RunningMean:
 
     Args:
         integrator: It moves the adapters; its counters say whether bases have changed.
-        tensors: What else is averaged, by name: parameters that are trained in full, and buffers, of real or complex
-            numbers. The means have at least the precision of float32.
+        places: What else is averaged, by name, as a module and the name of its parameter or buffer of real or complex
+            numbers, in whose place a step may put another tensor. The means have at least the precision of float32.
     """
 
-    def __init__(self, integrator: RankAdaptiveIntegrator, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, integrator: RankAdaptiveIntegrator, places: Mapping[str, tuple[nn.Module, str]]) -> None:
         self._integrator = integrator
-        self._tensors = dict(tensors)
+        self._places = dict(places)
         self._restart()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What else is averaged, as it is now."""
+        return ((name, getattr(module, attribute)) for name, (module, attribute) in self._places.items())
 
     def _restart(self) -> None:
         """Forget the mean: the next state begins it."""
         self._updates = 0
         self._share = 0.0  # of the mean at the last fold in the mean now
         self._moves = self._count_of_moves()
-        self._entries = {name: _wide(tensor).clone() for name, tensor in self._tensors.items()}
+        self._entries = {name: _wide(tensor).clone() for name, tensor in self._tensors()}
         self._factors: dict[str, dict[str, Tensor]] = {}
         for name, layer in self._integrator.adapters.items():
             U, S, V, K, L = (factor.detach() for factor in (layer.U, layer.S, layer.V, layer.K, layer.L))
@@ -87,41 +92,51 @@ class RunningMean:
         foreach_lerp_(
             means, [getattr(layer, side).detach() for side in _SINCE for layer in adapters.values()], 1 - decay
         )
-        for name, tensor in self._tensors.items():
-            self._entries[name].lerp_(_wide(tensor), 1 - decay)
+        for name, tensor in self._tensors():
+            mean, now = self._entries[name], _wide(tensor)
+            # Beside an infinity, as in a mask, there is no mean: the difference would be undefined.
+            mean.copy_(torch.where(mean.isfinite(), mean.lerp(now, 1 - decay), now))
 
     def _fold(self) -> None:
         """Write the mean in one pair of factors, and begin to average in the present bases."""
         folded = self._mean_factors()
-        for name, (U, sigma, V) in folded.items():
-            torch.mul(U, sigma, out=self._factors[name]["A"])
-            self._factors[name]["B"].copy_(V)
         adapters = self._integrator.adapters
-        foreach_copy_(
-            [self._factors[name][basis] for basis in "USV" for name in adapters],
-            [getattr(layer, basis).detach() for basis in "USV" for layer in adapters.values()],
-        )
-        for factors in self._factors.values():
-            for side in _SINCE:
-                factors[side].zero_()
-        self._share = 1.0
-        self._moves = self._count_of_moves()
+
+        def write() -> None:
+            for name, (U, sigma, V) in folded.items():
+                torch.mul(U, sigma, out=self._factors[name]["A"])
+                self._factors[name]["B"].copy_(V)
+            foreach_copy_(
+                [self._factors[name][basis] for basis in "USV" for name in adapters],
+                [getattr(layer, basis).detach() for basis in "USV" for layer in adapters.values()],
+            )
+            for factors in self._factors.values():
+                for side in _SINCE:
+                    factors[side].zero_()
+            self._share = 1.0
+            self._moves = self._count_of_moves()
+
+        finish(write)
 
     def _mean_factors(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """The mean of every adapter as its R leading singular triplets: U (m, R), sigma (R,), V (n, R)."""
-        adapters = self._integrator.adapters
+        groups = group_by_shape(self._integrator.adapters)
+        means = [self._mean_of(names) for names in groups]
+        broadcast_packed([part for parts in means for part in parts])
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for names in group_by_shape(adapters):
-            layer = adapters[names[0]]
-            A, B, U, S, V, K, L = (
-                torch.stack([self._factors[name][factor] for name in names]) for factor in (*_EARLIER, *FACTORS)
-            )
-            with exact_products(layer.U.device), one_thread(layer.U.device):
-                mean = mean_update(A, B, self._share, without_probes(U, S, V, K, L), layer.max_rank)
-            parts = (mean.U, mean.sigma[:, : layer.max_rank].contiguous(), mean.V)
-            broadcast_packed(parts)
+        for names, parts in zip(groups, means, strict=True):
             found |= zip(names, zip(*(part.unbind() for part in parts), strict=True), strict=True)
         return found
+
+    def _mean_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of B adapters of one shape: U (B, m, R), sigma (B, R), V (B, n, R)."""
+        layer = self._integrator.adapters[names[0]]
+        A, B, U, S, V, K, L = (
+            torch.stack([self._factors[name][factor] for name in names]) for factor in (*_EARLIER, *FACTORS)
+        )
+        with exact_products(layer.U.device), one_thread(layer.U.device):
+            mean = mean_update(A, B, self._share, without_probes(U, S, V, K, L), layer.max_rank)
+        return mean.U, mean.sigma[:, : layer.max_rank], mean.V
 
     @torch.no_grad()
     def values(self) -> list[tuple[Tensor, Tensor]]:
@@ -139,7 +154,7 @@ class RunningMean:
             if layer.unused_row is not None:
                 new["V"][layer.unused_row] = 0  # where the factorisation leaves rounding
             pairs += [(getattr(layer, factor), new[factor]) for factor in FACTORS]
-        entries = [(tensor, self._entries[name].to(tensor.dtype)) for name, tensor in self._tensors.items()]
+        entries = [(tensor, self._entries[name].to(tensor.dtype)) for name, tensor in self._tensors()]
         broadcast_packed([value for _, value in entries])  # running statistics differ between processes
         return pairs + entries
 

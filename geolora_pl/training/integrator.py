@@ -310,12 +310,12 @@ class RankAdaptiveIntegrator:
         try:
             for group in plan.groups:
                 self._move(group, max(ranks[name] for name in group.names), optimizer)
+            for name, rank in ranks.items():
+                self.adapters[name].rank = rank
         except BaseException:  # keep the ranks true to the factors, however many of them have moved
             for layer in self.adapters.values():
                 layer.read_rank()
             raise
-        for name, rank in ranks.items():
-            self.adapters[name].rank = rank
 
     def _anything_pending(self) -> bool:
         """Whether K or L hold a step; what probes remember from the last retraction, in K, is none."""

@@ -58,14 +58,14 @@ def averaged(states, decay=DECAY):
     return mean
 
 
-def fit(folder=None, ckpt_path=None, seed=0, averaging=None, first=False, **settings):
+def fit(folder=None, ckpt_path=None, seed=0, averaging=None, first=False, module=None, **settings):
     L.seed_everything(seed, verbose=False)
     averaging = averaging or GeoLoRAEMAWeightAveraging(DECAY)
     # At tau=0 and full rank the mean of the updates is the mean of the weights.
     callback = GeoLoRACallback(adapter=FULL, tau=0.0, min_rank=10, adapt_every=4)
     callbacks = [averaging, callback] if first else [callback, averaging]
     saved = [ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)] if folder else []
-    module = Watched()
+    module = module or Watched()
     runs = trainer(*callbacks, *saved, **{"max_epochs": 3, **settings})
     runs.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, runs
@@ -103,6 +103,32 @@ def test_updates_begin_and_come_as_often_as_asked_for():
     module, _ = fit(averaging=GeoLoRAEMAWeightAveraging(0.5, 4, 6, use_buffers=False))
     expected = averaged([module.seen[step] for step in (8, 12, 16)], 0.5)
     assert_near(module.plain(), {**expected, "mean": module.seen[-1]["mean"]})
+
+
+class Centred(Watched):
+    """Keeps a running centre as the code of DINO does: every step puts another tensor in the place of the buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(10))
+
+    def plain(self):
+        return {**super().plain(), "centre": self.centre.clone()}
+
+    def training_step(self, batch, batch_idx):
+        self.centre = 0.5 * self.centre + 0.5 * batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_buffer_that_is_replaced_is_averaged_as_well(tmp_path):
+    module, runs = fit(module=Centred(), val_check_interval=3)
+    for number, found in enumerate(module.validations):
+        assert_near(found, averaged(module.seen[: 3 * (number + 1)]))
+    assert_near(module.plain(), averaged(module.seen))
+    runs.save_checkpoint(tmp_path / "end.ckpt")
+    end = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert torch.equal(end["state_dict"]["centre"], module.centre)
+    assert torch.equal(end["current_model_state"]["centre"], module.seen[-1]["centre"])
 
 
 def test_a_checkpoint_holds_both_and_a_resumed_run_equals_one_run(tmp_path):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from foreign import ADAPTER, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from recorded import BATCHES, Noisy, Recorded
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from geolora_pl import GeoLoRACallback, GeoLoRAWarning
+from geolora_pl import GeoLoRACallback, GeoLoRAEMAWeightAveraging, GeoLoRAWarning
 from geolora_pl.lightning.exact_resume import TrainingPosition, random_state, set_random_state
 
 # A shuffled validation draws random numbers, and those must not count.
@@ -26,7 +26,7 @@ def run(folder, ckpt_path=None, module=None, seed=0, **settings):
     checkpoint = {"every_n_epochs": 0, **settings.pop("checkpoint", {})}
     callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=settings.pop("adapt_every", 2))
     saved = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **checkpoint)
-    runs = trainer(callback, saved, **{"max_epochs": 3, **settings})
+    runs = trainer(callback, *settings.pop("callbacks", ()), saved, **{"max_epochs": 3, **settings})
     runs.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, callback, runs
 
@@ -100,6 +100,37 @@ def test_random_numbers_drawn_at_the_start_of_an_epoch(tmp_path):
     settings = {"checkpoint": {"every_n_train_steps": 4}}
     whole = run(tmp_path, module=Drawing(), **settings)
     assert_same(run(tmp_path / "again", tmp_path / "epoch=1-step=8.ckpt", Drawing(), 1, **settings), whole)
+
+
+class Fails(Recorded):
+    """Fails once in the second batch of a validation."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.global_step == self.step and batch_idx == 1:
+            raise ZeroDivisionError
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*(was called without a model|no last checkpoint available):UserWarning")
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("step", [3, 6, 18], ids=["mid-epoch", "end of an epoch", "end of the run"])
+def test_a_run_that_was_stopped_in_the_middle_of_a_validation_equals_one_run(tmp_path, step, averages):
+    """A validation failed, which draws random numbers, and OnExceptionCheckpoint saved; the user resumes from that."""
+
+    def again(module, *more, **settings):
+        averaging = [GeoLoRAEMAWeightAveraging(0.7)] if averages else []
+        return run(tmp_path, module=module, callbacks=[*averaging, *more], val_check_interval=3, **settings)
+
+    whole = again(Recorded())
+    with pytest.raises(ZeroDivisionError):
+        again(Fails(step), OnExceptionCheckpoint(tmp_path, "failed"))
+    resumed = again(Recorded(), ckpt_path=tmp_path / "failed.ckpt", seed=1)
+    assert len(resumed[0].losses) == 18 - step
+    assert_same(resumed, whole)
 
 
 class Stream(IterableDataset):

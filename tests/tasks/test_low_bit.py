@@ -22,6 +22,7 @@ from torch.multiprocessing import ProcessRaisedException
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, export_peft, load_adapter, merge_adapters, save_adapter
+from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.quantised import keep_trainable, quantised_names
 from geolora_pl.cli.dispatch import main
@@ -93,6 +94,17 @@ def test_a_quantised_decoder_learns_in_float32_adapters_also_after_a_validation(
     assert len(seen.gradients) == runs.global_step == 4
     assert min(seen.gradients) > 0
     assert runs.callback_metrics["val_loss"] < 3.2
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quantised_base_counts_as_many_parameters_as_the_plain_one(decoder, bits):
+    """A user reads how large the adapters are beside the base; of 4-bit codes two are stored as one number."""
+    plain, quantised = CausalLM(decoder), CausalLM(decoder, quantization={"bits": bits})
+    counts = []
+    for module in (plain, quantised):
+        module.configure_model()
+        counts.append(Counts.of(module, find_adapters(module)))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -7,6 +7,7 @@ from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, RiemannianAdam, inject_adapters
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.training import averaging
 from geolora_pl.training.averaging import RunningMean
 
 DECAY = 0.8
@@ -69,7 +70,7 @@ def test_without_truncation_the_mean_is_that_of_the_dense_matrices(probes):
     model = build(max_rank=9, probes=probes)
     integrator = RankAdaptiveIntegrator(model, tau=0.0, min_rank=9, adapt_every=3)
     optimizer = RiemannianAdam(model, lr=0.05, weight_decay=0.1)
-    mean = RunningMean(integrator, {"head": model[3].weight})
+    mean = RunningMean(integrator, {"head": (model[3], "weight")})
     dense, head = {}, None
     for _ in steps(model, integrator, optimizer, 20):
         mean.update(DECAY)
@@ -92,7 +93,7 @@ def test_truncation_is_that_of_dense_matrices_and_bounded_by_what_it_drops(every
     model = build(max_rank=3, embedding=embedding)
     integrator = RankAdaptiveIntegrator(model, tau=0.2, adapt_every=4)
     optimizer = RiemannianAdam(model, lr=0.05)
-    mean = RunningMean(integrator, {"head": model[3].weight})
+    mean = RunningMean(integrator, {"head": (model[3], "weight")})
     dense, exact, dropped, moves = {}, {}, {}, 0
     for step, _ in enumerate(steps(model, integrator, optimizer, 30)):
         if step % every:
@@ -125,7 +126,7 @@ def test_a_mean_in_half_precision_moves_by_less_than_its_rounding():
     """With decay 0.999 a step of the mean is below the rounding of bfloat16, which would stop it."""
     model = build(max_rank=3)
     head = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    mean = RunningMean(RankAdaptiveIntegrator(model), {"head": head})
+    mean = RunningMean(RankAdaptiveIntegrator(model), {"head": (nn.ParameterList([head]), "0")})
     mean.update(0.999)
     head.data += 1
     for _ in range(500):
@@ -135,10 +136,52 @@ def test_a_mean_in_half_precision_moves_by_less_than_its_rounding():
     close(value.float(), torch.full((2,), 2 - 0.999**500), within=2**-8)
 
 
+def test_a_buffer_with_infinities_keeps_them_until_it_changes():
+    """A user's model has a mask of zeros and -inf as a buffer, and the least value so far in another."""
+    mask, least = torch.full((3, 3), -torch.inf).triu(1), torch.tensor([torch.inf, 1.0])
+    expected, buffers = mask.clone(), nn.Module()
+    buffers.register_buffer("mask", mask)
+    buffers.register_buffer("least", least)
+    mean = RunningMean(
+        RankAdaptiveIntegrator(build(max_rank=3)), {"mask": (buffers, "mask"), "least": (buffers, "least")}
+    )
+    mean.update(DECAY)
+    mean.update(DECAY)
+    least.copy_(torch.tensor([3.0, 0.0]))
+    mean.update(DECAY)
+    values = {id(tensor): value for tensor, value in mean.values()}
+    assert torch.equal(values[id(mask)], expected)
+    close(values[id(least)], torch.tensor([3.0, DECAY]))
+
+
+def test_a_mean_that_is_interrupted_while_bases_change_is_whole(monkeypatch):
+    """A user presses Ctrl-C, and the checkpoint that is written then has the mean up to that step."""
+    model = build(max_rank=9)
+    integrator = RankAdaptiveIntegrator(model, tau=0.0, min_rank=9, adapt_every=3)
+    mean = RunningMean(integrator, {"head": (model[3], "weight")})
+    walk = steps(model, integrator, RiemannianAdam(model, lr=0.05), 9)
+    while integrator.adaptations < 4:
+        expected = dense_of(mean, model)[0] if mean.started else None
+        next(walk)
+        if integrator.adaptations < 4:
+            mean.update(DECAY)
+    copy = averaging.foreach_copy_
+
+    def interrupted(to, of):
+        monkeypatch.setattr(averaging, "foreach_copy_", copy)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(averaging, "foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mean.update(DECAY)
+    for name, matrix in dense_of(mean, model)[0].items():
+        close(matrix, expected[name], within=EXACT)
+
+
 def test_a_state_continues_to_the_bit_and_refuses_another_model():
     model = build(max_rank=3)
     integrator = RankAdaptiveIntegrator(model, tau=0.2, adapt_every=4)
-    mean, again = (RunningMean(integrator, {"head": model[3].weight}) for _ in range(2))
+    mean, again = (RunningMean(integrator, {"head": (model[3], "weight")}) for _ in range(2))
     assert mean.state_dict() == {}
     again.load_state_dict({})
     for _ in steps(model, integrator, RiemannianAdam(model, lr=0.05), 7):

@@ -20,7 +20,13 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from geolora_pl import AdapterConfig, GeoLoRACallback, RankAdaptiveIntegrator, inject_adapters
+from geolora_pl import (
+    AdapterConfig,
+    GeoLoRACallback,
+    GeoLoRAEMAWeightAveraging,
+    RankAdaptiveIntegrator,
+    inject_adapters,
+)
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.math import decomposition
@@ -179,8 +185,8 @@ def test_processes_whose_linear_algebra_differs_stay_the_same_to_the_bit():
 class Collectives(Callback):
     """Counts the messages of the adaptation, and all those of the process."""
 
-    def __init__(self):
-        self.counts = Counter()
+    def __init__(self, broadcasts=6):
+        self.counts, self.broadcasts = Counter(), broadcasts
 
     def on_train_start(self, trainer, module):
         for name in ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather", "all_gather_object", "barrier"):
@@ -198,12 +204,18 @@ class Collectives(Callback):
     def on_train_end(self, trainer, module):
         adaptations = trainer.callbacks[0].integrator.adaptations
         # Adaptations come after 1, 2, 4, 6 and 8 steps and at the end; the losses are judged once there are 8 of them.
-        if adaptations != 6 or self.counts != {"broadcast": 6, "all_reduce": 1}:
+        if adaptations != 6 or self.counts != {"broadcast": self.broadcasts, "all_reduce": 1}:
             raise AssertionError(f"{self.counts} in {adaptations} adaptations")
 
 
 def test_an_adaptation_is_one_message_and_so_is_a_judgement_of_the_losses_and_a_step_is_none():
     fit(2, 8, adapt_every=2, more=[Collectives()])
+
+
+def test_averaged_weights_send_one_message_when_bases_change_and_two_when_they_are_put_in():
+    """Of six adaptations, the average begins after the first, and is put in after the last."""
+    averaging = GeoLoRAEMAWeightAveraging(0.9)
+    fit(2, 8, adapt_every=2, more=[averaging, Collectives(broadcasts=6 + 4 + 2)])
 
 
 class Divided(InOrder):

@@ -19,6 +19,7 @@ from geolora_pl import (
     inject_adapters,
     parameter_groups,
 )
+from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.training import integrator as integrator_module
 from geolora_pl.training.plan import Plan
 from geolora_pl.training.stacks import owners
@@ -143,6 +144,25 @@ def test_a_retraction_that_breaks_off_leaves_the_ranks_of_the_factors_and_the_de
     assert adapters["2"].rank == 2
     assert adapters["2"].K.any()
     assert {name: layer.rank for name, layer in adapters.items()} == columns_in_use(adapters)
+
+
+def test_a_retraction_that_breaks_off_at_its_very_end_leaves_the_ranks_of_the_factors(monkeypatch):
+    """A user presses Ctrl-C when all factors have moved; the products must not leave out their new columns."""
+    model, adapters, integrator = two_shapes(tau=0.0)
+    backward(model)
+    optimizer_of(model).step()
+
+    def interrupted(layer, name, value):
+        if name == "rank":
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        nn.Module.__setattr__(layer, name, value)
+
+    monkeypatch.setattr(GeoLoRALayer, "__setattr__", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        integrator.retract()
+    assert max(integrator.ranks().values()) > 2
+    assert integrator.ranks() == columns_in_use(adapters)
 
 
 @pytest.mark.parametrize("probes", [0, 2])
