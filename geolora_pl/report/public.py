@@ -44,7 +44,7 @@ class DataSource:
 
     Attributes:
         name: The class of the data source, with its task.
-        hub_name: Its name on the hub, if it has one.
+        hub_name: Its name on the hub, if it may have one.
     """
 
     name: str
@@ -105,12 +105,12 @@ def data_of(settings: Mapping[str, object]) -> DataSource | None:
     hub_name = settings.get("data.init_args.dataset")
     return DataSource(
         f"{name} {task}" if isinstance(task, str) and _WORD.fullmatch(task) else name,
-        hub_name if isinstance(hub_name, str) and is_on_hub(hub_name) else None,
+        hub_name if isinstance(hub_name, str) and may_be_on_hub(hub_name) else None,
     )
 
 
-def is_on_hub(name: str) -> bool:
-    """Whether a name may be that of a model or data set on the hub, and is no path on this machine."""
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name may be that of a model or data set on the hub: it looks like one, and is no path from here."""
     return is_hub_name(name) and not Path(name).exists()
 
 

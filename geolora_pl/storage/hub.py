@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub  # which imports its public names at their first use, and its modules not at all
 
@@ -46,6 +46,16 @@ def is_hub_name(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_there(name: str, kind: Literal["model", "dataset"], token: str | None) -> bool:
+    """Whether the hub has a model or data set of that name, as far as the token may see it.
+
+    Raises:
+        ValueError: The hub does not say.
+    """
+    with _one_sentence(name, None):
+        return huggingface_hub.HfApi(token=token).repo_exists(name, repo_type=kind)
 
 
 def located(path: str | Path, revision: str | None = None, token: str | None = None, *, lora: bool = False) -> Path:

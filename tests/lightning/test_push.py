@@ -191,6 +191,36 @@ def test_nothing_of_this_machine_goes_out(hub, tmp_path, monkeypatch):
                 assert secret.encode() not in content, (repo, name)
 
 
+def test_a_relative_path_that_looks_like_a_name_does_not_go_out(hub, tmp_path, monkeypatch):
+    """A user trained with the folders secret_models/bert and secret_sets/x, and pushed the run from another folder."""
+    _, run = text_run(hub, tmp_path)
+    sources = SETTINGS.replace("user/base", "secret_models/bert").replace("data.TextFiles", "data.TextHub")
+    sources = sources.replace("train_file: HERE/secret.csv", "dataset: secret_sets/x").replace("HERE", str(tmp_path))
+    (run / "config.yaml").write_text(sources)
+    (tmp_path / "secret_models").mkdir()
+    (tmp_path / "secret_bert").rename(tmp_path / "secret_models" / "bert")
+    monkeypatch.chdir(tmp_path)
+    local = TextClassification("secret_models/bert", num_classes=3)
+    local.configure_model()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    push_to_hub(run, "user/of_a_folder")
+    push_to_hub(local.model, "user/of_a_model")
+    for repo in ("user/of_a_folder", "user/of_a_model"):
+        assert not [name for name, content in hub.files(repo).items() if b"secret" in content]
+
+
+def test_the_data_set_of_the_hub_is_named(hub, tmp_path):
+    _, run = text_run(hub, tmp_path)
+    hub.add("user/reviews", {})
+    sources = SETTINGS.replace("data.TextFiles", "data.TextHub").replace(
+        "train_file: HERE/s", "dataset: user/reviews, x: s"
+    )
+    (run / "config.yaml").write_text(sources)
+    push_to_hub(run, "user/name")
+    assert ModelCard(hub.files("user/name")["README.md"].decode()).data.datasets == ["user/reviews"]
+
+
 def test_names_on_the_card_are_no_markup(hub):
     """Names of layers and of a repository that Markdown or HTML would read as something else are shown as they are."""
     model = nn.ModuleDict({"<script>|`x`[a](b)": nn.Linear(6, 6)})

@@ -47,7 +47,9 @@ def test_what_is_shown(name, value, text):
     assert public_settings({**OURS, name: value})[name] == text
 
 
-@pytest.mark.parametrize("name", ["data.init_args.task", "model.init_args.precision", "model.init_args.adapter.geometry"])
+@pytest.mark.parametrize(
+    "name", ["data.init_args.task", "model.init_args.precision", "model.init_args.adapter.geometry"]
+)
 def test_texts_of_a_class_of_ones_own_are_left_out(name):
     """A user's own data module has an argument that is called as one of ours: what it says went onto the card."""
     assert public_settings({**THEIRS, name: "secret"}) == {}
