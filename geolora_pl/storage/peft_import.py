@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +44,7 @@ _OTHER_KINDS = (
     "monteclora_config",
     "megatron_config",
 )
+_MOST = 2**31  # of a rank, and of alpha: what is above is no setting, and calculates to no number
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
 
 
@@ -239,15 +239,19 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} has init_lora_weights={start!r}, which also changed the base weights: convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    kinds: tuple[tuple[str, str, type, str], ...] = (
+        ("r", "rank_pattern", int, "a whole number"),
+        ("lora_alpha", "alpha_pattern", int | float, "a number"),
+    )
+    for name, pattern, kind, said in kinds:
         by_name = config.get(pattern) or {}
         if not isinstance(by_name, dict):
             raise ValueError(f"{folder}: {CONFIG} has {pattern}={by_name!r}, which must map names to numbers")
         for key in by_name:
             _refuse_slow_expression(key, folder)
         for value in (config.get(name), *by_name.values()):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{folder}: {CONFIG} has {name}={value!r} (or so in {pattern}): it must be a number")
+            if not isinstance(value, kind) or not abs(value) < _MOST:
+                raise ValueError(f"{folder}: {CONFIG} has {name}={value!r} (or so in {pattern}): it must be {said}")
 
 
 def _refuse_slow_expression(expression: str, folder: Path) -> None:

@@ -332,6 +332,8 @@ def test_broken_and_foreign_folders_are_refused(tmp_path):
         ({"peft_type": "IA3"}, "of the type 'IA3'"),
         ({"r": 3}, "not the two sides of a LoRA of rank 3"),
         ({"r": None}, "r=None"),
+        ({"r": 2.0}, "r=2.0 .*must be a whole number"),
+        ({"lora_alpha": 10**400}, "lora_alpha=10{400} .*must be a number"),
     ):
         path.write_text(json.dumps({**whole, **change}))
         refuses(tmp_path, message)
