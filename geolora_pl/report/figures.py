@@ -310,6 +310,7 @@ def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str =
 
 def _label_ends(ax: Axes, lines: Mapping[str, Line2D]) -> None:
     """Write the name of each line where it ends, apart from each other, so that lines in one place have all theirs."""
+    ax.autoscale_view()  # else the limits are those of an empty picture until it is drawn
     to_axes = ax.transScale + ax.transLimits
     ends = {label: to_axes.transform(line.get_xydata()[-1])[1] for label, line in lines.items()}  # type: ignore[index]
     gap = 0.075
