@@ -239,18 +239,15 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} has init_lora_weights={start!r}, which also changed the base weights: convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
-    kinds: tuple[tuple[str, str, type, str], ...] = (
-        ("r", "rank_pattern", int, "a whole number"),
-        ("lora_alpha", "alpha_pattern", int | float, "a number"),
-    )
-    for name, pattern, kind, said in kinds:
+    for name, pattern, said in (("r", "rank_pattern", "a whole number"), ("lora_alpha", "alpha_pattern", "a number")):
         by_name = config.get(pattern) or {}
         if not isinstance(by_name, dict):
             raise ValueError(f"{folder}: {CONFIG} has {pattern}={by_name!r}, which must map names to numbers")
         for key in by_name:
             _refuse_slow_expression(key, folder)
         for value in (config.get(name), *by_name.values()):
-            if not isinstance(value, kind) or not abs(value) < _MOST:
+            is_kind = isinstance(value, int) or (isinstance(value, float) and name == "lora_alpha")
+            if not is_kind or not abs(value) < _MOST:
                 raise ValueError(f"{folder}: {CONFIG} has {name}={value!r} (or so in {pattern}): it must be {said}")
 
 
