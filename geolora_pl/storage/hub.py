@@ -74,8 +74,8 @@ def located(path: str | Path, revision: str | None = None, token: str | None = N
         The file, or the folder of the LoRA.
 
     Raises:
-        ValueError: There is neither a path nor a repository of that name, the repository cannot be read, or a revision
-            is given for a path.
+        ValueError: There is neither a path nor a repository of that name, the repository cannot be read, a revision is
+            given for a path, or the token is none.
 
     Example:
         >>> located("gone.safetensors")
@@ -84,6 +84,7 @@ def located(path: str | Path, revision: str | None = None, token: str | None = N
     """
     if not Path(path).exists():
         if is_repo_id(str(path)):
+            _refuse_odd(token)
             return _fetched(str(path), revision, token, lora)
         raise ValueError(f"{path} is not a file or folder (from {Path.cwd()}), nor a repository of the hub, user/name")
     if revision is not None:
@@ -145,8 +146,9 @@ def refuse_what_cannot_be_pushed(repo_id: str, token: str | None) -> None:
     """Refuse a name that the hub does not take, and a missing token, before the work that would be in vain.
 
     Raises:
-        ValueError: The name is not ``user/name``, or there is no token.
+        ValueError: The name is not ``user/name``, or there is no token, or what is given is none.
     """
+    _refuse_odd(token)
     if not is_repo_id(repo_id):
         raise ValueError(
             f"repo_id={repo_id!r} cannot be the name of a repository: write user/name, of letters, digits, '-', '_' "
@@ -154,6 +156,15 @@ def refuse_what_cannot_be_pushed(repo_id: str, token: str | None) -> None:
         )
     if token is None and huggingface_hub.get_token() is None:
         raise ValueError(f"repo_id={repo_id!r} cannot be pushed to without a token of the hub: {_LOG_IN}")
+
+
+def _refuse_odd(token: str | None) -> None:
+    """Refuse what cannot be a token, and not show it: the client would print it with the header that it cannot send."""
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(
+            "token=... holds a space, the end of a line or another character that no token has: if it was read from a "
+            "file, pass token.strip()"
+        )
 
 
 def _fetched(repo_id: str, revision: str | None, token: str | None, lora: bool) -> Path:

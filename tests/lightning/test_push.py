@@ -329,6 +329,16 @@ def test_a_token_that_the_hub_refuses(hub, model, token, status, is_there):
     assert is_there or hub.commits == {}
 
 
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_secret ", "hf_\x00secret", "hf_sécret"])
+def test_a_token_as_it_was_read_from_a_file_is_refused_and_not_shown(hub, model, token):
+    """A user passed the content of a file, with its line end: the error printed the token, and so did the log of CI."""
+    for call in (push_to_hub, load_adapter):
+        with pytest.raises(ValueError, match=r"^token=\.\.\. .*pass token\.strip\(\)$") as stop:
+            call(model, "user/name", token=token)
+        assert stop.value.__cause__ is None
+    assert hub.requests == []
+
+
 def test_a_hub_that_breaks_down_is_one_sentence(hub, model, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
     hub.down = True
