@@ -44,6 +44,7 @@ _OTHER_KINDS = (
     "monteclora_config",
     "megatron_config",
 )
+_LARGEST = 10_000_000  # bytes of a configuration, which has a line per layer
 _MOST = 2**31  # of a rank, and of alpha: what is above is no setting, and calculates to no number
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
 
@@ -136,7 +137,9 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():  # a pipe would be waited for
                 raise ValueError(f"{name} is not a file")
-        config = json.loads((folder / CONFIG).read_text())
+        if (folder / CONFIG).stat().st_size > _LARGEST:  # it would be held in memory, several times
+            raise ValueError(f"{CONFIG} is larger than {_LARGEST:,} bytes")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no settings by name")

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import pytest
 import timm
@@ -339,6 +340,8 @@ def test_broken_and_foreign_folders_are_refused(tmp_path):
         refuses(tmp_path, message)
     path.write_text("{")
     refuses(tmp_path, "holds no readable")
+    os.truncate(path, 2 * 10**7)
+    refuses(tmp_path, r"holds no readable .*adapter_config\.json is larger than 10,000,000 bytes")
     path.write_text(json.dumps(whole))
     wide = AutoModelForSequenceClassification.from_config(
         AutoConfig.for_model("bert", **{**FAMILIES["bert"], "hidden_size": 32})
