@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from geolora_pl.cli.called import SCRIPT, called
 
 SHELLS = ("bash", "zsh")
-_OPTION = re.compile(r"^ +(?:-\w, )?(--[\w.]+)", re.M)
-_CHOICES = re.compile(r"^ +\{([\w,]+)\}", re.M)
+_OPTION = re.compile(r"^ +(?:-\w, )?(--[\w.]+\w)", re.M)
+_CHOICES = re.compile(r"^ +\{([a-z\d,]+)\}", re.M)  # not the classes in the help of fit, in capitals
 # Where no word fits, the shell completes names of files, as -o default says.
 _SCRIPT = """_{name}() {{
   local words=

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import geolora_pl
 from geolora_pl.cli.called import called
@@ -71,6 +72,8 @@ def main(args: ArgsType = None) -> None:
         if args is None:  # Lightning wants the arguments of a process where they are, also for further processes
             sys.argv[1:] = fit
         _train(None if args is None else fit)
+    elif isinstance(given, list) and not (command in COMMANDS or str(command).startswith("-")):
+        _refuse(command)
     else:
         _train(args)
 
@@ -81,6 +84,18 @@ def _train(args: ArgsType) -> None:
     # Lightning 2.6 asks torch 2.13 something in a way that is deprecated there: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch")
     train.run(args)
+
+
+def _refuse(command: str | None) -> NoReturn:
+    """Leave as for a wrong option; Lightning's own parser knows no other commands than those that train and test."""
+    if command is None:
+        said = f"there is no command: name one of {', '.join(COMMANDS)}"
+    else:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"name one of {', '.join(COMMANDS)}"
+        said = f"{command!r} is not a command: {meant}"
+    print(f"error: {said}\nsee: {called()} --help", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _help() -> str:

@@ -13,12 +13,12 @@ from torch import nn
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.report.card import Contents, Library, model_card, rank_picture
-from geolora_pl.report.public import is_on_hub
+from geolora_pl.report.public import DataSource, data_of, may_be_on_hub
 from geolora_pl.report.runs import Run, read_run
 from geolora_pl.storage.adapter_file import read_adapter, write_adapter
 from geolora_pl.storage.adapter_state import AdapterState, capture
 from geolora_pl.storage.checkpoint import read_checkpoint
-from geolora_pl.storage.hub import ADAPTER, CARD, PICTURE, is_hub_name, push, refuse_what_cannot_be_pushed
+from geolora_pl.storage.hub import ADAPTER, CARD, PICTURE, is_hub_name, is_there, push, refuse_what_cannot_be_pushed
 from geolora_pl.storage.peft import PREFIX, as_lora, write_folder
 
 _HUB_TASKS = {  # by the endings of the classes of transformers
@@ -87,7 +87,7 @@ def push_to_hub(
     if base_model is not None and not is_hub_name(base_model):
         raise ValueError(f"base_model={base_model!r} must be the name of a model on the hub, and no path: correct it")
     found = _read(source, run, config)
-    base = base_model or _base_of(found)
+    base = base_model or _base_of(found, token)
     with tempfile.TemporaryDirectory() as room:
         folder = Path(room, "adapter")
         library, problem = _write_for_others(folder, found, base)
@@ -101,6 +101,7 @@ def push_to_hub(
             library=library,
             of_transformers=_is_of("transformers", found),
             problem=problem,
+            data=_data_of(found, token),
         )
         (folder / CARD).write_text(model_card(found.state, contents, found.run, found.step), encoding="utf-8")
         if problem is not None:
@@ -181,8 +182,8 @@ def _is_of(library: str, found: _Found) -> bool:
     return type(found.model).__module__.startswith(f"{library}.models.")
 
 
-def _base_of(found: _Found) -> str | None:
-    """The name of the base on the hub, where it is sure to be that."""
+def _base_of(found: _Found, token: str | None) -> str | None:
+    """The name of the base on the hub, where it is sure to be that; a path may look like one, seen from elsewhere."""
     settings = found.run.settings if found.run else {}
     name: object = settings.get("model.init_args.model_name")
     if name is None:
@@ -190,8 +191,16 @@ def _base_of(found: _Found) -> str | None:
     elif settings.get("model.init_args.pretrained") is False or settings.get("model.init_args.checkpoint_path"):
         return None  # the architecture has that name, and its weights are others
     elif _is_of("timm", found):
-        name = f"timm/{found.state.base_name}"
-    return name if isinstance(name, str) and is_on_hub(name) else None
+        return f"timm/{found.state.base_name}"
+    return name if isinstance(name, str) and may_be_on_hub(name) and is_there(name, "model", token) else None
+
+
+def _data_of(found: _Found, token: str | None) -> DataSource | None:
+    """The data source of the run, with its name on the hub, where it is sure to be that."""
+    source = data_of(found.run.settings) if found.run else None
+    if source is None or source.hub_name is None or is_there(source.hub_name, "dataset", token):
+        return source
+    return replace(source, hub_name=None)
 
 
 def _building(found: _Found, base: str | None) -> list[str]:

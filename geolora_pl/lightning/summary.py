@@ -139,11 +139,6 @@ def _span(values: Iterable[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _moved(before: Iterable[int], after: Iterable[int]) -> str:
-    mean_before, mean_after = (sum(values) / len(values) for values in (list(before), list(after)))
-    return f"{mean_before:.1f} -> {mean_after:.1f}"
-
-
 def _size(parameters: Iterable[nn.Parameter]) -> str:
     size = float(sum(p.numel() * p.element_size() for p in parameters))
     for unit in ("B", "kB", "MB"):

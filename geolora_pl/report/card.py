@@ -12,7 +12,7 @@ from PIL import Image
 
 from geolora_pl.report.pictures import rank_map
 from geolora_pl.report.printable import printable
-from geolora_pl.report.public import Score, data_of, public_settings, scores_of
+from geolora_pl.report.public import DataSource, Score, public_settings, scores_of
 from geolora_pl.report.rank_map import RankMap, spread
 from geolora_pl.report.runs import Run
 from geolora_pl.storage.adapter_state import AdapterState
@@ -35,6 +35,7 @@ class Contents:
         library: The library that its files are for besides this one.
         of_transformers: Whether the model is one of transformers.
         problem: Why it is for this library alone.
+        data: What it was trained on, if that may be said.
     """
 
     repo_id: str
@@ -44,6 +45,7 @@ class Contents:
     library: Library = "geolora_pl"
     of_transformers: bool = False
     problem: str | None = None
+    data: DataSource | None = None
 
 
 def rank_picture(state: AdapterState) -> Image.Image:
@@ -72,12 +74,12 @@ def model_card(state: AdapterState, contents: Contents, run: Run | None = None, 
         *_loading(contents),
         *_settings_section(state, run),
     ]
-    data = _metadata(contents, name, run, scores)
+    data = _metadata(contents, name, scores)
     return str(huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
-def _metadata(contents: Contents, name: str, run: Run | None, scores: Sequence[Score]) -> huggingface_hub.ModelCardData:
-    source = data_of(run.settings) if run else None
+def _metadata(contents: Contents, name: str, scores: Sequence[Score]) -> huggingface_hub.ModelCardData:
+    source = contents.data
     counted = [score for score in scores if "loss" not in score.metric]
     results = [
         huggingface_hub.EvalResult(

@@ -58,9 +58,12 @@ def _spread(paths: Sequence[Path], most: int) -> list[Path]:
 
 def _prompts(folder: Path) -> dict[str, str]:
     """The prompts of a step by the names of their files; none if their file is broken."""
+    listed = folder / "metadata.jsonl"
+    if not listed.is_file():  # a pipe would be waited for
+        return {}
     try:
         # Not splitlines, which splits at characters that a prompt may hold, too.
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = listed.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         return {Path(row["file_name"]).name: str(row["text"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
@@ -68,6 +71,8 @@ def _prompts(folder: Path) -> dict[str, str]:
 
 
 def _image(path: Path, said: str) -> str:
+    if not path.is_file():
+        return ""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.thumbnail((_SIDE, _SIDE))

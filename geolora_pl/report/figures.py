@@ -82,7 +82,8 @@ def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = 
     """Values over steps, one line for each series.
 
     Args:
-        series: The series by their labels.
+        series: The series by their labels; one without points has its colour all the same, so that figures beside
+            each other agree.
         title: The title of the figure.
         size: The size in inches.
     """
@@ -90,13 +91,15 @@ def curves(series: Mapping[str, Curve], title: str, size: tuple[float, float] = 
         figure, ax = _axes(title, size)
         lines: dict[str, Line2D] = {}
         for i, (label, curve) in enumerate(series.items()):
+            if not curve:
+                continue
             steps, values = zip(*thin(curve), strict=True)
             marker = "o" if len(steps) == 1 else ""
             if max(values) >= 1000:
                 ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             (line,) = ax.plot(steps, values, marker=marker, color=_SERIES[i % 8], linestyle=_dashes(i))
             lines[label] = _seen(line, lines)
-        _finish(figure, ax, lines)
+        _finish(figure, ax, lines, named=len(series) > 1)
     return figure
 
 
@@ -295,13 +298,21 @@ def _axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str = "step", single: bool = True) -> None:
+def _finish(
+    figure: Figure,
+    ax: Axes,
+    lines: Mapping[str, Line2D],
+    xlabel: str = "step",
+    single: bool = True,
+    named: bool | None = None,
+) -> None:
     """Label the axis, and the lines: where they end if each name has a single line, and else in a legend."""
     ax.set_xlabel(xlabel)
     ax.tick_params(length=0)
-    if single and 1 < len(lines) <= _DIRECT and max(map(len, lines)) <= _SHORT:
+    named = len(lines) > 1 if named is None else named
+    if single and named and len(lines) <= _DIRECT and max(map(len, lines)) <= _SHORT:
         _label_ends(ax, lines)
-    elif len(lines) > 1:
+    elif named:
         columns = max(1, min(len(lines), 56 // (max(map(len, lines)) + 5)))
         figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(lines) // columns) - 1))  # a line of it is no loss
         # By name: matplotlib leaves out labels that begin with an underscore, unless it is given them.
@@ -310,6 +321,7 @@ def _finish(figure: Figure, ax: Axes, lines: Mapping[str, Line2D], xlabel: str =
 
 def _label_ends(ax: Axes, lines: Mapping[str, Line2D]) -> None:
     """Write the name of each line where it ends, apart from each other, so that lines in one place have all theirs."""
+    ax.autoscale_view()  # else the limits are those of an empty picture until it is drawn
     to_axes = ax.transScale + ax.transLimits
     ends = {label: to_axes.transform(line.get_xydata()[-1])[1] for label, line in lines.items()}  # type: ignore[index]
     gap = 0.075

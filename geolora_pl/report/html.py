@@ -15,7 +15,7 @@ _HINT = "<figcaption>scroll to see all →</figcaption>"
 
 def curves(series: Mapping[str, Curve], title: str, salt: str) -> str:
     """A figure of curves, with where each begins and ends in words."""
-    alt = f"{title} over steps: " + "; ".join(f"{label} {_course(curve)}" for label, curve in series.items())
+    alt = f"{title} over steps: " + "; ".join(f"{label} {_course(curve)}" for label, curve in series.items() if curve)
     return figure(figures.curves(series, title), alt, salt)
 
 

@@ -87,7 +87,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     drawn = [
         html.curves(found, title, f"compare-{name}")
         for name, title in [*zip(first[:_FIGURES], first, strict=False), *_OURS]
-        if (found := {run.name: run.curves[name] for run in runs if len(run.curves.get(name, ())) > 1})
+        if any((found := {run.name: _line(run.curves.get(name, ())) for run in runs}).values())
     ]
     table = html.table(head, rows, "Runs, at their ends")
     pictures = html.row(drawn)
@@ -236,6 +236,11 @@ def _kinds_in_words(ranks: Mapping[str, Curve]) -> str:
 
 def _last(curve: Curve | None) -> float | None:
     return curve[-1][1] if curve else None
+
+
+def _line(curve: Curve) -> Curve:
+    """A curve, or none where it is but a point."""
+    return curve if len(curve) > 1 else ()
 
 
 def _steps(run: Run) -> float:

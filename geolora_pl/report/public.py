@@ -17,7 +17,8 @@ _SHOWN = re.compile(
     r"|geolora\.(adapter\.)?\w+|(model|data)\.(class_path|init_args\.\w+)"
     r"|model\.init_args\.(adapter|model_args|(optimizer|lr_scheduler)(\.init_args)?)\.\w+"
 )
-# Settings whose texts are words of a library or names of layers; a text of any other may be the user's own.
+# Settings whose texts are words of a library or names of layers; a text of any other may be the user's own, and so may
+# every text of a class that is not known to everybody.
 _WORDS = re.compile(
     r".*\b(class_path|precision|geometry|on_nonfinite|on_divergence|target_modules|exclude_modules|modules_to_save|task)"
 )
@@ -43,7 +44,7 @@ class DataSource:
 
     Attributes:
         name: The class of the data source, with its task.
-        hub_name: Its name on the hub, if it has one.
+        hub_name: Its name on the hub, if it may have one.
     """
 
     name: str
@@ -54,7 +55,7 @@ def public_settings(settings: Mapping[str, object]) -> dict[str, str]:
     """The settings of a run that say how it was trained, as texts.
 
     Numbers are shown, and texts where they are words of a library or names of layers. Everything else is left out:
-    paths, column names, tokens, and classes that are not public.
+    paths, column names, tokens, and classes that are not public with all their texts.
 
     Args:
         settings: By their dotted names, as in :class:`Run`.
@@ -63,7 +64,11 @@ def public_settings(settings: Mapping[str, object]) -> dict[str, str]:
         >>> public_settings({"geolora.tau": 0.3, "data.init_args.folder": "/home/me", "data.class_path": "mine.Data"})
         {'geolora.tau': '0.3'}
     """
-    shown = {name: _text(name, value) for name, value in settings.items() if _SHOWN.fullmatch(name)}
+    shown = {
+        name: _text(name, value, _is_of_known(name, settings))
+        for name, value in settings.items()
+        if _SHOWN.fullmatch(name)
+    }
     return dict([(name, text) for name, text in shown.items() if text][:_MOST])
 
 
@@ -78,12 +83,16 @@ def scores_of(run: Run, step: int | None) -> list[Score]:
     found = []
     for name, curve in sorted(run.scores.items()):
         parts = _EVALUATED.fullmatch(name)
-        points = [point for point in curve if step is None or point[0] <= step]
-        if parts is None or not points:
+        if parts is None:
             continue
-        at, value = points[-1]
-        if step is None or not name.startswith("test") or at >= step - 1:  # steps are counted from 0
-            found.append(Score(name, "test" if name.startswith("test") else "validation", parts[2], value, at))
+        split = "test" if parts[1] == "test" else "validation"
+        if step is not None:
+            # Loggers count steps from 0: the last one is step - 1. A test after the fit has the step that never came.
+            steps = range(step - 1, step + 1) if split == "test" else range(step)
+            curve = [point for point in curve if point[0] in steps]
+        if curve:
+            at, value = curve[-1]
+            found.append(Score(name, split, parts[2], value, at))
     return found
 
 
@@ -96,23 +105,29 @@ def data_of(settings: Mapping[str, object]) -> DataSource | None:
     hub_name = settings.get("data.init_args.dataset")
     return DataSource(
         f"{name} {task}" if isinstance(task, str) and _WORD.fullmatch(task) else name,
-        hub_name if isinstance(hub_name, str) and is_on_hub(hub_name) else None,
+        hub_name if isinstance(hub_name, str) and may_be_on_hub(hub_name) else None,
     )
 
 
-def is_on_hub(name: str) -> bool:
-    """Whether a name may be that of a model or data set on the hub, and is no path on this machine."""
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name may be that of a model or data set on the hub: it looks like one, and is no path from here."""
     return is_hub_name(name) and not Path(name).exists()
 
 
-def _text(name: str, value: object) -> str:
+def _is_of_known(name: str, settings: Mapping[str, object]) -> bool:
+    """Whether a setting is an argument of a class that is known to everybody, or of no class."""
+    owner, is_argument, _ = name.rpartition(".init_args.")
+    return not is_argument or str(settings.get(f"{owner}.class_path")).startswith(_KNOWN)
+
+
+def _text(name: str, value: object, is_of_known: bool) -> str:
     """A value as text, empty where it is not to be shown."""
     if isinstance(value, list):
-        texts = [_text(name, entry) for entry in value]
+        texts = [_text(name, entry, is_of_known) for entry in value]
         return ", ".join(texts) if all(texts) else ""
     if isinstance(value, (bool, int, float)):
         return str(value)
-    if not isinstance(value, str) or not _WORDS.fullmatch(name) or not _WORD.fullmatch(value):
+    if not is_of_known or not isinstance(value, str) or not _WORDS.fullmatch(name) or not _WORD.fullmatch(value):
         return ""
     if name.endswith("class_path"):
         return value.rpartition(".")[2] if value.startswith(_KNOWN) else ""

@@ -159,7 +159,7 @@ def read_adapter(path: str | Path) -> AdapterState:
         raise ValueError(f"{path} is corrupt: its checksum does not fit its contents; fetch or save it again")
     try:
         return _state(metadata, tensors)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a well-formed adapter ({error}): save it again") from error
 
 
@@ -180,7 +180,8 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Adapte
         {name: rank for names, rank in written.rank_pattern.items() for name in names_in(names)},
         written.alpha,
         written.dropout,
-        written.probes,
+        # No layer has more directions than these, and each of them would be memory in every layer.
+        min(written.probes, max(max(factor.shape) for three in factors.values() for factor in three)),
     )
     state = AdapterState(
         config=replace(config, target_modules=alternation(names_in(written.target_modules))),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub  # which imports its public names at their first use, and its modules not at all
 
@@ -48,6 +48,16 @@ def is_hub_name(name: str) -> bool:
     return True
 
 
+def is_there(name: str, kind: Literal["model", "dataset"], token: str | None) -> bool:
+    """Whether the hub has a model or data set of that name, as far as the token may see it.
+
+    Raises:
+        ValueError: The hub does not say.
+    """
+    with _one_sentence(name, None):
+        return huggingface_hub.HfApi(token=token).repo_exists(name, repo_type=kind)
+
+
 def located(path: str | Path, revision: str | None = None, token: str | None = None, *, lora: bool = False) -> Path:
     """Where an adapter lies on this machine: what is at the path, or else what the hub has under that name.
 
@@ -64,8 +74,8 @@ def located(path: str | Path, revision: str | None = None, token: str | None = N
         The file, or the folder of the LoRA.
 
     Raises:
-        ValueError: There is neither a path nor a repository of that name, the repository cannot be read, or a revision
-            is given for a path.
+        ValueError: There is neither a path nor a repository of that name, the repository cannot be read, a revision is
+            given for a path, or the token is none.
 
     Example:
         >>> located("gone.safetensors")
@@ -74,6 +84,7 @@ def located(path: str | Path, revision: str | None = None, token: str | None = N
     """
     if not Path(path).exists():
         if is_repo_id(str(path)):
+            _refuse_odd(token)
             return _fetched(str(path), revision, token, lora)
         raise ValueError(f"{path} is not a file or folder (from {Path.cwd()}), nor a repository of the hub, user/name")
     if revision is not None:
@@ -135,8 +146,9 @@ def refuse_what_cannot_be_pushed(repo_id: str, token: str | None) -> None:
     """Refuse a name that the hub does not take, and a missing token, before the work that would be in vain.
 
     Raises:
-        ValueError: The name is not ``user/name``, or there is no token.
+        ValueError: The name is not ``user/name``, or there is no token, or what is given is none.
     """
+    _refuse_odd(token)
     if not is_repo_id(repo_id):
         raise ValueError(
             f"repo_id={repo_id!r} cannot be the name of a repository: write user/name, of letters, digits, '-', '_' "
@@ -144,6 +156,15 @@ def refuse_what_cannot_be_pushed(repo_id: str, token: str | None) -> None:
         )
     if token is None and huggingface_hub.get_token() is None:
         raise ValueError(f"repo_id={repo_id!r} cannot be pushed to without a token of the hub: {_LOG_IN}")
+
+
+def _refuse_odd(token: str | None) -> None:
+    """Refuse what cannot be a token, and not show it: the client would print it with the header that it cannot send."""
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(
+            "token=... holds a space, the end of a line or another character that no token has: if it was read from a "
+            "file, pass token.strip()"
+        )
 
 
 def _fetched(repo_id: str, revision: str | None, token: str | None, lora: bool) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +44,8 @@ _OTHER_KINDS = (
     "monteclora_config",
     "megatron_config",
 )
+_LARGEST = 10_000_000  # bytes of a configuration, which has a line per layer
+_MOST = 2**31  # of a rank, and of alpha: what is above is no setting, and calculates to no number
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts also change the base weights
 
 
@@ -136,7 +137,9 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():  # a pipe would be waited for
                 raise ValueError(f"{name} is not a file")
-        config = json.loads((folder / CONFIG).read_text())
+        if (folder / CONFIG).stat().st_size > _LARGEST:  # it would be held in memory, several times
+            raise ValueError(f"{CONFIG} is larger than {_LARGEST:,} bytes")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no settings by name")
@@ -239,15 +242,16 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} has init_lora_weights={start!r}, which also changed the base weights: convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    for name, pattern, said in (("r", "rank_pattern", "a whole number"), ("lora_alpha", "alpha_pattern", "a number")):
         by_name = config.get(pattern) or {}
         if not isinstance(by_name, dict):
             raise ValueError(f"{folder}: {CONFIG} has {pattern}={by_name!r}, which must map names to numbers")
         for key in by_name:
             _refuse_slow_expression(key, folder)
         for value in (config.get(name), *by_name.values()):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{folder}: {CONFIG} has {name}={value!r} (or so in {pattern}): it must be a number")
+            is_kind = isinstance(value, int) or (isinstance(value, float) and name == "lora_alpha")
+            if not is_kind or not abs(value) < _MOST:
+                raise ValueError(f"{folder}: {CONFIG} has {name}={value!r} (or so in {pattern}): it must be {said}")
 
 
 def _refuse_slow_expression(expression: str, folder: Path) -> None:

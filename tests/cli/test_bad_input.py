@@ -245,8 +245,14 @@ def test_a_configuration_that_is_wrong(folder, capfd, text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param([], r"subcommand.*fit,validate,test,predict", id="nothing"),
-        pytest.param(["fitt"], r"'fitt' \(choose from 'fit'", id="unknown-command"),
+        pytest.param([], r"no command: name one of quickstart, .*, fit, .*, completion", id="nothing"),
+        pytest.param(["fitt"], r"'fitt' is not a command: did you mean 'fit'\?", id="unknown-command"),
+        pytest.param(
+            ["reprot", "--run", "x"], r"'reprot' is not a command: did you mean 'report'\?", id="not-lightnings"
+        ),
+        pytest.param(
+            ["nonsense"], r"'nonsense' is not a command: name one of quickstart, init, fit, ", id="unlike-any"
+        ),
         pytest.param(["fit"], r"required: fit\.data, fit\.model", id="no-model"),
         pytest.param(["fit", "--model=geolora_pl.tasks.ImageClassification"], r"required: model_name", id="no-name"),
     ],

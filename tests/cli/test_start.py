@@ -154,6 +154,8 @@ def test_bash_completes_commands_and_options(capsys, monkeypatch):
     assert completed(script, "geolora-pl", "export", "--form") == ["--format"]
     assert set(start.STARTS) <= set(completed(script, "geolora-pl", "init", ""))
     assert completed(script, "geolora-pl", "fit", "my.ya") == []  # files, by the shell itself
+    assert completed(script, "geolora-pl", "push", "--sou") == ["--source"]  # without the full stop after it
+    assert [word for word in completed(script, "geolora-pl", "fit", "") if not word.startswith("-")] == []
     monkeypatch.setattr(dispatch, "_train", lambda given: None)
     main(["completion", "zsh"])
     assert capsys.readouterr().out.startswith("autoload -U +X compinit bashcompinit")

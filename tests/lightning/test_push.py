@@ -191,6 +191,36 @@ def test_nothing_of_this_machine_goes_out(hub, tmp_path, monkeypatch):
                 assert secret.encode() not in content, (repo, name)
 
 
+def test_a_relative_path_that_looks_like_a_name_does_not_go_out(hub, tmp_path, monkeypatch):
+    """A user trained with the folders secret_models/bert and secret_sets/x, and pushed the run from another folder."""
+    _, run = text_run(hub, tmp_path)
+    sources = SETTINGS.replace("user/base", "secret_models/bert").replace("data.TextFiles", "data.TextHub")
+    sources = sources.replace("train_file: HERE/secret.csv", "dataset: secret_sets/x").replace("HERE", str(tmp_path))
+    (run / "config.yaml").write_text(sources)
+    (tmp_path / "secret_models").mkdir()
+    (tmp_path / "secret_bert").rename(tmp_path / "secret_models" / "bert")
+    monkeypatch.chdir(tmp_path)
+    local = TextClassification("secret_models/bert", num_classes=3)
+    local.configure_model()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    push_to_hub(run, "user/of_a_folder")
+    push_to_hub(local.model, "user/of_a_model")
+    for repo in ("user/of_a_folder", "user/of_a_model"):
+        assert not [name for name, content in hub.files(repo).items() if b"secret" in content]
+
+
+def test_the_data_set_of_the_hub_is_named(hub, tmp_path):
+    _, run = text_run(hub, tmp_path)
+    hub.add("user/reviews", {})
+    sources = SETTINGS.replace("data.TextFiles", "data.TextHub").replace(
+        "train_file: HERE/s", "dataset: user/reviews, x: s"
+    )
+    (run / "config.yaml").write_text(sources)
+    push_to_hub(run, "user/name")
+    assert ModelCard(hub.files("user/name")["README.md"].decode()).data.datasets == ["user/reviews"]
+
+
 def test_names_on_the_card_are_no_markup(hub):
     """Names of layers and of a repository that Markdown or HTML would read as something else are shown as they are."""
     model = nn.ModuleDict({"<script>|`x`[a](b)": nn.Linear(6, 6)})
@@ -297,6 +327,16 @@ def test_a_token_that_the_hub_refuses(hub, model, token, status, is_there):
         push_to_hub(model, "user/name", token=token)
     assert not is_there or hub.files("user/name") == {"README.md": b"mine"}
     assert is_there or hub.commits == {}
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_secret ", "hf_\x00secret", "hf_sécret"])
+def test_a_token_as_it_was_read_from_a_file_is_refused_and_not_shown(hub, model, token):
+    """A user passed the content of a file, with its line end: the error printed the token, and so did the log of CI."""
+    for call in (push_to_hub, load_adapter):
+        with pytest.raises(ValueError, match=r"^token=\.\.\. .*pass token\.strip\(\)$") as stop:
+            call(model, "user/name", token=token)
+        assert stop.value.__cause__ is None
+    assert hub.requests == []
 
 
 def test_a_hub_that_breaks_down_is_one_sentence(hub, model, monkeypatch):

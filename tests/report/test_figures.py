@@ -147,3 +147,25 @@ def test_a_legend_has_names_that_begin_with_an_underscore():
         (figures.spectra({"_a.0.q": [1.0], "_b.0.q": [1.0]}, "spectra"), ["_a.*.q", "_b.*.q"]),
     ):
         assert legend(figure) == names
+
+
+@pytest.mark.parametrize("draw", [figures.curves, figures.ranks_over_steps])
+def test_the_name_of_a_line_stands_where_the_line_ends(draw):
+    """The names stood at the top of the page's picture of ranks, far from their lines, which had fallen to a half."""
+    series = {"0.a": [(0, 20.0), (9, 4.0)], "0.b": [(0, 2.0), (9, 11.0)]}
+    figure = draw(series, "ranks")
+    (ax,) = figure.axes
+    figure.draw_without_rendering()
+    to_axes = ax.transData + ax.transAxes.inverted()
+    ends = sorted(float(to_axes.transform(line.get_xydata()[-1])[1]) for line in ax.lines)
+    named = sorted(text.get_position()[1] for text in ax.texts if text.get_transform() == ax.transAxes)
+    assert named == pytest.approx(ends, abs=1e-6)
+
+
+def test_a_run_has_its_name_and_colour_where_others_have_no_points():
+    """Of two runs one had logged a metric: its line had no name, and the colour of the other run beside it."""
+    both, one = figures.curves({"a": [(0, 1.0), (1, 2.0)], "b": [(0, 3.0)]}, "both"), [(0, 1.0), (1, 2.0)]
+    alone = figures.curves({"a": [], "b": one}, "one")
+    assert alone.axes[0].lines[0].get_color() == both.axes[0].lines[1].get_color()
+    assert legend(alone) == ["b"]
+    assert legend(figures.curves({"b": one}, "one run")) == []

@@ -1,6 +1,10 @@
 import pytest
 
-from geolora_pl.report.public import data_of, public_settings
+from geolora_pl.report.public import data_of, public_settings, scores_of
+from geolora_pl.report.runs import read_run
+
+OURS = {"model.class_path": "geolora_pl.tasks.TextClassification", "data.class_path": "geolora_pl.data.GLUE"}
+THEIRS = {"model.class_path": "mine.Model", "data.class_path": "mine.Data"}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,24 @@ def test_what_is_left_out(name, value):
     ],
 )
 def test_what_is_shown(name, value, text):
-    assert public_settings({name: value}) == {name: text}
+    assert public_settings({**OURS, name: value})[name] == text
+
+
+@pytest.mark.parametrize(
+    "name", ["data.init_args.task", "model.init_args.precision", "model.init_args.adapter.geometry"]
+)
+def test_texts_of_a_class_of_ones_own_are_left_out(name):
+    """A user's own data module has an argument that is called as one of ours: what it says went onto the card."""
+    assert public_settings({**THEIRS, name: "secret"}) == {}
+    assert public_settings({**THEIRS, name: 3}) == {name: "3"}
+
+
+def test_the_scores_of_a_checkpoint_are_not_those_of_the_step_after_it(tmp_path):
+    """A run validates after every step: the card of its second checkpoint had the score of the third step."""
+    (tmp_path / "metrics.csv").write_text("step,val_accuracy,test_accuracy\n0,0.1,\n1,0.2,\n2,0.3,\n3,,0.4\n")
+    run = read_run(tmp_path)
+    assert [(score.value, score.step) for score in scores_of(run, 2)] == [(0.2, 1)]
+    assert [score.value for score in scores_of(run, 3)] == [0.4, 0.3]
 
 
 def test_the_data_source_is_named_if_it_is_one_of_this_package():

@@ -57,6 +57,7 @@ from geolora_pl.data import Digits
 from geolora_pl.lightning.checkpoint_io import WholeFiles
 from geolora_pl.lightning.loading import _configured
 from geolora_pl.loggers import CSVLogger
+from geolora_pl.report.drawn import drawn_pictures, folder_of_step
 from geolora_pl.report.write import write_report
 from geolora_pl.storage.adapter_file import _checksum, read_adapter
 from geolora_pl.storage.atomic import atomic
@@ -699,6 +700,14 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "lora" / "adapter_config.json")
     with pytest.raises(ValueError, match=r"adapter_config\.json is not a file"):
         import_peft(nn.Sequential(nn.Linear(8, 8)), tmp_path / "lora")
+    drawn = folder_of_step(run, 1)
+    drawn.mkdir(parents=True)
+    os.mkfifo(drawn / "0.png")
+    (drawn / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
+    assert "a cat" in drawn_pictures(run)
+    (drawn / "metadata.jsonl").unlink()
+    os.mkfifo(drawn / "metadata.jsonl")
+    assert drawn_pictures(run) == ""
 
 
 # What a resumed run has seen

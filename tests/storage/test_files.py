@@ -201,6 +201,13 @@ def broken_json(metadata, tensors):
     metadata["config"] = "{"
 
 
+def set_to(setting, value):
+    def change(metadata, tensors):
+        metadata["config"] = json.dumps({**json.loads(metadata["config"]), setting: value})
+
+    return change
+
+
 def other_head(metadata, tensors):
     tensors["trained/3.bias"] = torch.ones(3)
 
@@ -223,6 +230,7 @@ def unknown_parameter(metadata, tensors):
         (unknown_layer, "not a well-formed adapter"),
         (unknown_setting, "not a well-formed adapter .*beta"),
         (broken_json, "not a well-formed adapter"),
+        (set_to("alpha", 10**400), "not a well-formed adapter"),
         (other_head, r"3.bias is \(3,\) in the adapter and \(2,\) in the model"),
         (unknown_parameter, "the model has no 4.bias"),
     ],
@@ -230,6 +238,15 @@ def unknown_parameter(metadata, tensors):
 def test_what_does_not_fit_is_refused_in_one_sentence_and_the_model_stays(file, change, message, fresh):
     rewrite(file, change)
     refuses(file, message, fresh)
+
+
+def test_a_file_does_not_ask_for_more_probes_than_there_are_directions(file, trained):
+    """A stranger's file of a few kB asked for 32 GB in every layer."""
+    rewrite(file, set_to("probes", 10**9))
+    model = base()
+    load_adapter(model, file)
+    assert model[0].probes == 8
+    close(model.eval()(X), trained(X), NETWORK)
 
 
 def refuses(file, message, fresh=False, model=None):

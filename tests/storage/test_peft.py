@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import pytest
 import timm
@@ -332,11 +333,15 @@ def test_broken_and_foreign_folders_are_refused(tmp_path):
         ({"peft_type": "IA3"}, "of the type 'IA3'"),
         ({"r": 3}, "not the two sides of a LoRA of rank 3"),
         ({"r": None}, "r=None"),
+        ({"r": 2.0}, "r=2.0 .*must be a whole number"),
+        ({"lora_alpha": 10**400}, "lora_alpha=10{400} .*must be a number"),
     ):
         path.write_text(json.dumps({**whole, **change}))
         refuses(tmp_path, message)
     path.write_text("{")
     refuses(tmp_path, "holds no readable")
+    os.truncate(path, 2 * 10**7)
+    refuses(tmp_path, r"holds no readable .*adapter_config\.json is larger than 10,000,000 bytes")
     path.write_text(json.dumps(whole))
     wide = AutoModelForSequenceClassification.from_config(
         AutoConfig.for_model("bert", **{**FAMILIES["bert"], "hidden_size": 32})

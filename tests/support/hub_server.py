@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN, READER = "hf_of_the_tests", "hf_reader"  # the second one may not write
 _CREATE = re.compile(r"/api/repos/create")
-_API = re.compile(r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)(/(?P<what>\w+)/(?P<revision>[^/]+))?/?")
+_API = re.compile(r"/api/(?:models|datasets)/(?P<repo>[\w.-]+/[\w.-]+)(/(?P<what>\w+)/(?P<revision>[^/]+))?/?")
 _FILE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
 
