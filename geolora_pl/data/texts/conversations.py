@@ -39,7 +39,7 @@ def read_conversations(path: str | Path) -> list[tuple[str, Row]]:
             rows = parquet.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        found: list[tuple[str, Any]] = [(f"{path}: row {number}", row) for number, row in enumerate(rows)]
+        found: list[tuple[str, Any]] = [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
     elif path.suffix.lower() in (".jsonl", ".json"):
         found = list(_json_rows(path))
     else:
@@ -58,7 +58,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            yield from ((f"{path}: entry {number}", row) for number, row in enumerate(json.loads(text)))
+            yield from ((f"{path}: entry {number}", row) for number, row in enumerate(json.loads(text), 1))
             return
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path}: line {number}"
@@ -116,7 +116,7 @@ def _chat_of(row: Row, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} is not a conversation: it has {keys}; write {_FORM}, or prompt and completion as texts"
         )
-    messages = [_message_of(turn, f"{where}, message {number}") for number, turn in enumerate(turns)]
+    messages = [_message_of(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1)]
     return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
 
 
