@@ -17,7 +17,7 @@ from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_nu
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
+from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 NOT_INPUTS = ("labels", "words", "word_count")
 
@@ -49,6 +49,7 @@ class TokenClassification(TransformerTask):
     """
 
     auto_class = AutoModelForTokenClassification
+    sources = "TagFiles or TagHub"
 
     def __init__(
         self, model_name: str, num_classes: int | None = None, class_names: list[str] | None = None, **kwargs: Any
@@ -94,11 +95,9 @@ class TokenClassification(TransformerTask):
             with keep_notes(self.notes):
                 note_trained_in_full(self.model, self.new_modules())
         data = self._data()
-        check_source(self, data, ("words",), "TagFiles or TagHub")
         self.num_classes = settle_num_classes(self.num_classes, data)
         self.class_names = settle_class_names(self.class_names, self.num_classes, data)
-        self.val_splits = getattr(data, "splits_of", lambda kind: [kind])("val") or ["val"]
-        self.metrics = nn.ModuleDict({split: self._make_metrics() for split in (*self.val_splits, "test")})
+        self.make_split_metrics(self._make_metrics)
 
     def _make_metrics(self) -> nn.ModuleDict:
         assert self.num_classes is not None
@@ -132,16 +131,9 @@ class TokenClassification(TransformerTask):
             "loss": (F.cross_entropy(logits[is_word].float(), targets, reduction="none"),),
             "accuracy": (predictions[is_word], targets),
         }
-        of_split = self.metrics[split]
-        assert isinstance(of_split, nn.ModuleDict)
-        if "f1" in of_split:
+        if self.class_names is not None and name_entities(self.class_names):
             scored["f1"] = (self._named(predictions, is_word), self._named(labels, is_word))
-        kind, _, other = split.partition("_")  # val_other
-        end = f"_{other}" if other else ""
-        for name, metric in of_split.items():
-            assert isinstance(metric, Metric)
-            metric.update(*scored[name])
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+        self.log_scores(split, scored)
 
     def _named(self, classes: Tensor, is_word: Tensor) -> list[list[str]]:
         names = self.class_names

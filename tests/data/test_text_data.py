@@ -337,7 +337,7 @@ def test_texts_to_predict_need_no_labels_and_keep_their_order(tmp_path, train):
         for text in data.tokenizer().batch_decode(batch["input_ids"], skip_special_tokens=True)
     ]
     assert decoded == ["good", "bad film", "one"]
-    with pytest.raises(ValueError, match="TextFiles has no test texts: it has train, predict, val"):
+    with pytest.raises(ValueError, match="TextFiles has no test texts, but train, predict, val: name some"):
         data.test_dataloader()
 
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForQuestionAnswering
 from geolora_pl import GeoLoRACallback, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
-from geolora_pl.data import AnswerFiles, AnswerHub, TextFiles
+from geolora_pl.data import AnswerFiles, AnswerHub
 from geolora_pl.lightning.export import export
-from geolora_pl.tasks import QuestionAnswering, Seq2SeqLM, TokenClassification
+from geolora_pl.tasks import QuestionAnswering
 
 NUMBERS, OTHERS = WORDS[-7:], WORDS[:14]
 
@@ -242,13 +242,6 @@ def test_mistakes_are_refused(tmp_path, model):
         ValueError, match=r"stride=3 must be below 3, the tokens that are left .* half of max_length=12"
     ):
         attach(data(tmp_path, stride=3, max_length=12))
-    texts = write(tmp_path / "t.tsv", text=["good", "bad"] * 4, label=["yes", "no"] * 4)
-    of_texts = TextFiles(texts, texts, cache_dir=str(tmp_path / "cache"))
-    for task, take in ((QuestionAnswering, "AnswerFiles or"), (TokenClassification, "TagFiles or")):
-        with pytest.raises(ValueError, match=f"TextFiles does not make what {task.__name__} learns from: take {take}"):
-            trainer(GeoLoRACallback()).fit(task(model), of_texts)
-    with pytest.raises(ValueError, match="AnswerFiles does not make what Seq2SeqLM learns from: take Seq2SeqFiles or"):
-        trainer(GeoLoRACallback()).fit(Seq2SeqLM(save_tiny_seq2seq(tmp_path / "t5")), data(tmp_path, max_length=16))
     with pytest.raises(ValueError, match="max_answer_length=0 must be at least 1"):
         QuestionAnswering(model, max_answer_length=0)
 

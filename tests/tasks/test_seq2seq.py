@@ -1,6 +1,8 @@
 """Sequence to sequence: what is learnt of a target, what is written, scored and exported."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import datasets
@@ -9,6 +11,8 @@ import torch
 from exported import move, save
 from flags import FLAGS, LIMITS, QUIET
 from foreign import trainer
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import AutoPeftModelForSeq2SeqLM
 from text_files import attach, write
 from tiny_text import SEQ2SEQ, WORDS, make_tokenizer, save_tiny_seq2seq
@@ -16,7 +20,7 @@ from tolerance import NETWORK, close
 from torchmetrics.text import ROUGEScore
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from geolora_pl import GeoLoRACallback, predict
+from geolora_pl import GeoLoRACallback, PredictionWriter, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import Seq2SeqFiles, Seq2SeqHub, UnlabelledTexts
@@ -270,3 +274,26 @@ def test_the_command_line_fits_resumes_tests_predicts_and_exports(tmp_path, mode
     assert set(json.loads(Path("p.jsonl").read_text().splitlines()[0])) == {"index", "text", "generated"}
     main(["export", f"--ckpt_path={last}", "--format=merged", "--output=merged"])
     assert AutoModelForSeq2SeqLM.from_pretrained("merged").generation_config.num_beams == 2
+
+
+def in_process(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    of_file = data(folder)
+    for step in ("fit", "predict"):
+        sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+        settings = {"devices": 2, "strategy": sharded, "plugins": [TorchElasticEnvironment()]}
+        module = Seq2SeqLM(str(folder / "model"), max_new_tokens=2 + 3 * rank)  # what they write differs in length
+        runs = trainer(GeoLoRACallback(), PredictionWriter(folder / "p.jsonl"), **settings)
+        getattr(runs, step)(module, datamodule=of_file)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_sharded_model_writes_and_no_process_waits_for_the_other(tmp_path, model):
+    """T5 has blocks inside of blocks and an encoder that is called by itself, and FSDP2 refused both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(in_process, (port, tmp_path), 2, start_method="fork")
+    assert [json.loads(line)["text"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == pairs(24)[0]

@@ -46,6 +46,7 @@ class AnswerDataModule(Rows):
         ValueError: ``stride`` is below 0, or two columns are the same.
     """
 
+    tasks = frozenset({"QuestionAnswering"})
     not_shown = ("context", "answers", "starts")
 
     def __init__(

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.conversations import Row, read_conversations, to_dataset
 from geolora_pl.data.texts.hub import check_split_names, load_hub
-from geolora_pl.data.texts.sequences import IGNORED, Sequences, pack_apart
+from geolora_pl.data.texts.padding import IGNORED
+from geolora_pl.data.texts.sequences import Sequences, pack_apart
 from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
 from geolora_pl.data.texts.turns import encode_chats, encode_prompts
 from geolora_pl.notes import note
@@ -44,6 +45,7 @@ class ChatDataModule(TokenDataModule):
         asks: Whether the texts are what a user says, which a chat template must write; a class attribute.
     """
 
+    tasks = frozenset({"CausalLM"})
     asks = True
 
     def __init__(self, packed: bool = True, **kwargs: Any) -> None:
@@ -206,6 +208,6 @@ class ChatHub(ChatDataModule):
     def read(self) -> Mapping[str, tuple[object, Iterable[tuple[str, Row]]]]:
         """Fetch the data set, or take it from the cache of ``datasets``."""
         return {
-            split: (source, ((f"{source}: row {number}", row) for number, row in enumerate(rows)))
+            split: (source, ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1)))
             for split, (source, rows) in load_hub(self.dataset, self.subset, self.named_splits).items()
         }

@@ -44,6 +44,8 @@ class LanguageDataModule(TokenDataModule):
         ValueError: One of ``prompt_column`` and ``completion_column`` is missing, or they are the same.
     """
 
+    tasks = frozenset({"CausalLM"})
+
     def __init__(
         self,
         text_column: str = "text",

@@ -31,6 +31,7 @@ class Seq2SeqDataModule(Rows):
         ValueError: ``max_target_length`` is below 1, or the two columns are the same.
     """
 
+    tasks = frozenset({"Seq2SeqLM"})
     not_shown = ("target",)
 
     def __init__(

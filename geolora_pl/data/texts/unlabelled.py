@@ -35,6 +35,8 @@ class UnlabelledTexts(TextDataModule):
         ['good', 'bad']
     """
 
+    tasks = frozenset({"TextClassification", "Seq2SeqLM"})
+
     def __init__(
         self,
         file: str,
