@@ -17,7 +17,7 @@ from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_nu
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask
+from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 NOT_INPUTS = ("labels", "words", "word_count")
 
@@ -103,7 +103,7 @@ class TokenClassification(TransformerTask):
         assert self.num_classes is not None
         made: dict[str, Metric] = {
             "loss": MeanMetric(),
-            "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED),
         }
         if self.class_names is not None and name_entities(self.class_names):
             made["f1"] = EntityScore()
@@ -118,18 +118,18 @@ class TokenClassification(TransformerTask):
         """Return the mean cross-entropy of the words of the batch, or zero if there are none."""
         logits, labels = self(batch), batch["labels"]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        loss: Tensor = losses / (labels >= 0).sum().clamp_min(1)
+        loss: Tensor = losses / (labels != IGNORED).sum().clamp_min(1)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and metrics of a batch of a split."""
         logits, labels = self(batch), batch["labels"]
-        is_word = labels >= 0
-        predictions, targets = logits.argmax(-1), labels[is_word]
+        predictions, is_word = logits.argmax(-1), labels != IGNORED
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         scored: dict[str, tuple[Any, ...]] = {
-            "loss": (F.cross_entropy(logits[is_word].float(), targets, reduction="none"),),
-            "accuracy": (predictions[is_word], targets),
+            "loss": (losses, is_word.flatten()),
+            "accuracy": (predictions, labels),
         }
         if self.class_names is not None and name_entities(self.class_names):
             scored["f1"] = (self._named(predictions, is_word), self._named(labels, is_word))

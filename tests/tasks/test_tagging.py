@@ -272,6 +272,20 @@ def test_loss_accuracy_and_f1_are_those_over_all_words(tmp_path, model):
     close(runs.callback_metrics["val_f1"], score.compute())
 
 
+def test_a_batch_without_words_counts_nothing_in_the_scores(tmp_path, model):
+    """Words that are nothing to the tokenizer filled a batch, and the validation ended in an error of torch."""
+    rows = [*sentences(2), [""], [""]]
+    file = write(tmp_path / "v.jsonl", tokens=rows, tags=[rule(words) for words in rows])
+    found = []
+    for val_file in (file, tagged(tmp_path / "w.jsonl", 2)):
+        torch.manual_seed(0)
+        module = TokenClassification(model)
+        runs = trainer(GeoLoRACallback())
+        found.append(runs.validate(module, data(tmp_path, val_file=val_file, batch_size=2), verbose=False)[0])
+    for name in ("val_loss", "val_accuracy", "val_f1"):
+        close(*(torch.tensor(metrics[name]) for metrics in found), NETWORK)
+
+
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")  # the samples are even
 def test_two_processes_score_and_write_as_one_does(tmp_path, model, one_thread, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")

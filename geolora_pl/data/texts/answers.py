@@ -87,8 +87,9 @@ class AnswerDataModule(Rows):
                         "row"
                     )
         if split != "predict":
-            rows = enumerate(zip(table[self.answers_column].to_pylist(), columns["context"], strict=True), 1)
-            found = [_check_answers(given, context, f"{source}: row {number}") for number, (given, context) in rows]
+            column = self.answers_column
+            rows = enumerate(zip(table[column].to_pylist(), columns["context"], strict=True), 1)
+            found = [_check_answers(*row, f"{source}: row {number}", column) for number, row in rows]
             columns["answers"] = [[text for text, _ in answers] for answers in found]
             columns["starts"] = [[start for _, start in answers] for answers in found]
             if without := sum(not answers for answers in found):
@@ -205,7 +206,7 @@ class AnswerHub(FromHub, AnswerDataModule):
     """
 
 
-def _check_answers(given: object, context: str, row: str) -> list[tuple[str, int]]:
+def _check_answers(given: object, context: str, row: str, column: str) -> list[tuple[str, int]]:
     """The answers of a row, each with its place."""
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start")
@@ -215,13 +216,13 @@ def _check_answers(given: object, context: str, row: str) -> list[tuple[str, int
         texts, starts = None, None
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
         raise ValueError(
-            f"{row} has answers={given!r:.80}, which are not a text and an answer_start for each answer: fix the row"
+            f"{row} has {column}={given!r:.80}, which are not a text and an answer_start for each answer: fix the row"
         )
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
             raise ValueError(
                 f"{row} has the answer {text!r:.80} at answer_start={start!r}: it must be a text and a whole number; "
-                "leave answers empty where there is none"
+                f"leave {column} empty where there is none"
             )
         if start < 0 or context[start : start + len(text)] != text:
             there = context[max(start, 0) : max(start, 0) + len(text)]

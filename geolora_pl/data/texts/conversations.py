@@ -58,15 +58,27 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            yield from ((f"{path}: entry {number}", row) for number, row in enumerate(json.loads(text), 1))
+            yield from (
+                (f"{path}: entry {number}", row)
+                for number, row in enumerate(json.loads(text, object_pairs_hook=_object), 1)
+            )
             return
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path}: line {number}"
             if line.strip():
-                yield where, json.loads(line)
+                yield where, json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         place = path if text.lstrip().startswith("[") else where
         raise ValueError(f"{place} cannot be read: {error}; a line must hold one object, {_FORM}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no key may be there twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
 
 
 def to_dataset(rows: Iterable[tuple[str, Row]], source: object, *, answered: bool) -> datasets.Dataset:
