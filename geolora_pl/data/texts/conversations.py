@@ -58,10 +58,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            yield from (
-                (f"{path}: entry {number}", row)
-                for number, row in enumerate(json.loads(text, object_pairs_hook=_object), 1)
-            )
+            entries = json.loads(text, object_pairs_hook=_object)
+            yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, 1))
             return
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path}: line {number}"
