@@ -226,8 +226,8 @@ def test_what_is_wrong_in_a_file_is_named_with_its_row(tmp_path, row, message):
 
 
 def test_mistakes_are_refused(tmp_path, model):
+    file = write(tmp_path / "t.jsonl", question=["q"], context=["good"], found=["good"])
     with pytest.raises(ValueError, match="row 1 has found='good', which are not a text and an answer_start for each"):
-        file = write(tmp_path / "t.jsonl", question=["q"], context=["good"], found=["good"])
         AnswerFiles(file, answers_column="found").load_splits()
     with pytest.raises(ValueError, match=r"t.jsonl has no column 'answers'; it has 'question', 'context'"):
         AnswerFiles(write(tmp_path / "t.jsonl", question=["q"], context=["c"])).load_splits()
