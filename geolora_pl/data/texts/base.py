@@ -141,7 +141,7 @@ class TokenDataModule(L.LightningDataModule):
         except ValueError as error:
             raise ValueError(
                 f"val_fraction={self.val_fraction} of {len(texts)} texts is {count}, and that split cannot be made: "
-                f"{error} Choose another fraction, or give texts for validation"
+                f"{str(error).rstrip('.')}. Choose another fraction, or give texts for validation"
             ) from error
         note(f"{count} of {len(texts)} training texts are held out for validation (val_fraction={self.val_fraction})")
         return {"train": parts["train"], "val": parts["test"]}
