@@ -85,7 +85,10 @@ def test_a_long_context_is_cut_into_pieces_that_overlap_and_each_knows_its_part_
     assert batch["answers"] == [["good bad"]]
     assert batch["begins"][1].tolist() == [-1] * 4 + [34, 39, 43, 48, 53] + [-1] * 5
     assert batch["ends"][1].tolist() == [-1] * 4 + [38, 42, 47, 52, 56] + [-1] * 5
-    assert "train: 1 contexts are cut into 2 pieces of at most 14 tokens" in of_file.notes
+    short = {**LONG, "context": "good bad", "answers": {"text": ["good bad"], "answer_start": [0]}}
+    of_file = attach(data(tmp_path, [LONG, short], max_length=14, stride=2))
+    note = "train: 1 of 2 contexts are too long for max_length=14, so that there are 3 pieces"
+    assert note in of_file.notes  # and not that both are cut
 
 
 def test_a_piece_without_the_whole_answer_has_none(tmp_path):

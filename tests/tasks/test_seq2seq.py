@@ -18,7 +18,7 @@ from text_files import attach, write
 from tiny_text import SEQ2SEQ, WORDS, make_tokenizer, save_tiny_seq2seq
 from tolerance import NETWORK, close
 from torchmetrics.text import ROUGEScore
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from geolora_pl import GeoLoRACallback, PredictionWriter, predict
 from geolora_pl.adapters.inject import find_adapters
@@ -78,6 +78,15 @@ def test_texts_and_targets_are_tokenized_padded_and_cut_each_to_its_own_length(t
     assert "train: 1 of 2 texts are cut to max_length=8 tokens" in of_file.notes
     assert "train: 1 of 2 targets are cut to max_target_length=4 tokens" in of_file.notes
     assert "target" not in of_file.splits["train"].column_names
+
+
+def test_a_slow_tokenizer_counts_only_what_it_cuts(tmp_path):
+    """ByT5 has one; a target that just fits was counted as cut."""
+    file = write(tmp_path / "t.jsonl", text=["four", "three"], target=["abc", "abcd"])
+    settings = {"max_length": 5, "max_target_length": 4, "num_workers": 0, "cache_dir": str(tmp_path / "cache")}
+    of_file = attach(Seq2SeqFiles(file, file, **settings), ByT5Tokenizer())
+    assert "val: 1 of 2 texts are cut to max_length=5 tokens" in of_file.notes
+    assert "val: 1 of 2 targets are cut to max_target_length=4 tokens" in of_file.notes
 
 
 def test_rows_without_a_text_or_target_are_left_out_but_kept_to_predict(tmp_path):
