@@ -72,8 +72,9 @@ class Seq2SeqLM(TransformerTask):
 
     def configure_model(self) -> None:
         """Build the model and put the adapters in; a sharded one is gathered to write, too."""
+        is_new = not hasattr(self, "model")  # Lightning calls this more than once
         super().configure_model()
-        if self.device_mesh is not None:  # for generate calls the encoder without the model around it
+        if is_new and self.device_mesh is not None:  # generate calls the encoder without the model around it
             register_fsdp_forward_method(self.model, "generate")
 
     def build_model(self) -> nn.Module:
