@@ -146,9 +146,10 @@ class AnswerDataModule(Rows):
         encode = partial(encode_questions, tokenizer=tokenizer, limit=limit, stride=stride)
         made_with = ("pieces of contexts", tokenizer_hash(tokenizer), str(limit), str(stride))
         tokens = cached(texts, encode, made_with, self.cache_dir, name)
-        pieces = pc.sum(pc.list_value_length(tokens.with_format("arrow")[:]["input_ids"])).as_py()
-        if pieces > len(tokens):
-            note(f"{name}: {len(tokens)} contexts are cut into {pieces} pieces of at most {limit} tokens")
+        pieces = pc.list_value_length(tokens.with_format("arrow")[:]["input_ids"]).to_numpy()
+        if count := int((pieces > 1).sum()):
+            whole = f"{count} of {len(tokens)} contexts are too long"
+            note(f"{name}: {whole} for max_length={limit}, so that there are {pieces.sum()} pieces")
         if count := sum(tokens["question_cut"][:]):
             note(f"{name}: {count} of {len(tokens)} questions are cut to half of max_length={limit}")
         tokens = tokens.remove_columns("question_cut")
