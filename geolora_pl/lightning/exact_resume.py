@@ -120,10 +120,10 @@ class TrainingPosition:
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
     for every data loader whose order follows from the random state (a ``generator`` of the loader or of its sampler
     included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
-    a checkpoint was saved comes again, and Lightning goes on with a validation. Persistent workers carry their random
-    numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed. A loader
-    with a ``state_dict`` of its own is left to itself, and so is a module that takes its batches itself
-    (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
+    a checkpoint was saved comes again. Persistent workers carry their random numbers from one epoch to the next where
+    nobody can read them, which is said when such a run is resumed. A loader with a ``state_dict`` of its own is left to
+    itself, and so is a module that takes its batches itself (``dataloader_iter``): of an epoch that it has begun it
+    sees the first batches again.
     """
 
     def __init__(self) -> None:
@@ -162,7 +162,6 @@ class TrainingPosition:
 
         self._epoch_start = None if keeps_its_own_state else start
         self._after_batch = now if seen else None
-        self._before_validation = now  # one in whose middle the run was saved goes on before the next batch
         if self._epoch_start is not None:
             self._set_random_state(self._epoch_start)
             for loader in loaders.flattened:
@@ -211,12 +210,13 @@ class TrainingPosition:
             self._stop_watching()
         if self._warn_again is not None:
             self._warn_again()
-        self._stop_watching = self._warn_again = None
+        self._stop_watching = self._warn_again = self._before_validation = None
 
     def batch_ended(self, trainer: L.Trainer) -> None:
         """Call after every training batch: what follows may be a validation, or a batch that is not finished."""
         self._after_batch = self._random_state()
-        self._before_validation = self._after_batch if validates_after_this_batch(trainer) else None
+        if validates_after_this_batch(trainer):
+            self._before_validation = self._after_batch
 
     def validation_ended(self) -> None:
         """Call after a validation: it leaves no trace in the random numbers of the training."""
@@ -226,7 +226,7 @@ class TrainingPosition:
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes; every process must call this."""
-        now = self._after_batch if self._in_batch else self._before_validation
+        now = self._after_batch if self._in_batch else None
         mine = {"epoch_start": self._epoch_start, "now": now or self._random_state(), "batches": self._batches}
         everyone = [mine]
         if processes() > 1:
