@@ -132,9 +132,9 @@ def show_answers(trainer: L.Trainer, prompts: Sequence[str], texts: Sequence[str
                 logger.experiment.add_text(f"generated/{number}", said, step)
         elif isinstance(logger, WandbLogger):
             rows = [list(row) for row in zip(prompts, texts, strict=True)]
-            logger.log_text("generated", columns=["prompt", "text"], data=rows, step=step)
+            logger.log_text("generated", columns=["prompt", "generated"], data=rows, step=step)
     path = _path(trainer, folder)
-    new = [{"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+    new = [{"step": step, "prompt": p, "generated": t} for p, t in zip(prompts, texts, strict=True)]
     _write(path, [*(row for row in _rows(path) if row["step"] != step), *new])
 
 

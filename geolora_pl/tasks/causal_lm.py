@@ -14,9 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from geolora_pl.tasks.answers import answer, encode_asked, end_at, show_answers, start_answers
 from geolora_pl.tasks.chat_template import read_template, template_from_checkpoint
 from geolora_pl.tasks.packing import check_isolation
-from geolora_pl.tasks.transformer import Batch, TransformerTask
-
-IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
+from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 
 class CausalLM(TransformerTask):
@@ -56,6 +54,7 @@ class CausalLM(TransformerTask):
     """
 
     auto_class = AutoModelForCausalLM
+    sources = "LanguageFiles, LanguageHub, ChatFiles or ChatHub"
 
     def __init__(
         self,
@@ -102,13 +101,7 @@ class CausalLM(TransformerTask):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, loss and perplexity per set of texts."""
-        self.val_splits = getattr(self._data(), "splits_of", lambda kind: [kind])("val") or ["val"]
-        self.metrics = nn.ModuleDict(
-            {
-                split: nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()})
-                for split in (*self.val_splits, "test")
-            }
-        )
+        self.make_split_metrics(lambda: nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()}))
 
     def on_fit_start(self) -> None:
         """Refuse a model that sees the neighbours of a text, and prompts that are too long."""
@@ -171,15 +164,8 @@ class CausalLM(TransformerTask):
 
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and perplexity of a batch of a split."""
-        losses, learnt = self.token_losses(batch)
-        kind, _, other = split.partition("_")  # val_other
-        end = f"_{other}" if other else ""
-        of_split = self.metrics[split]
-        assert isinstance(of_split, nn.ModuleDict)
-        for name, metric in of_split.items():
-            assert isinstance(metric, MeanMetric)
-            metric.update(losses, learnt)
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+        scored = self.token_losses(batch)
+        self.log_scores(split, {"loss": scored, "perplexity": scored})
 
     def on_validation_epoch_end(self) -> None:
         """Show what the model makes of the prompts."""

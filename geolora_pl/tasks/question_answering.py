@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTra
 from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
+from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 _METRICS = ("loss", "exact_match", "f1")
@@ -48,6 +48,7 @@ class QuestionAnswering(TransformerTask):
     """
 
     auto_class = AutoModelForQuestionAnswering
+    sources = "AnswerFiles or AnswerHub"
 
     def __init__(
         self, model_name: str, max_answer_length: int = 30, unanswerable: bool | None = None, **kwargs: Any
@@ -83,14 +84,10 @@ class QuestionAnswering(TransformerTask):
             with keep_notes(self.notes):
                 note_trained_in_full(self.model, self.new_modules())
         data = self._data()
-        check_source(self, data, ("start_positions", "begins"), "AnswerFiles or AnswerHub")
         if self.unanswerable is None:
             self.unanswerable = bool(getattr(data, "unanswerable", False))
             self.hparams["unanswerable"] = self.unanswerable
-        self.val_splits = getattr(data, "splits_of", lambda kind: [kind])("val") or ["val"]
-        self.metrics = nn.ModuleDict(
-            {split: nn.ModuleDict({n: MeanMetric() for n in _METRICS}) for split in (*self.val_splits, "test")}
-        )
+        self.make_split_metrics(lambda: nn.ModuleDict({name: MeanMetric() for name in _METRICS}))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (pieces, length, 2) for the first and the last token of the answer."""
@@ -118,18 +115,8 @@ class QuestionAnswering(TransformerTask):
             {"id": str(number), "answers": {"text": texts or [""], "answer_start": [0] * max(1, len(texts))}}
             for number, texts in enumerate(batch["answers"])
         ]
-        scores = {name: float(score) / 100 for name, score in squad(predicted, targets).items()}
-        kind, _, other = split.partition("_")  # val_other
-        end = f"_{other}" if other else ""
-        of_split = self.metrics[split]
-        assert isinstance(of_split, nn.ModuleDict)
-        for name, metric in of_split.items():
-            assert isinstance(metric, MeanMetric)
-            if name == "loss":
-                metric.update(_losses(found, batch))
-            else:
-                metric.update(scores[name], len(rows))
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+        scores = {name: (float(score) / 100, len(rows)) for name, score in squad(predicted, targets).items()}
+        self.log_scores(split, {"loss": (_losses(found, batch),), **scores})
 
     def answers(self, found: Tensor, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the best answer to each question of a batch over all pieces of its context.

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM, GenerationMixin
 
-from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
+from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-_IGNORED = -100  # the label of padding
 
 
 class Seq2SeqLM(TransformerTask):
@@ -48,6 +48,7 @@ class Seq2SeqLM(TransformerTask):
     """
 
     auto_class = AutoModelForSeq2SeqLM
+    sources = "Seq2SeqFiles or Seq2SeqHub"
 
     def __init__(
         self, model_name: str, max_new_tokens: int = 128, generation: dict[str, Any] | None = None, **kwargs: Any
@@ -68,6 +69,13 @@ class Seq2SeqLM(TransformerTask):
         if name == "generation" and value is not None and value != _numbers(value):
             raise ValueError("is not a mapping of names to numbers")
         return super().argument_from_checkpoint(name, value)
+
+    def configure_model(self) -> None:
+        """Build the model and put the adapters in; a sharded one is gathered to write, too."""
+        is_new = not hasattr(self, "model")  # Lightning calls this more than once
+        super().configure_model()
+        if is_new and self.device_mesh is not None:  # generate calls the encoder without the model around it
+            register_fsdp_forward_method(self.model, "generate")
 
     def build_model(self) -> nn.Module:
         """Load the model and set how it writes.
@@ -98,12 +106,7 @@ class Seq2SeqLM(TransformerTask):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of texts."""
-        data = self._data()
-        check_source(self, data, ("target",), "Seq2SeqFiles or Seq2SeqHub", ("val", "test"))
-        self.val_splits = getattr(data, "splits_of", lambda kind: [kind])("val") or ["val"]
-        self.metrics = nn.ModuleDict(
-            {split: nn.ModuleDict({n: MeanMetric() for n in ("loss", *_ROUGE)}) for split in (*self.val_splits, "test")}
-        )
+        self.make_split_metrics(lambda: nn.ModuleDict({name: MeanMetric() for name in ("loss", *_ROUGE)}))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, target length, vocabulary) of the tokens of targets, by those before them."""
@@ -119,8 +122,8 @@ class Seq2SeqLM(TransformerTask):
         """
         labels = batch["labels"]
         logits = self(batch).float().flatten(0, 1)
-        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=_IGNORED, reduction="none")
-        return losses.view_as(labels), labels != _IGNORED
+        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view_as(labels), labels != IGNORED
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean loss of the tokens of the targets."""
@@ -133,23 +136,16 @@ class Seq2SeqLM(TransformerTask):
         """Log loss and ROUGE of a batch of a split."""
         losses, learnt = self.token_losses(batch)
         written = self.write(batch)
-        scores = rouge_score(written, batch["target"], normalizer=_plain, rouge_keys=_ROUGE)
-        kind, _, other = split.partition("_")  # val_other
-        end = f"_{other}" if other else ""
-        of_split = self.metrics[split]
-        assert isinstance(of_split, nn.ModuleDict)
-        for name, metric in of_split.items():
-            assert isinstance(metric, MeanMetric)
-            if name == "loss":
-                metric.update(losses, learnt)
-            else:
-                metric.update(float(scores[f"{name}_fmeasure"]), len(written))
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+        found = rouge_score(written, batch["target"], normalizer=_plain, rouge_keys=_ROUGE)
+        scores = {name: (float(found[f"{name}_fmeasure"]), len(written)) for name in _ROUGE}
+        self.log_scores(split, {"loss": (losses, learnt), **scores})
 
     def write(self, batch: Batch) -> list[str]:
         """Return the text that the model writes for each text of a batch."""
         model: Any = self.model
-        tokens = model.generate(**{name: batch[name] for name in ("input_ids", "attention_mask") if name in batch})
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        # A sharded model needs all processes until the last one has finished.
+        tokens = model.generate(**inputs, synced_gpus=self.device_mesh is not None)
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 

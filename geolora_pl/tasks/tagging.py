@@ -17,7 +17,7 @@ from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_nu
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask, check_source
+from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 NOT_INPUTS = ("labels", "words", "word_count")
 
@@ -49,6 +49,7 @@ class TokenClassification(TransformerTask):
     """
 
     auto_class = AutoModelForTokenClassification
+    sources = "TagFiles or TagHub"
 
     def __init__(
         self, model_name: str, num_classes: int | None = None, class_names: list[str] | None = None, **kwargs: Any
@@ -94,17 +95,15 @@ class TokenClassification(TransformerTask):
             with keep_notes(self.notes):
                 note_trained_in_full(self.model, self.new_modules())
         data = self._data()
-        check_source(self, data, ("words",), "TagFiles or TagHub")
         self.num_classes = settle_num_classes(self.num_classes, data)
         self.class_names = settle_class_names(self.class_names, self.num_classes, data)
-        self.val_splits = getattr(data, "splits_of", lambda kind: [kind])("val") or ["val"]
-        self.metrics = nn.ModuleDict({split: self._make_metrics() for split in (*self.val_splits, "test")})
+        self.make_split_metrics(self._make_metrics)
 
     def _make_metrics(self) -> nn.ModuleDict:
         assert self.num_classes is not None
         made: dict[str, Metric] = {
             "loss": MeanMetric(),
-            "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED),
         }
         if self.class_names is not None and name_entities(self.class_names):
             made["f1"] = EntityScore()
@@ -119,29 +118,22 @@ class TokenClassification(TransformerTask):
         """Return the mean cross-entropy of the words of the batch, or zero if there are none."""
         logits, labels = self(batch), batch["labels"]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        loss: Tensor = losses / (labels >= 0).sum().clamp_min(1)
+        loss: Tensor = losses / (labels != IGNORED).sum().clamp_min(1)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and metrics of a batch of a split."""
         logits, labels = self(batch), batch["labels"]
-        is_word = labels >= 0
-        predictions, targets = logits.argmax(-1), labels[is_word]
+        predictions, is_word = logits.argmax(-1), labels != IGNORED
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         scored: dict[str, tuple[Any, ...]] = {
-            "loss": (F.cross_entropy(logits[is_word].float(), targets, reduction="none"),),
-            "accuracy": (predictions[is_word], targets),
+            "loss": (losses, is_word.flatten()),
+            "accuracy": (predictions, labels),
         }
-        of_split = self.metrics[split]
-        assert isinstance(of_split, nn.ModuleDict)
-        if "f1" in of_split:
+        if self.class_names is not None and name_entities(self.class_names):
             scored["f1"] = (self._named(predictions, is_word), self._named(labels, is_word))
-        kind, _, other = split.partition("_")  # val_other
-        end = f"_{other}" if other else ""
-        for name, metric in of_split.items():
-            assert isinstance(metric, Metric)
-            metric.update(*scored[name])
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)
+        self.log_scores(split, scored)
 
     def _named(self, classes: Tensor, is_word: Tensor) -> list[list[str]]:
         names = self.class_names

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from geolora_pl.notes import keep_notes
@@ -25,7 +27,7 @@ from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.trained import note_trained_in_full
-from geolora_pl.tasks.transformer import Batch, TransformerTask
+from geolora_pl.tasks.transformer import Batch, TransformerTask, logged_name
 
 
 class TextClassification(TransformerTask):
@@ -65,6 +67,7 @@ class TextClassification(TransformerTask):
     """
 
     auto_class = AutoModelForSequenceClassification
+    sources = "TextFiles, TextHub or GLUE"
 
     def __init__(
         self,
@@ -147,14 +150,7 @@ class TextClassification(TransformerTask):
         of_data = getattr(data, "metrics", None)
         self.metric_names = self.metric_names or of_data or usual_metrics(self.num_classes, bool(self.multi_label))
         self.hparams["metrics"] = self.metric_names
-        splits_of = getattr(data, "splits_of", lambda kind: [kind])
-        self.val_splits = splits_of("val") or ["val"]
-        self.metrics = nn.ModuleDict(
-            {
-                split: make_metrics(self.metric_names, self.num_classes, bool(self.multi_label))
-                for split in (*self.val_splits, "test")
-            }
-        )
+        self.make_split_metrics(partial(make_metrics, self.metric_names, self.num_classes, bool(self.multi_label)))
         self.confusion = confusion_matrix(self.num_classes, bool(self.multi_label))
 
     def forward(self, batch: Batch) -> Tensor:
@@ -172,10 +168,8 @@ class TextClassification(TransformerTask):
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and metrics of a batch of a split."""
         outputs, labels = self(batch), batch["labels"]
-        kind, _, other = split.partition("_")  # val_mismatched
-        end = f"_{other}" if other else ""
-        loss = self.loss(outputs, labels)
-        self.log(f"{kind}_loss{end}", loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
+        loss, name = self.loss(outputs, labels), logged_name(split, "loss")
+        self.log(name, loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
         if self.confusion is not None and split == self.val_splits[0]:
             self.confusion.update(outputs, labels)
         of_split = self.metrics[split]
@@ -183,7 +177,8 @@ class TextClassification(TransformerTask):
         assert self.num_classes is not None
         update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
         for name, metric in of_split.items():
-            self.log(f"{kind}_{name}{end}", metric, prog_bar=True, add_dataloader_idx=False)  # type: ignore[arg-type]  # a Metric
+            assert isinstance(metric, Metric)
+            self.log(logged_name(split, name), metric, prog_bar=True, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
         """Keep for the report which classes were taken for which in the first set of texts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geolora_pl.adapters.config import AdapterConfig
@@ -46,6 +47,7 @@ from geolora_pl.tasks.text_models import (
 )
 
 Batch = Mapping[str, Tensor]
+IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
 
 
 class TransformerTask(GeoLoRAModule):
@@ -56,6 +58,8 @@ class TransformerTask(GeoLoRAModule):
 
     Attributes:
         auto_class: The class that builds the model, such as ``transformers.AutoModelForCausalLM``; a class attribute.
+        sources: The data sources of the task, which one of another task is refused with; empty for any. A class
+            attribute.
 
     Args:
         model_name: A name of the hub, the path of a folder that ``save_pretrained`` wrote, or ``pkg://package/folder``
@@ -75,7 +79,9 @@ class TransformerTask(GeoLoRAModule):
     """
 
     auto_class: ClassVar[Any]
+    sources: ClassVar[str] = ""
     val_splits: Sequence[str]  # set with the metrics, in setup
+    metrics: nn.ModuleDict
     base_arguments = MappingProxyType({"pretrained": False})
     locating_arguments = ("model_name",)
 
@@ -290,30 +296,35 @@ class TransformerTask(GeoLoRAModule):
         """Log loss and metrics of a batch of a split, ``test`` or one of ``val_splits``."""
         raise NotImplementedError(f"{type(self).__name__} must evaluate")
 
+    def make_split_metrics(self, make: Callable[[], nn.ModuleDict]) -> None:
+        """Set ``val_splits`` as the data say, and ``metrics``, by their names, for each of them and for ``test``."""
+        self.val_splits = getattr(self._data(), "splits_of", lambda kind: [kind])("val") or ["val"]
+        self.metrics = nn.ModuleDict({split: make() for split in (*self.val_splits, "test")})
+
+    def log_scores(self, split: str, scored: Mapping[str, tuple[Any, ...]]) -> None:
+        """Take a batch into the metrics of a split and log them.
+
+        Args:
+            split: ``test`` or one of ``val_splits``.
+            scored: For the name of each metric, the arguments of its ``update``.
+        """
+        of_split = self.metrics[split]
+        assert isinstance(of_split, nn.ModuleDict)
+        for name, metric in of_split.items():
+            assert isinstance(metric, Metric)
+            metric.update(*scored[name])
+            self.log(logged_name(split, name), metric, prog_bar=True, add_dataloader_idx=False)
+
     def _data(self) -> object:
         return datamodule_of(self)
 
 
-def check_source(
-    task: object,
-    data: object,
-    columns: Collection[str],
-    take: str,
-    kinds: Sequence[str] = ("train", "val", "test", "predict"),
-) -> None:
-    """Refuse texts that were tokenized for another task.
+def logged_name(split: str, metric: str) -> str:
+    """The name under which a metric of a split is logged.
 
-    Args:
-        task: The task.
-        data: The data module; one that does not say what its splits hold is taken as it is.
-        columns: Those of which every split has one.
-        take: The sources that have them.
-        kinds: The kinds of splits that must have them.
-
-    Raises:
-        ValueError: A split has none of the columns.
+    Example:
+        >>> logged_name("val", "loss"), logged_name("val_mismatched", "loss")
+        ('val_loss', 'val_loss_mismatched')
     """
-    for name, tokens in getattr(data, "splits", {}).items():
-        there = getattr(tokens, "column_names", columns)
-        if name.partition("_")[0] in kinds and not set(columns) & set(there):
-            raise ValueError(f"{type(data).__name__} does not make what {type(task).__name__} learns from: take {take}")
+    kind, _, other = split.partition("_")
+    return f"{kind}_{metric}_{other}" if other else f"{kind}_{metric}"

@@ -41,7 +41,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     with torch.no_grad():
         broadcast_packed(sent)
     data_parallel = mesh["data_parallel"]
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # blocks inside of blocks first, as FSDP requires
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             for block in module:
                 if any(p.numel() for p in block.parameters() if p not in factors):

@@ -326,6 +326,20 @@ def test_no_two_experiments_share_a_folder():
     assert len(set.union(*folders)) == len(EXPERIMENTS)
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_tensorboard_shows_no_metric_that_is_minus_one_in_every_run(path):
+    """Lightning's logger adds an hp_metric of -1 to the board of who starts from a configuration, unless it is told."""
+    board = parsed(path)["trainer"]["logger"][0]["init_args"]
+    assert board["default_hp_metric"] is False
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("geolora_pl/configs/init/*.yaml")), ids=lambda path: path.stem)
+def test_a_run_lies_in_the_folder_that_has_the_name_of_its_configuration(path):
+    """Who writes lm.yaml by ``init lm`` looks for the run in lightning_logs/lm."""
+    loggers = yaml.safe_load(path.read_text())["trainer"]["logger"]
+    assert {logger["init_args"]["name"] for logger in loggers} == {path.stem}
+
+
 def test_what_is_not_of_the_paper_is_known():
     assert {name_of(path) for path in EXPERIMENTS} == set(SETTINGS) | NOT_OF_THE_PAPER
 

@@ -213,10 +213,11 @@ MISTAKES = {
     '{"messages"': "line 1 cannot be read",
     "3": "line 1 is not an object",
     '{"prompt": [], "completion": []}': "or prompt and completion as texts",
-    '{"messages": ["one"]}': "line 1, message 0 is not an object",
-    '{"messages": [{"role": "bot", "content": "a"}]}': "message 0 has role='bot', which must be one of system",
-    '{"conversations": [{"from": "bing", "value": "a"}]}': "message 0 has role='bing'",
-    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "message 0 has a content that is not a text",
+    '{"messages": ["one"]}': "line 1, message 1 is not an object",
+    '{"prompt": "a", "prompt": "b"}': "line 1 cannot be read: an object has the key 'prompt' twice",
+    '{"messages": [{"role": "bot", "content": "a"}]}': "message 1 has role='bot', which must be one of system",
+    '{"conversations": [{"from": "bing", "value": "a"}]}': "message 1 has role='bing'",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "message 1 has a content that is not a text",
 }
 
 

@@ -6,6 +6,7 @@ import re
 import datasets
 import pytest
 import torch
+from flags import QUIET
 from foreign import trainer
 from text_files import attach, write
 from tiny_text import SIZE, make_tokenizer, save_tiny_decoder
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM
 
-from geolora_pl import AdapterConfig, GeoLoRACallback, merge_adapters
+from geolora_pl import AdapterConfig, GeoLoRACallback, merge_adapters, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import LanguageFiles, LanguageHub
@@ -301,3 +302,14 @@ def test_fit_on_the_command_line(tmp_path, monkeypatch, pairs):
 
 def test_the_tiny_vocabulary_is_the_models():
     assert max(max(ids(text)) for text in (*TEXTS, *PROMPTS, *COMPLETIONS)) < SIZE
+
+
+def test_rows_of_a_file_of_its_own_are_predicted(tmp_path):
+    """As with every other source, predict_file is what predict reads, and not the test file."""
+    texts = write(tmp_path / "t.jsonl", text=["good film", "bad film"] * 4)
+    asked = write(tmp_path / "p.jsonl", text=["the plot", "one two"])
+    settings = {"packed": False, "max_length": 8, "num_workers": 0, "cache_dir": str(tmp_path / "cache")}
+    data = LanguageFiles(texts, texts, texts, asked, **settings)
+    module = CausalLM(save_tiny_decoder(tmp_path / "model"))
+    module.configure_model()
+    assert [row["text"] for row in predict(module.eval(), data, **QUIET)] == ["the plot", "one two"]

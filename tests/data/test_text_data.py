@@ -11,7 +11,7 @@ from tiny_text import WORDS, make_tokenizer
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from geolora_pl.data import TextDataModule, TextFiles, TextHub
+from geolora_pl.data import TextDataModule, TextFiles, TextHub, UnlabelledTexts
 from geolora_pl.data.texts.sampler import ShuffledSampler
 from geolora_pl.data.texts.token_cache import tokenizer_hash
 
@@ -337,7 +337,7 @@ def test_texts_to_predict_need_no_labels_and_keep_their_order(tmp_path, train):
         for text in data.tokenizer().batch_decode(batch["input_ids"], skip_special_tokens=True)
     ]
     assert decoded == ["good", "bad film", "one"]
-    with pytest.raises(ValueError, match="TextFiles has no test texts: it has train, predict, val"):
+    with pytest.raises(ValueError, match="TextFiles has no test texts, but train, predict, val: name some"):
         data.test_dataloader()
 
 
@@ -468,3 +468,9 @@ def test_processes_share_every_global_batch(processes):
     assert set(together[1003:]) <= set(range(1003))  # some again, so that all have as many
     assert padding(together, 8 * processes) < 0.1
     assert all(padding(share) < 0.1 for share in shares)
+
+
+def test_the_ending_of_a_file_of_lines_may_be_in_capitals(tmp_path):
+    """As that of every other file; LINES.TXT was taken for a table and refused."""
+    (tmp_path / "LINES.TXT").write_text("good\nbad\n")
+    assert UnlabelledTexts(str(tmp_path / "LINES.TXT")).load_splits()["predict"]["text"][:] == ["good", "bad"]

@@ -145,8 +145,8 @@ def test_a_tiny_model_learns_a_dialogue_and_nothing_of_the_user(tmp_path, packed
 
     rows = [json.loads(line) for line in (tmp_path / "logs" / "version_0" / "generated.jsonl").read_text().splitlines()]
     assert rows[-2:] == [
-        {"step": 80, "prompt": "is the film good", "text": "very good"},
-        {"step": 80, "prompt": "one two", "text": "three four"},
+        {"step": 80, "prompt": "is the film good", "generated": "very good"},
+        {"step": 80, "prompt": "one two", "generated": "three four"},
     ]
     events = EventAccumulator(str(tmp_path / "logs" / "version_0")).Reload()
     shown = events.Tensors("generated/0/text_summary")[-1]
@@ -179,7 +179,7 @@ def test_writing_while_it_trains_changes_nothing_else(tmp_path):
 
 def test_what_another_run_wrote_in_the_folder_goes_and_what_this_one_wrote_stays(tmp_path):
     path = tmp_path / "generated.jsonl"
-    path.write_text('{"step": 1, "prompt": "old", "text": ""}\n')
+    path.write_text('{"step": 1, "prompt": "old", "generated": ""}\n')
     name = save_tiny_chat(tmp_path / "model")
     for steps, ckpt in ((1, None), (2, tmp_path / "run.ckpt")):
         runs = trainer(GeoLoRACallback(adapt_every=1), max_epochs=steps, default_root_dir=tmp_path)

@@ -19,9 +19,9 @@ from transformers import AutoModelForQuestionAnswering
 from geolora_pl import GeoLoRACallback, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
-from geolora_pl.data import AnswerFiles, AnswerHub, TextFiles
+from geolora_pl.data import AnswerFiles, AnswerHub
 from geolora_pl.lightning.export import export
-from geolora_pl.tasks import QuestionAnswering, Seq2SeqLM, TokenClassification
+from geolora_pl.tasks import QuestionAnswering
 
 NUMBERS, OTHERS = WORDS[-7:], WORDS[:14]
 
@@ -85,7 +85,10 @@ def test_a_long_context_is_cut_into_pieces_that_overlap_and_each_knows_its_part_
     assert batch["answers"] == [["good bad"]]
     assert batch["begins"][1].tolist() == [-1] * 4 + [34, 39, 43, 48, 53] + [-1] * 5
     assert batch["ends"][1].tolist() == [-1] * 4 + [38, 42, 47, 52, 56] + [-1] * 5
-    assert "train: 1 contexts are cut into 2 pieces of at most 14 tokens" in of_file.notes
+    short = {**LONG, "context": "good bad", "answers": {"text": ["good bad"], "answer_start": [0]}}
+    of_file = attach(data(tmp_path, [LONG, short], max_length=14, stride=2))
+    note = "train: 1 of 2 contexts are too long for max_length=14, so that there are 3 pieces"
+    assert note in of_file.notes  # and not that both are cut
 
 
 def test_a_piece_without_the_whole_answer_has_none(tmp_path):
@@ -226,6 +229,9 @@ def test_what_is_wrong_in_a_file_is_named_with_its_row(tmp_path, row, message):
 
 
 def test_mistakes_are_refused(tmp_path, model):
+    file = write(tmp_path / "t.jsonl", question=["q"], context=["good"], found=["good"])
+    with pytest.raises(ValueError, match="row 1 has found='good', which are not a text and an answer_start for each"):
+        AnswerFiles(file, answers_column="found").load_splits()
     with pytest.raises(ValueError, match=r"t.jsonl has no column 'answers'; it has 'question', 'context'"):
         AnswerFiles(write(tmp_path / "t.jsonl", question=["q"], context=["c"])).load_splits()
     (tmp_path / "s.json").write_text('{"data": [{"paragraphs": [{"qas": []}, {"qas": [{"id": 1}]}]}]}')
@@ -242,13 +248,6 @@ def test_mistakes_are_refused(tmp_path, model):
         ValueError, match=r"stride=3 must be below 3, the tokens that are left .* half of max_length=12"
     ):
         attach(data(tmp_path, stride=3, max_length=12))
-    texts = write(tmp_path / "t.tsv", text=["good", "bad"] * 4, label=["yes", "no"] * 4)
-    of_texts = TextFiles(texts, texts, cache_dir=str(tmp_path / "cache"))
-    for task, take in ((QuestionAnswering, "AnswerFiles or"), (TokenClassification, "TagFiles or")):
-        with pytest.raises(ValueError, match=f"TextFiles does not make what {task.__name__} learns from: take {take}"):
-            trainer(GeoLoRACallback()).fit(task(model), of_texts)
-    with pytest.raises(ValueError, match="AnswerFiles does not make what Seq2SeqLM learns from: take Seq2SeqFiles or"):
-        trainer(GeoLoRACallback()).fit(Seq2SeqLM(save_tiny_seq2seq(tmp_path / "t5")), data(tmp_path, max_length=16))
     with pytest.raises(ValueError, match="max_answer_length=0 must be at least 1"):
         QuestionAnswering(model, max_answer_length=0)
 

@@ -1,6 +1,8 @@
 """Sequence to sequence: what is learnt of a target, what is written, scored and exported."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import datasets
@@ -9,14 +11,16 @@ import torch
 from exported import move, save
 from flags import FLAGS, LIMITS, QUIET
 from foreign import trainer
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import AutoPeftModelForSeq2SeqLM
 from text_files import attach, write
 from tiny_text import SEQ2SEQ, WORDS, make_tokenizer, save_tiny_seq2seq
 from tolerance import NETWORK, close
 from torchmetrics.text import ROUGEScore
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
-from geolora_pl import GeoLoRACallback, predict
+from geolora_pl import GeoLoRACallback, PredictionWriter, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import Seq2SeqFiles, Seq2SeqHub, UnlabelledTexts
@@ -74,6 +78,15 @@ def test_texts_and_targets_are_tokenized_padded_and_cut_each_to_its_own_length(t
     assert "train: 1 of 2 texts are cut to max_length=8 tokens" in of_file.notes
     assert "train: 1 of 2 targets are cut to max_target_length=4 tokens" in of_file.notes
     assert "target" not in of_file.splits["train"].column_names
+
+
+def test_a_slow_tokenizer_counts_only_what_it_cuts(tmp_path):
+    """ByT5 has one; a target that just fits was counted as cut."""
+    file = write(tmp_path / "t.jsonl", text=["four", "three"], target=["abc", "abcd"])
+    settings = {"max_length": 5, "max_target_length": 4, "num_workers": 0, "cache_dir": str(tmp_path / "cache")}
+    of_file = attach(Seq2SeqFiles(file, file, **settings), ByT5Tokenizer())
+    assert "val: 1 of 2 texts are cut to max_length=5 tokens" in of_file.notes
+    assert "val: 1 of 2 targets are cut to max_target_length=4 tokens" in of_file.notes
 
 
 def test_rows_without_a_text_or_target_are_left_out_but_kept_to_predict(tmp_path):
@@ -271,3 +284,26 @@ def test_the_command_line_fits_resumes_tests_predicts_and_exports(tmp_path, mode
     assert set(json.loads(Path("p.jsonl").read_text().splitlines()[0])) == {"index", "text", "generated"}
     main(["export", f"--ckpt_path={last}", "--format=merged", "--output=merged"])
     assert AutoModelForSeq2SeqLM.from_pretrained("merged").generation_config.num_beams == 2
+
+
+def in_process(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    of_file = data(folder)
+    for step in ("fit", "predict"):
+        sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+        settings = {"devices": 2, "strategy": sharded, "plugins": [TorchElasticEnvironment()]}
+        module = Seq2SeqLM(str(folder / "model"), max_new_tokens=2 + 3 * rank)  # what they write differs in length
+        runs = trainer(GeoLoRACallback(), PredictionWriter(folder / "p.jsonl"), **settings)
+        getattr(runs, step)(module, datamodule=of_file)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_sharded_model_writes_and_no_process_waits_for_the_other(tmp_path, model):
+    """T5 has blocks inside of blocks and an encoder that is called by itself, and FSDP2 refused both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(in_process, (port, tmp_path), 2, start_method="fork")
+    assert [json.loads(line)["text"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == pairs(24)[0]

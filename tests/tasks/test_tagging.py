@@ -104,6 +104,24 @@ def test_columns_of_conll_are_read_as_json_lines_are(tmp_path):
     assert of_conll["predict"][:] == {"tokens": [["good", "film"], ["bad"]]}
 
 
+def test_a_word_of_conll_may_hold_what_is_white_space_elsewhere(tmp_path):
+    """French texts have a no-break space in numbers, whose end was lost; tabs leave a space to the words as well."""
+    (tmp_path / "t.conll").write_text("10\u00a0000 X A\r\n\u3000 X B\r\n\r\nNew York\tX\t A\r\n", newline="")
+    rows = TagFiles(str(tmp_path / "t.conll")).load_splits()["train"]
+    assert rows["tokens"][:] == [["10\u00a0000", "\u3000"], ["New York"]]
+    assert rows["tags"][:] == [[0, 1], [0]]
+
+
+@pytest.mark.parametrize("split", ["train", "predict"])
+def test_lines_of_text_are_not_taken_for_columns(tmp_path, split):
+    """Who gave a file with a sentence per line got a tag for the first word of each, as if it were all."""
+    (tmp_path / "t.txt").write_text("the film was good\na poor plot\n")
+    file = tagged(tmp_path / "train.jsonl")
+    files = {"train_file": file, "predict_file": file, f"{split}_file": str(tmp_path / "t.txt")}
+    with pytest.raises(ValueError, match=r"t\.txt: line 2 is 'a poor plot', which has not as many fields"):
+        TagFiles(**files).load_splits()
+
+
 def test_a_data_set_of_the_hub_names_its_tags(tmp_path):
     import datasets
 
@@ -252,6 +270,20 @@ def test_loss_accuracy_and_f1_are_those_over_all_words(tmp_path, model):
     score = EntityScore()
     score.update([[module.class_names[i] for i in row.argmax(1)] for row in whole], [rule(words) for words in rows])
     close(runs.callback_metrics["val_f1"], score.compute())
+
+
+def test_a_batch_without_words_counts_nothing_in_the_scores(tmp_path, model):
+    """Words that are nothing to the tokenizer filled a batch, and the validation ended in an error of torch."""
+    rows = [*sentences(2), [""], [""]]
+    file = write(tmp_path / "v.jsonl", tokens=rows, tags=[rule(words) for words in rows])
+    found = []
+    for val_file in (file, tagged(tmp_path / "w.jsonl", 2)):
+        torch.manual_seed(0)
+        module = TokenClassification(model)
+        runs = trainer(GeoLoRACallback())
+        found.append(runs.validate(module, data(tmp_path, val_file=val_file, batch_size=2), verbose=False)[0])
+    for name in ("val_loss", "val_accuracy", "val_f1"):
+        close(*(torch.tensor(metrics[name]) for metrics in found), NETWORK)
 
 
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")  # the samples are even

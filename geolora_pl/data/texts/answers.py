@@ -46,6 +46,7 @@ class AnswerDataModule(Rows):
         ValueError: ``stride`` is below 0, or two columns are the same.
     """
 
+    tasks = frozenset({"QuestionAnswering"})
     not_shown = ("context", "answers", "starts")
 
     def __init__(
@@ -86,8 +87,9 @@ class AnswerDataModule(Rows):
                         "row"
                     )
         if split != "predict":
-            rows = enumerate(zip(table[self.answers_column].to_pylist(), columns["context"], strict=True), 1)
-            found = [_check_answers(given, context, f"{source}: row {number}") for number, (given, context) in rows]
+            column = self.answers_column
+            rows = enumerate(zip(table[column].to_pylist(), columns["context"], strict=True), 1)
+            found = [_check_answers(*row, f"{source}: row {number}", column) for number, row in rows]
             columns["answers"] = [[text for text, _ in answers] for answers in found]
             columns["starts"] = [[start for _, start in answers] for answers in found]
             if without := sum(not answers for answers in found):
@@ -144,9 +146,10 @@ class AnswerDataModule(Rows):
         encode = partial(encode_questions, tokenizer=tokenizer, limit=limit, stride=stride)
         made_with = ("pieces of contexts", tokenizer_hash(tokenizer), str(limit), str(stride))
         tokens = cached(texts, encode, made_with, self.cache_dir, name)
-        pieces = pc.sum(pc.list_value_length(tokens.with_format("arrow")[:]["input_ids"])).as_py()
-        if pieces > len(tokens):
-            note(f"{name}: {len(tokens)} contexts are cut into {pieces} pieces of at most {limit} tokens")
+        pieces = pc.list_value_length(tokens.with_format("arrow")[:]["input_ids"]).to_numpy()
+        if count := int((pieces > 1).sum()):
+            whole = f"{count} of {len(tokens)} contexts are too long"
+            note(f"{name}: {whole} for max_length={limit}, so that there are {pieces.sum()} pieces")
         if count := sum(tokens["question_cut"][:]):
             note(f"{name}: {count} of {len(tokens)} questions are cut to half of max_length={limit}")
         tokens = tokens.remove_columns("question_cut")
@@ -204,7 +207,7 @@ class AnswerHub(FromHub, AnswerDataModule):
     """
 
 
-def _check_answers(given: object, context: str, row: str) -> list[tuple[str, int]]:
+def _check_answers(given: object, context: str, row: str, column: str) -> list[tuple[str, int]]:
     """The answers of a row, each with its place."""
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start")
@@ -214,13 +217,13 @@ def _check_answers(given: object, context: str, row: str) -> list[tuple[str, int
         texts, starts = None, None
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
         raise ValueError(
-            f"{row} has answers={given!r:.80}, which are not a text and an answer_start for each answer: fix the row"
+            f"{row} has {column}={given!r:.80}, which are not a text and an answer_start for each answer: fix the row"
         )
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
             raise ValueError(
                 f"{row} has the answer {text!r:.80} at answer_start={start!r}: it must be a text and a whole number; "
-                "leave answers empty where there is none"
+                f"leave {column} empty where there is none"
             )
         if start < 0 or context[start : start + len(text)] != text:
             there = context[max(start, 0) : max(start, 0) + len(text)]

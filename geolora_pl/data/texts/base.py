@@ -39,10 +39,14 @@ class TokenDataModule(L.LightningDataModule):
         cache_dir: The folder of the cached token ids; by default beside the cache of ``datasets``. It may be deleted.
         group_by_length: Whether the training texts of a batch have similar lengths, which saves padding.
 
+    Attributes:
+        tasks: The names of the tasks that the batches are for, none for any; a class attribute. Others are refused.
+
     Raises:
         ValueError: An argument is out of range.
     """
 
+    tasks: ClassVar[frozenset[str]] = frozenset()
     not_shown: ClassVar[Collection[str]] = ("label",)  # columns that are not written beside the predictions
 
     def __init__(
@@ -137,7 +141,7 @@ class TokenDataModule(L.LightningDataModule):
         except ValueError as error:
             raise ValueError(
                 f"val_fraction={self.val_fraction} of {len(texts)} texts is {count}, and that split cannot be made: "
-                f"{error} Choose another fraction, or give texts for validation"
+                f"{str(error).rstrip('.')}. Choose another fraction, or give texts for validation"
             ) from error
         note(f"{count} of {len(texts)} training texts are held out for validation (val_fraction={self.val_fraction})")
         return {"train": parts["train"], "val": parts["test"]}
@@ -169,12 +173,17 @@ class TokenDataModule(L.LightningDataModule):
         """Return the tokenizer of the module that is trained.
 
         Raises:
-            ValueError: The module has no tokenizer.
+            ValueError: The module has no tokenizer, or is a task that learns from other batches.
         """
-        tokenizer = getattr(self._module(), "tokenizer", None)
+        module = self._module()
+        take = getattr(module, "sources", "")
+        if take and self.tasks and self.tasks.isdisjoint(kind.__name__ for kind in type(module).__mro__):
+            name = type(module).__name__
+            raise ValueError(f"{type(self).__name__} does not make what {name} learns from: take {take}")
+        tokenizer = getattr(module, "tokenizer", None)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                f"{type(self._module()).__name__} has no tokenizer: give it one, "
+                f"{type(module).__name__} has no tokenizer: give it one, "
                 "tokenizer = transformers.AutoTokenizer.from_pretrained(...), so that texts become what it expects"
             )
         return tokenizer
@@ -188,7 +197,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def _split(self, name: str) -> datasets.Dataset:
         if name not in self.splits:
-            raise ValueError(f"{type(self).__name__} has no {name} texts: it has {', '.join(self.splits)}")
+            raise ValueError(f"{type(self).__name__} has no {name} texts, but {', '.join(self.splits)}: name some")
         return self.splits[name]
 
     def _loader(self, name: str) -> DataLoader[Any]:

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.conversations import Row, read_conversations, to_dataset
-from geolora_pl.data.texts.hub import check_split_names, load_hub
-from geolora_pl.data.texts.sequences import IGNORED, Sequences, pack_apart
+from geolora_pl.data.texts.padding import IGNORED
+from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
+from geolora_pl.data.texts.sequences import Sequences, pack_apart
 from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
 from geolora_pl.data.texts.turns import encode_chats, encode_prompts
 from geolora_pl.notes import note
 
 
-class ChatDataModule(TokenDataModule):
+class ChatDataModule(Rows):
     """The base of the sources of conversations: a subclass reads rows.
 
     The chat template of the tokenizer writes the messages, and only the turns of the assistant are learnt, each with
@@ -44,6 +44,7 @@ class ChatDataModule(TokenDataModule):
         asks: Whether the texts are what a user says, which a chat template must write; a class attribute.
     """
 
+    tasks = frozenset({"CausalLM"})
     asks = True
 
     def __init__(self, packed: bool = True, **kwargs: Any) -> None:
@@ -56,20 +57,12 @@ class ChatDataModule(TokenDataModule):
         """``False``: a sample is a conversation, or several."""
         return False
 
-    def read(self) -> Mapping[str, tuple[object, Iterable[tuple[str, Row]]]]:
-        """Read the rows: for each split, its name for messages, and where each row is, with its content."""
-        raise NotImplementedError(f"{type(self).__name__} must read its rows")
-
-    def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the conversations; the columns are ``chat``, as JSON, and ``where``."""
-        splits = {
-            split: to_dataset(rows, source, answered=split != "predict")
-            for split, (source, rows) in self.read().items()
-        }
-        if "predict" in splits:
-            asked = [json.loads(chat)["messages"][-1]["content"] for chat in splits["predict"]["chat"]]
-            self.predict_inputs = {"prompt": asked}
-        return splits
+    def to_texts(self, table: Iterable[tuple[str, Row]], split: str, source: str) -> datasets.Dataset:
+        """Return the columns ``chat``, as JSON, and ``where``, of rows with the place of each."""
+        texts = to_dataset(table, source, answered=split != "predict")
+        if split == "predict":
+            self.predict_inputs = {"prompt": [json.loads(chat)["messages"][-1]["content"] for chat in texts["chat"]]}
+        return texts
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Refuse a limit that leaves nothing to predict, and a tokenizer that cannot write or find turns."""
@@ -140,7 +133,7 @@ class ChatSequences(Sequences):
         return dict(self.tokenizer.pad(samples, padding_side="left", return_tensors="pt"))
 
 
-class ChatFiles(ChatDataModule):
+class ChatFiles(FromFiles, ChatDataModule):
     r"""Conversations from files: ``.jsonl``, ``.json`` or ``.parquet``.
 
     Args:
@@ -169,18 +162,16 @@ class ChatFiles(ChatDataModule):
         predict_file: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         if train_file is None and predict_file is None:
             raise ValueError("train_file=None: give the file to train on, or predict_file to answer")
-        files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
-        self.files = {split: file for split, file in files.items() if file is not None}
+        super().__init__(train_file, val_file, test_file, predict_file, **kwargs)  # type: ignore[arg-type]  # may be None
 
-    def read(self) -> Mapping[str, tuple[object, Iterable[tuple[str, Row]]]]:
-        """Read the files."""
-        return {split: (file, read_conversations(file)) for split, file in self.files.items()}
+    def read_file(self, file: str, split: str) -> Iterable[tuple[str, Row]]:
+        """Read one file."""
+        return read_conversations(file)
 
 
-class ChatHub(ChatDataModule):
+class ChatHub(FromHub, ChatDataModule):
     """Conversations from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
 
     Args:
@@ -194,18 +185,6 @@ class ChatHub(ChatDataModule):
         ValueError: The data set or a split does not exist, or a row is not a conversation.
     """
 
-    def __init__(
-        self, dataset: str, subset: str | None = None, splits: dict[str, str] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        check_split_names(splits)
-        self.dataset = dataset
-        self.subset = subset
-        self.named_splits = splits
-
-    def read(self) -> Mapping[str, tuple[object, Iterable[tuple[str, Row]]]]:
-        """Fetch the data set, or take it from the cache of ``datasets``."""
-        return {
-            split: (source, ((f"{source}: row {number}", row) for number, row in enumerate(rows)))
-            for split, (source, rows) in load_hub(self.dataset, self.subset, self.named_splits).items()
-        }
+    def select(self, rows: datasets.Dataset, split: str, source: str) -> Iterable[tuple[str, Row]]:
+        """Take the rows of one split, each with its place."""
+        return ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))

@@ -14,7 +14,8 @@ SUFFIXES = (".conll", ".txt")
 def read_conll(path: str | Path, tokens: str, tags: str | None) -> pa.Table:
     r"""Read sentences: the first field of a line is the word, the last one its tag.
 
-    Fields are separated by white space, and lines of ``-DOCSTART-``, which begin a document, are no words.
+    Fields are separated by tabs, or in a line without tabs by spaces. Lines of ``-DOCSTART-``, which begin a document,
+    are no words.
 
     Args:
         path: The file.
@@ -22,7 +23,8 @@ def read_conll(path: str | Path, tokens: str, tags: str | None) -> pa.Table:
         tags: The name that the column of tags gets; ``None`` to read the words alone.
 
     Raises:
-        ValueError: The file is missing, empty or not in UTF-8, or a word has no tag.
+        ValueError: The file is missing, empty or not in UTF-8, a word has no tag, or a sentence has lines with
+            different numbers of fields.
 
     Example:
         >>> import tempfile
@@ -34,7 +36,7 @@ def read_conll(path: str | Path, tokens: str, tags: str | None) -> pa.Table:
     path = Path(path)
     sentences: list[list[list[str]]] = [[]]
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        fields = line.split()
+        fields = _fields(line)
         if not fields or fields[0] == "-DOCSTART-":
             sentences.append([])
             continue
@@ -42,6 +44,11 @@ def read_conll(path: str | Path, tokens: str, tags: str | None) -> pa.Table:
             raise ValueError(
                 f"{path}: line {number} is {line.strip()!r}, a word without a tag: put the tag after it, with a space "
                 "or a tab between them"
+            )
+        if len(fields) != len((sentences[-1] or [fields])[0]):
+            raise ValueError(
+                f"{path}: line {number} is {line.strip()!r:.80}, which has not as many fields as the line before it: "
+                "give every word a line of its own, and the words of a sentence equally many fields"
             )
         sentences[-1].append(fields)
     whole = [sentence for sentence in sentences if sentence]
@@ -51,3 +58,9 @@ def read_conll(path: str | Path, tokens: str, tags: str | None) -> pa.Table:
     if tags is not None:
         columns[tags] = [[fields[-1] for fields in sentence] for sentence in whole]
     return pa.table(columns)
+
+
+def _fields(line: str) -> list[str]:
+    """The fields of a line; any other white space, such as a no-break space, belongs to a word."""
+    line = line.strip(" \t\r")
+    return [field for part in line.split("\t" if "\t" in line else " ") if (field := part.strip(" "))]

@@ -39,7 +39,7 @@ def read_conversations(path: str | Path) -> list[tuple[str, Row]]:
             rows = parquet.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        found: list[tuple[str, Any]] = [(f"{path}: row {number}", row) for number, row in enumerate(rows)]
+        found: list[tuple[str, Any]] = [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
     elif path.suffix.lower() in (".jsonl", ".json"):
         found = list(_json_rows(path))
     else:
@@ -58,15 +58,25 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            yield from ((f"{path}: entry {number}", row) for number, row in enumerate(json.loads(text)))
+            entries = json.loads(text, object_pairs_hook=_object)
+            yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, 1))
             return
         for number, line in enumerate(text.split("\n"), 1):
             where = f"{path}: line {number}"
             if line.strip():
-                yield where, json.loads(line)
+                yield where, json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         place = path if text.lstrip().startswith("[") else where
         raise ValueError(f"{place} cannot be read: {error}; a line must hold one object, {_FORM}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no key may be there twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
 
 
 def to_dataset(rows: Iterable[tuple[str, Row]], source: object, *, answered: bool) -> datasets.Dataset:
@@ -116,7 +126,7 @@ def _chat_of(row: Row, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} is not a conversation: it has {keys}; write {_FORM}, or prompt and completion as texts"
         )
-    messages = [_message_of(turn, f"{where}, message {number}") for number, turn in enumerate(turns)]
+    messages = [_message_of(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1)]
     return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
 
 

@@ -20,6 +20,8 @@ class TextDataModule(TokenDataModule):
     are those of :class:`TokenDataModule`.
     """
 
+    tasks = frozenset({"TextClassification"})
+
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their indices; none in a regression."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -10,15 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.data.texts.base import TokenDataModule
-from geolora_pl.data.texts.hub import check_split_names, load_hub, select
+from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
 from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack, pack_apart
-from geolora_pl.data.texts.tables import read_table
 from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
 from geolora_pl.notes import note
 
 
-class LanguageDataModule(TokenDataModule):
+class LanguageDataModule(Rows):
     """The base of the sources for language models: a subclass reads tables.
 
     Every text ends with the tokenizer's end-of-text token, and starts as the tokenizer starts a text. A completion is
@@ -43,6 +41,9 @@ class LanguageDataModule(TokenDataModule):
     Raises:
         ValueError: One of ``prompt_column`` and ``completion_column`` is missing, or they are the same.
     """
+
+    tasks = frozenset({"CausalLM"})
+    nested = False
 
     def __init__(
         self,
@@ -73,15 +74,12 @@ class LanguageDataModule(TokenDataModule):
         """Whether every sample is one text, which a block of packed texts is not."""
         return not self.packed
 
-    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Read the tables: for each split, its name for messages and its rows."""
-        raise NotImplementedError(f"{type(self).__name__} must read its tables")
+    def columns_of(self, split: str) -> Sequence[str]:
+        """Return the columns of texts, or of prompts and completions, which are the same in every split."""
+        return list(self.columns.values())
 
-    def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the tables; the columns are ``text``, or ``prompt`` and ``completion``."""
-        return {split: self._texts(table, source) for split, (source, table) in self.read().items()}
-
-    def _texts(self, table: pa.Table, source: object) -> datasets.Dataset:
+    def to_texts(self, table: pa.Table, split: str, source: str) -> datasets.Dataset:
+        """Return the columns ``text``, or ``prompt`` and ``completion``; empty texts are left out and counted."""
         columns = {ours: table[theirs].cast(pa.string()).fill_null("") for ours, theirs in self.columns.items()}
         texts = pa.table(columns)
         last = texts.column_names[-1]
@@ -122,13 +120,14 @@ class LanguageDataModule(TokenDataModule):
         return Sequences(tokenizer, multiple)
 
 
-class LanguageFiles(LanguageDataModule):
+class LanguageFiles(FromFiles, LanguageDataModule):
     r"""Texts from files: ``.csv``, ``.tsv`` (in which quotes are data), ``.jsonl`` or ``.parquet``.
 
     Args:
         train_file: The training texts.
         val_file: The validation texts; by default a part of the training texts is held out.
         test_file: The test texts.
+        predict_file: Texts whose losses are predicted; by default the test texts.
         **kwargs: Arguments of :class:`LanguageDataModule`.
 
     Raises:
@@ -142,19 +141,8 @@ class LanguageFiles(LanguageDataModule):
         {'prompt': 'Is it good?', 'completion': ' Yes.'}
     """
 
-    def __init__(
-        self, train_file: str, val_file: str | None = None, test_file: str | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        files = {"train": train_file, "val": val_file, "test": test_file}
-        self.files = {split: file for split, file in files.items() if file is not None}
 
-    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Read the files."""
-        return {split: (file, read_table(file, list(self.columns.values()))) for split, file in self.files.items()}
-
-
-class LanguageHub(LanguageDataModule):
+class LanguageHub(FromHub, LanguageDataModule):
     """Texts from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
 
     Args:
@@ -167,19 +155,3 @@ class LanguageHub(LanguageDataModule):
     Raises:
         ValueError: The data set, a split or a column does not exist.
     """
-
-    def __init__(
-        self, dataset: str, subset: str | None = None, splits: dict[str, str] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        check_split_names(splits)
-        self.dataset = dataset
-        self.subset = subset
-        self.named_splits = splits
-
-    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Fetch the data set, or take it from the cache of ``datasets``."""
-        return {
-            split: (source, select(texts, list(self.columns.values()), source))
-            for split, (source, texts) in load_hub(self.dataset, self.subset, self.named_splits).items()
-        }

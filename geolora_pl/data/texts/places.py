@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
-import pyarrow as pa
 
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.hub import check_split_names, load_hub, select
@@ -17,17 +16,22 @@ class Rows(TokenDataModule):
     """A source whose rows are read from somewhere: a subclass names its columns, and turns rows into texts.
 
     The arguments are those of :class:`TokenDataModule`.
+
+    Attributes:
+        nested: Whether columns may hold lists and structures; a class attribute.
     """
 
+    nested: ClassVar[bool] = True
+
     def columns_of(self, split: str) -> Sequence[str]:
-        """Return the columns that a split must have, which may hold lists and structures; ``predict`` has no labels."""
+        """Return the columns that a split must have; ``predict`` has no labels."""
         raise NotImplementedError(f"{type(self).__name__} must name its columns")
 
-    def read(self) -> Mapping[str, tuple[str, pa.Table]]:
-        """Read the rows: for each split, its name for messages and its table."""
+    def read(self) -> Mapping[str, tuple[str, Any]]:
+        """Read the rows: for each split, its name for messages and its table, or what else ``to_texts`` takes."""
         raise NotImplementedError(f"{type(self).__name__} must read its rows")
 
-    def to_texts(self, table: pa.Table, split: str, source: str) -> datasets.Dataset:
+    def to_texts(self, table: Any, split: str, source: str) -> datasets.Dataset:
         """Turn the rows of a split into texts."""
         raise NotImplementedError(f"{type(self).__name__} must turn rows into texts")
 
@@ -60,13 +64,13 @@ class FromFiles(Rows):
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         self.files = {split: file for split, file in files.items() if file is not None}
 
-    def read(self) -> Mapping[str, tuple[str, pa.Table]]:
+    def read(self) -> Mapping[str, tuple[str, Any]]:
         """Read the files."""
         return {split: (str(file), self.read_file(file, split)) for split, file in self.files.items()}
 
-    def read_file(self, file: str, split: str) -> pa.Table:
+    def read_file(self, file: str, split: str) -> Any:
         """Read one file."""
-        return read_table(file, self.columns_of(split), nested=True)
+        return read_table(file, self.columns_of(split), nested=self.nested)
 
 
 class FromHub(Rows):
@@ -89,11 +93,11 @@ class FromHub(Rows):
         self.subset = subset
         self.named_splits = splits
 
-    def read(self) -> Mapping[str, tuple[str, pa.Table]]:
+    def read(self) -> Mapping[str, tuple[str, Any]]:
         """Fetch the data set, or take it from the cache of ``datasets``."""
         loaded = load_hub(self.dataset, self.subset, self.named_splits)
         return {split: (source, self.select(rows, split, source)) for split, (source, rows) in loaded.items()}
 
-    def select(self, rows: datasets.Dataset, split: str, source: str) -> pa.Table:
+    def select(self, rows: datasets.Dataset, split: str, source: str) -> Any:
         """Take the columns of one split."""
-        return select(rows, self.columns_of(split), source, nested=True)
+        return select(rows, self.columns_of(split), source, nested=self.nested)

@@ -8,11 +8,11 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from transformers import BatchEncoding, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from geolora_pl.data.texts.padding import IGNORED
 from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
-from geolora_pl.data.texts.token_cache import cached, fill_empty, tokenizer_hash
+from geolora_pl.data.texts.token_cache import cached, fill_empty, tokenizer_hash, were_cut
 from geolora_pl.notes import note
 
 
@@ -31,6 +31,7 @@ class Seq2SeqDataModule(Rows):
         ValueError: ``max_target_length`` is below 1, or the two columns are the same.
     """
 
+    tasks = frozenset({"Seq2SeqLM"})
     not_shown = ("target",)
 
     def __init__(
@@ -167,19 +168,15 @@ def encode_pairs(
     """
     texts = [prefix + text for text in batch["text"]]
     encoded = tokenizer(texts, truncation=True, max_length=lengths[0], return_length=True, return_attention_mask=False)
-    columns = {**encoded, "cut": _were_cut(encoded, lengths[0]), "target_cut": [False] * len(texts)}
+    cut = were_cut(encoded, lambda: tokenizer(texts, verbose=False), lengths[0])
+    columns = {**encoded, "cut": cut, "target_cut": [False] * len(texts)}
     fill_empty(columns, tokenizer)
     if "target" in batch:
-        targets = tokenizer(text_target=batch["target"], truncation=True, max_length=lengths[1])
-        columns |= {"labels": targets["input_ids"], "target_cut": _were_cut(targets, lengths[1])}
-        columns["target"] = batch["target"]
+        wanted = batch["target"]
+        targets = tokenizer(text_target=wanted, truncation=True, max_length=lengths[1])
+        cut = were_cut(targets, lambda: tokenizer(text_target=wanted, verbose=False), lengths[1])
+        columns |= {"labels": targets["input_ids"], "target": wanted, "target_cut": cut}
     return columns
-
-
-def _were_cut(encoded: BatchEncoding, length: int) -> list[bool]:
-    if encoded.encodings is None:  # a slow tokenizer does not say
-        return [len(ids) >= length for ids in encoded["input_ids"]]
-    return [bool(encoding.overflowing) for encoding in encoded.encodings]
 
 
 def _collate(samples: list[dict[str, Any]], collate: DataCollatorForSeq2Seq) -> dict[str, Any]:

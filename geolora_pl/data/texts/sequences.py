@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
+from geolora_pl.data.texts.padding import IGNORED
 
 Columns = dict[str, list[list[int]] | list[int] | list[bool]]
 

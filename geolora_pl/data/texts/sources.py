@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from geolora_pl.data.labels import LabelColumns
-from geolora_pl.data.texts.hub import check_split_names, load_hub, select
 from geolora_pl.data.texts.labelled import TextDataModule
 from geolora_pl.data.texts.labels import to_dataset, with_several_labels
-from geolora_pl.data.texts.tables import read_table
+from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
 from geolora_pl.notes import keep_notes
 
 
-class LabelledTexts(TextDataModule):
+class LabelledTexts(Rows, TextDataModule):
     """The base of the sources whose columns the user names: a subclass reads tables.
 
     Labels that are words or whole numbers are classes. Numbers with decimals are the targets of a regression, and so
@@ -39,6 +38,8 @@ class LabelledTexts(TextDataModule):
         ValueError: ``labels`` holds a label twice or one that is not a string, or is given for a regression, two
             columns have the same name, or settings of labels do not go together.
     """
+
+    nested = False
 
     def __init__(
         self,
@@ -62,9 +63,9 @@ class LabelledTexts(TextDataModule):
                 f"{(label_columns or label_column)!r} must be different columns"
             )
 
-    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Read the tables: for each split, its name for messages and its rows; only ``predict`` has no labels."""
-        raise NotImplementedError(f"{type(self).__name__} must read its tables")
+    def columns_of(self, split: str) -> Sequence[str]:
+        """Return the columns of texts and of labels; only ``predict`` has no labels."""
+        return self.text_columns if split == "predict" else [*self.text_columns, *self.labels.columns]
 
     @property
     def multi_label(self) -> bool:
@@ -80,14 +81,10 @@ class LabelledTexts(TextDataModule):
         assert self.labels.names is not None
         return self.labels.names
 
-    def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Read the tables and map the labels of every split in the same way as those of ``train``."""
-        tables = self.read()
-        source, table = tables["train"]
-        self.labels.settle(table, source)
-        return {split: self._dataset(table, split, source) for split, (source, table) in tables.items()}
-
-    def _dataset(self, table: pa.Table, split: str, source: object) -> datasets.Dataset:
+    def to_texts(self, table: pa.Table, split: str, source: str) -> datasets.Dataset:
+        """Map the labels of every split in the same way as those of ``train``."""
+        if split == "train":
+            self.labels.settle(table, source)
         if self.multi_label and split != "predict":
             return with_several_labels(table, self.text_columns, self.labels, source)
         classes = {label: label for label in self.labels.names or ()}
@@ -95,7 +92,7 @@ class LabelledTexts(TextDataModule):
         return to_dataset(table, self.text_columns, label, classes, source)
 
 
-class TextFiles(LabelledTexts):
+class TextFiles(FromFiles, LabelledTexts):
     r"""Texts with labels from files: ``.csv``, ``.tsv`` (in which quotes are data), ``.jsonl`` or ``.parquet``.
 
     Args:
@@ -118,28 +115,8 @@ class TextFiles(LabelledTexts):
         ({'text': 'good, really', 'label': 1}, ['no', 'yes'])
     """
 
-    def __init__(
-        self,
-        train_file: str,
-        val_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
-        self.files = {split: file for split, file in files.items() if file is not None}
 
-    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
-        """Read the files."""
-        labelled = [*self.text_columns, *self.labels.columns]
-        return {
-            split: (file, read_table(file, self.text_columns if split == "predict" else labelled))
-            for split, file in self.files.items()
-        }
-
-
-class TextHub(LabelledTexts):
+class TextHub(FromHub, LabelledTexts):
     """Texts with labels from a data set of the hub, or a folder that ``datasets.load_dataset`` can read.
 
     Args:
@@ -153,30 +130,20 @@ class TextHub(LabelledTexts):
         ValueError: The data set, a split or a column does not exist, or a text or label is missing or unknown.
     """
 
-    def __init__(
-        self, dataset: str, subset: str | None = None, splits: dict[str, str] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        check_split_names(splits)
-        self.dataset = dataset
-        self.subset = subset
-        self.named_splits = splits
-
-    def read(self) -> Mapping[str, tuple[object, pa.Table]]:
+    def read(self) -> Mapping[str, tuple[str, Any]]:
         """Fetch the data set, or take it from the cache of ``datasets``."""
-        tables: dict[str, tuple[object, pa.Table]] = {}
-        for ours, (source, texts) in load_hub(self.dataset, self.subset, self.named_splits).items():
-            table = self._table(texts, ours, source)
-            if ours == "test" and set(pc.unique(table[-1]).to_pylist()) <= {None, -1}:  # its labels are hidden
-                tables["predict"] = (source, table.select(self.text_columns))
-            else:
-                tables[ours] = (source, table)
+        tables = dict(super().read())
+        source, table = tables.get("test", ("", None))
+        if table is not None and set(pc.unique(table[-1]).to_pylist()) <= {None, -1}:  # its labels are hidden
+            del tables["test"]
+            tables["predict"] = (source, table.select(self.text_columns))
         return tables
 
-    def _table(self, texts: datasets.Dataset, split: str, source: str) -> pa.Table:
-        columns = self.text_columns if split == "predict" else [*self.text_columns, *self.labels.columns]
-        table = select(texts, columns, source)
-        feature = texts.features[columns[-1]]
+    def select(self, rows: datasets.Dataset, split: str, source: str) -> pa.Table:
+        """Take the columns of one split, and name labels that are indices."""
+        columns = self.columns_of(split)
+        table = super().select(rows, split, source)
+        feature = rows.features[columns[-1]]
         if self.labels.regression or self.multi_label or not isinstance(feature, datasets.ClassLabel):
             return table
         self.labels.names = self.labels.names or list(feature.names)

@@ -44,6 +44,7 @@ class TagDataModule(Rows):
         ValueError: ``tags`` holds a tag twice, or one that is not a string, or the two columns are the same.
     """
 
+    tasks = frozenset({"TokenClassification"})
     not_shown = ("tags",)
 
     def __init__(

@@ -52,7 +52,8 @@ def tokenize(
             return_attention_mask=False,
             return_length=True,
         )
-        encoded["cut"] = _were_cut(encoded, batch, tokenizer, max_length)
+        texts_of = (batch["text"], batch.get("text_pair"))
+        encoded["cut"] = were_cut(encoded, lambda: tokenizer(*texts_of, verbose=False), max_length)
         fill_empty(encoded, tokenizer)
         return encoded
 
@@ -112,13 +113,17 @@ def _is_whole(path: Path, fingerprint: str, rows: int) -> bool:
         return False
 
 
-def _were_cut(
-    encoded: BatchEncoding, batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[bool]:
+def were_cut(encoded: BatchEncoding, whole: Callable[[], BatchEncoding], max_length: int) -> list[bool]:
+    """Return whether each text was cut.
+
+    Args:
+        encoded: What the tokenizer made of the texts.
+        whole: Makes them again without cutting, which is done for a slow tokenizer, for that does not say.
+        max_length: Number of tokens that the texts were cut to.
+    """
     if encoded.encodings is not None:
         return [bool(encoding.overflowing) for encoding in encoded.encodings]
-    whole = tokenizer(batch["text"], batch.get("text_pair"), return_length=True, verbose=False)  # it is a slow one
-    return [length > max_length for length in whole["length"]]
+    return [len(ids) > max_length for ids in whole()["input_ids"]]
 
 
 def fill_empty(encoded: MutableMapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

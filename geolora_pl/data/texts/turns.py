@@ -12,7 +12,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.data.texts.sequences import IGNORED, Columns
+from geolora_pl.data.texts.padding import IGNORED
+from geolora_pl.data.texts.sequences import Columns
 
 _END = 3  # tokens at the end of a turn, among which a special one is looked for; a line feed may follow it
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -35,6 +35,8 @@ class UnlabelledTexts(TextDataModule):
         ['good', 'bad']
     """
 
+    tasks = frozenset({"TextClassification", "Seq2SeqLM"})
+
     def __init__(
         self,
         file: str,
@@ -48,7 +50,7 @@ class UnlabelledTexts(TextDataModule):
         super().__init__(batch_size, max_length, num_workers=num_workers, cache_dir=cache_dir)
         self.file = Path(file)
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
-        if self.file.suffix == ".txt" and pair_column is not None:
+        if self.file.suffix.lower() == ".txt" and pair_column is not None:
             raise ValueError(f"pair_column={pair_column!r} is for a table, but {file} is a file of lines: leave it out")
 
     @property
@@ -73,7 +75,7 @@ class UnlabelledTexts(TextDataModule):
 
     def load_splits(self) -> dict[str, datasets.Dataset]:
         """Read the file."""
-        if self.file.suffix == ".txt":
+        if self.file.suffix.lower() == ".txt":
             table = pa.table({self.text_columns[0]: _lines(read_text(self.file))})
         else:
             table = read_table(self.file, self.text_columns)
