@@ -83,6 +83,26 @@ def matrix_table() -> str:
     return markdown(matrix_approximation.HEADER, matrix_approximation.rows(results.read("matrix_approximation")))
 
 
+SMALL = {
+    "vit_384x6_one_thread": ("ViT 384 x 6, 8 images of 37 tokens", "1"),
+    "vit_384x6": ("the same", "2"),
+    "bert_768x6_one_thread": ("BERT 768 x 6, 8 x 64 tokens", "1"),
+    "bert_768x6": ("the same", "2"),
+}  # the names of files of results, with the model and the number of threads
+
+
+def small_batches() -> str:
+    """What a step of few rows costs beside the other methods, on one thread and on two."""
+    header = ["model, batch", "threads", "over frozen", "over LoRA", "over AdaLoRA", "LoRA over frozen"]
+    lines = []
+    for name, (model, threads) in SMALL.items():
+        step = results.read(f"throughput_{name}")[0]["step"]
+        over = step["geolora"]["over"]
+        cells = [over["bound"], over["lora"], over["adalora"], step["lora"]["over"]["bound"]]
+        lines.append([model, threads, *map(throughput.spread, cells)])
+    return markdown(header, lines)
+
+
 def throughput_table(name: str) -> str:
     """What a step costs in the first of the setups that were measured."""
     return markdown(throughput.HEADER, throughput.rows(results.read(f"throughput_{name}")[0]))
@@ -129,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loaders": loaders_table,
     "layouts": lambda: products_table("layouts", products.LAYOUTS),
     "forms": lambda: products_table("forms", products.FORMS),
+    "small_batches": small_batches,
     **{f"throughput_{name}": partial(throughput_table, name) for name in (*BERTS, *GPT2S, *VITS, "minilm_one_thread")},
 }
 
