@@ -173,12 +173,13 @@ def _of_fit(seconds: Seconds, number: int, width: int, folder: Path) -> None:
 @contextmanager
 def _timed(seconds: Seconds, part: str) -> Iterator[None]:
     """Add the CPU time of the block to those of a part; no collection of garbage falls into it."""
-    gc.collect()
     gc.disable()
     began = time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        gc.enable()
     seconds.setdefault(part, []).append(time.process_time() - began)
-    gc.enable()
 
 
 def exponent(records: Sequence[Mapping[str, Any]], grows: str, part: str) -> float | None:
