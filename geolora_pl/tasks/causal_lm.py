@@ -101,6 +101,7 @@ class CausalLM(TransformerTask):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, loss and perplexity per set of texts."""
+        super().setup(stage)
         self.make_split_metrics(lambda: nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()}))
 
     def on_fit_start(self) -> None:

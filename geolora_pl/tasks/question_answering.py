@@ -12,9 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
 
-from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.text_models import head_names
-from geolora_pl.tasks.trained import note_trained_in_full
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -74,15 +72,9 @@ class QuestionAnswering(TransformerTask):
         """Return the names of the head."""
         return head_names(model)
 
-    def new_modules(self) -> Sequence[str]:
-        """Return the names of the head."""
-        return head_names(self.model)
-
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of questions, and say what is trained in full."""
-        if stage == "fit" and hasattr(self, "model"):
-            with keep_notes(self.notes):
-                note_trained_in_full(self.model, self.new_modules())
+        super().setup(stage)
         data = self._data()
         if self.unanswerable is None:
             self.unanswerable = bool(getattr(data, "unanswerable", False))

@@ -106,6 +106,7 @@ class Seq2SeqLM(TransformerTask):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of texts."""
+        super().setup(stage)
         self.make_split_metrics(lambda: nn.ModuleDict({name: MeanMetric() for name in ("loss", *_ROUGE)}))
 
     def forward(self, batch: Batch) -> Tensor:

@@ -12,11 +12,9 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
 
-from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_num_classes
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
-from geolora_pl.tasks.trained import note_trained_in_full
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 NOT_INPUTS = ("labels", "words", "word_count")
@@ -79,10 +77,6 @@ class TokenClassification(TransformerTask):
         """Return the names of the head."""
         return head_names(model)
 
-    def new_modules(self) -> Sequence[str]:
-        """Return the names of the head."""
-        return head_names(self.model)
-
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``, with the tags."""
         assert isinstance(self.model, PreTrainedModel)
@@ -91,9 +85,7 @@ class TokenClassification(TransformerTask):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of sentences, and say what is trained in full."""
-        if stage == "fit" and hasattr(self, "model"):
-            with keep_notes(self.notes):
-                note_trained_in_full(self.model, self.new_modules())
+        super().setup(stage)
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
         self.class_names = settle_class_names(self.class_names, self.num_classes, data)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from geolora_pl.notes import keep_notes
 from geolora_pl.tasks.classes import (
     check_class_weights,
     make_loss,
@@ -26,7 +25,6 @@ from geolora_pl.tasks.classes import (
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
-from geolora_pl.tasks.trained import note_trained_in_full
 from geolora_pl.tasks.transformer import Batch, TransformerTask, logged_name
 
 
@@ -136,15 +134,9 @@ class TextClassification(TransformerTask):
         name_classes(self.model.config, self.class_names)
         super().save_model(folder)
 
-    def new_modules(self) -> Sequence[str]:
-        """Return the names of the head, and of the pooler before it if that is trained."""
-        return self.may_be_new(self.model)
-
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of texts, and say what is trained in full."""
-        if stage == "fit" and hasattr(self, "model"):
-            with keep_notes(self.notes):
-                note_trained_in_full(self.model, self.new_modules())
+        super().setup(stage)
         data = self._data()
         self.num_classes = settle_num_classes(self.num_classes, data)
         of_data = getattr(data, "metrics", None)

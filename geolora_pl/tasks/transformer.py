@@ -45,6 +45,7 @@ from geolora_pl.tasks.text_models import (
     skeleton,
     token_limits,
 )
+from geolora_pl.tasks.trained import note_trained_in_full
 
 Batch = Mapping[str, Tensor]
 IGNORED = -100  # the label of a token that is not learnt; cross_entropy leaves it out
@@ -138,6 +139,16 @@ class TransformerTask(GeoLoRAModule):
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
         """Return the names of the modules of a model that need no pretrained weights, such as a new head."""
         return ()
+
+    def new_modules(self) -> Sequence[str]:
+        """Return the names of the modules that are trained in full: those that may be new."""
+        return self.may_be_new(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Say what is trained in full."""
+        if stage == "fit" and hasattr(self, "model"):
+            with keep_notes(self.notes):
+                note_trained_in_full(self.model, self.new_modules())
 
     def configure_model(self) -> None:
         """Build the model and put the adapters in; what is said about it is kept."""
