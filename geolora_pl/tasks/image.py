@@ -13,6 +13,7 @@ import timm
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchvision.transforms import v2
 
 from geolora_pl.adapters.config import AdapterConfig
@@ -35,7 +36,7 @@ from geolora_pl.tasks.classes import (
 )
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.internals import save_config_for_hf
-from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
+from geolora_pl.tasks.text_metrics import check_metrics, for_metrics, make_metrics, usual_metrics
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
@@ -278,9 +279,11 @@ class ImageClassification(GeoLoRAModule):
         assert self.num_classes is not None
         assert isinstance(of_split, nn.ModuleDict)
         self.log(f"{split}_loss", self.loss(outputs, labels), batch_size=len(labels), sync_dist=True)
-        update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
+        compared = for_metrics(outputs, labels, self.num_classes, bool(self.multi_label))
         for name, metric in of_split.items():
-            self.log(f"{split}_{name}", metric, prog_bar=True)  # type: ignore[arg-type]  # a Metric
+            assert isinstance(metric, Metric)
+            metric.update(*compared)  # calling it would also compute this batch alone, which may be undefined
+            self.log(f"{split}_{name}", metric, prog_bar=True)
         return outputs, labels
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from geolora_pl.tasks.classes import (
@@ -23,7 +22,7 @@ from geolora_pl.tasks.classes import (
     settle_num_classes,
 )
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
-from geolora_pl.tasks.text_metrics import check_metrics, make_metrics, update_metrics, usual_metrics
+from geolora_pl.tasks.text_metrics import check_metrics, for_metrics, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import Batch, TransformerTask, logged_name
 
@@ -167,10 +166,8 @@ class TextClassification(TransformerTask):
         of_split = self.metrics[split]
         assert isinstance(of_split, nn.ModuleDict)
         assert self.num_classes is not None
-        update_metrics(of_split, outputs, labels, self.num_classes, bool(self.multi_label))
-        for name, metric in of_split.items():
-            assert isinstance(metric, Metric)
-            self.log(logged_name(split, name), metric, prog_bar=True, add_dataloader_idx=False)
+        compared = for_metrics(outputs, labels, self.num_classes, bool(self.multi_label))
+        self.log_scores(split, dict.fromkeys(of_split, compared))
 
     def on_validation_epoch_end(self) -> None:
         """Keep for the report which classes were taken for which in the first set of texts."""

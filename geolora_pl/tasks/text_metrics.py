@@ -82,20 +82,15 @@ def make_metrics(names: Sequence[str], num_classes: int, multi_label: bool = Fal
         return nn.ModuleDict({name: _OF_NUMBERS[name]() for name in names})
 
 
-def update_metrics(metrics: nn.Module, outputs: Tensor, labels: Tensor, num_classes: int, multi_label: bool) -> None:
-    """Take a batch into metrics of :func:`make_metrics`, without computing those of the batch, which may be undefined.
+def for_metrics(outputs: Tensor, labels: Tensor, num_classes: int, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Predictions and labels of a batch as the metrics of :func:`make_metrics` take them.
 
     Args:
-        metrics: The metrics.
         outputs: Logits (batch, classes), or numbers (batch,).
         labels: Class indices (batch,), 0 and 1 for each of several labels (batch, classes), or numbers (batch,).
         num_classes: Number of classes.
         multi_label: Whether a sample may have several labels or none.
     """
-    assert isinstance(metrics, nn.ModuleDict)
-    predictions = outputs.float()
-    if num_classes > 1:
-        predictions = predictions.sigmoid() if multi_label else outputs.argmax(-1)
-    for metric in metrics.values():
-        assert isinstance(metric, Metric)
-        metric.update(predictions, labels.long() if multi_label else labels)
+    if num_classes == 1:
+        return outputs.float(), labels
+    return (outputs.float().sigmoid(), labels.long()) if multi_label else (outputs.argmax(-1), labels)

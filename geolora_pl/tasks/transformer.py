@@ -323,7 +323,7 @@ class TransformerTask(GeoLoRAModule):
         assert isinstance(of_split, nn.ModuleDict)
         for name, metric in of_split.items():
             assert isinstance(metric, Metric)
-            metric.update(*scored[name])
+            metric.update(*scored[name])  # calling it would also compute this batch alone, which may be undefined
             self.log(logged_name(split, name), metric, prog_bar=True, add_dataloader_idx=False)
 
     def _data(self) -> object:
