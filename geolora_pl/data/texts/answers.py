@@ -18,7 +18,7 @@ from geolora_pl.data.texts.padding import pad
 from geolora_pl.data.texts.pieces import NO_CONTEXT, encode_questions
 from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
 from geolora_pl.data.texts.squad import read_squad
-from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
+from geolora_pl.data.texts.token_cache import cached, refuse_slow, tokenizer_hash
 from geolora_pl.notes import note
 
 _OF_QUESTION = ("context", "answers")  # columns with one value per question and not per piece
@@ -123,11 +123,7 @@ class AnswerDataModule(Rows):
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Refuse a limit or stride that leave no room for a context, and a tokenizer that knows no offsets."""
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where its tokens are in a text: "
-                "take a model with a tokenizer.json"
-            )
+        refuse_slow(tokenizer, "is a slow tokenizer, which does not say where its tokens are in a text")
         room = limit - limit // 2 - tokenizer.num_special_tokens_to_add(pair=True)
         if self._stride(limit) >= room:
             raise ValueError(

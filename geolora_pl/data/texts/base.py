@@ -127,10 +127,14 @@ class TokenDataModule(L.LightningDataModule):
         limit = self.max_length or tokenizer.model_max_length
         if limit > 1_000_000:  # the answer of tokenizers without a limit
             raise ValueError("max_length=None: the tokenizer does not know how long a text may be, so give max_length")
-        positions = getattr(self._module(), "max_positions", None)
-        if positions is not None and limit > positions:
-            raise ValueError(f"max_length={limit} is more than the {positions} positions of the model")
+        self.refuse_beyond_positions("max_length", limit)
         return limit
+
+    def refuse_beyond_positions(self, name: str, length: int) -> None:
+        """Raise a ValueError if a setting asks for more tokens than the model has positions for."""
+        positions = getattr(self._module(), "max_positions", None)
+        if positions is not None and length > positions:
+            raise ValueError(f"{name}={length} is more than the {positions} positions of the model")
 
     def hold_out(self, texts: datasets.Dataset) -> dict[str, datasets.Dataset]:
         """Split training texts into ``train`` and ``val``."""

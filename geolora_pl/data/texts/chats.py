@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from geolora_pl.data.texts.conversations import Row, read_conversations, to_dataset
 from geolora_pl.data.texts.padding import IGNORED
 from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
-from geolora_pl.data.texts.sequences import Sequences, pack_apart
-from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
+from geolora_pl.data.texts.sequences import Sequences, pack_apart, refuse_single
+from geolora_pl.data.texts.token_cache import cached, refuse_slow, tokenizer_hash
 from geolora_pl.data.texts.turns import encode_chats, encode_prompts
 from geolora_pl.notes import note
 
@@ -66,18 +66,13 @@ class ChatDataModule(Rows):
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Refuse a limit that leaves nothing to predict, and a tokenizer that cannot write or find turns."""
-        if limit < 2:
-            raise ValueError(f"max_length={limit} leaves no token to predict from another: it must be at least 2")
+        refuse_single(limit)
         if not tokenizer.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template, so that it is not known how the model reads a conversation: take "
                 "a model for chats, or give one as model.chat_template, the name of a file with a Jinja template"
             )
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} does not say where its tokens are in a text, so that the turns cannot be "
-                "found: take a model with a tokenizer.json"
-            )
+        refuse_slow(tokenizer, "does not say where its tokens are in a text, so that the turns cannot be found")
 
     def tokenize(
         self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str

@@ -9,9 +9,8 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from pyarrow import parquet
 
-from geolora_pl.data.texts.tables import read_text, refuse_missing
+from geolora_pl.data.texts.tables import read_parquet, read_text
 from geolora_pl.notes import note
 
 Row = Mapping[str, Any]
@@ -34,11 +33,7 @@ def read_conversations(path: str | Path) -> list[tuple[str, Row]]:
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet":
-        refuse_missing(path)
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        rows = read_parquet(path).to_pylist()
         found: list[tuple[str, Any]] = [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
     elif path.suffix.lower() in (".jsonl", ".json"):
         found = list(_json_rows(path))

@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
-from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack, pack_apart
+from geolora_pl.data.texts.places import FromFiles, FromHub, Rows, note_left_out
+from geolora_pl.data.texts.sequences import Sequences, encode_pairs, encode_texts, pack, pack_apart, refuse_single
 from geolora_pl.data.texts.token_cache import cached, tokenizer_hash
-from geolora_pl.notes import note
 
 
 class LanguageDataModule(Rows):
@@ -84,16 +83,12 @@ class LanguageDataModule(Rows):
         texts = pa.table(columns)
         last = texts.column_names[-1]
         empty = pc.equal(pc.utf8_trim_whitespace(texts[last]), "")
-        if count := pc.sum(empty).as_py():
-            if count == len(texts):
-                raise ValueError(f"{source}: {self.columns[last]} is empty in every row: name another column")
-            note(f"{source}: rows left out because {self.columns[last]} is empty: {count}")
+        note_left_out(pc.sum(empty).as_py(), len(texts), source, self.columns[last])
         return datasets.Dataset(texts.filter(pc.invert(empty)))
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Refuse a limit that leaves nothing to predict, and a tokenizer without an end-of-text token."""
-        if limit < 2:
-            raise ValueError(f"max_length={limit} leaves no token to predict from another: it must be at least 2")
+        refuse_single(limit)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, with which a text ends: give it one and save it")
 

@@ -10,6 +10,7 @@ import datasets
 from geolora_pl.data.texts.base import TokenDataModule
 from geolora_pl.data.texts.hub import check_split_names, load_hub, select
 from geolora_pl.data.texts.tables import read_table
+from geolora_pl.notes import note
 
 
 class Rows(TokenDataModule):
@@ -39,6 +40,19 @@ class Rows(TokenDataModule):
         """Read the rows of every split, ``train`` first."""
         tables = sorted(self.read().items(), key=lambda item: item[0] != "train")
         return {split: self.to_texts(table, split, source) for split, (source, table) in tables}
+
+
+def note_left_out(count: int | None, rows: int, source: str, column: str) -> None:
+    """Say how many of the rows are left out because a column is empty.
+
+    Raises:
+        ValueError: All are.
+    """
+    if not count:
+        return
+    if count == rows:
+        raise ValueError(f"{source}: {column} is empty in every row: name another column")
+    note(f"{source}: rows left out because {column} is empty: {count}")
 
 
 class FromFiles(Rows):

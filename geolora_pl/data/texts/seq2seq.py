@@ -85,11 +85,7 @@ class Seq2SeqDataModule(Rows):
         for name, length in (("max_length", limit), ("max_target_length", self.max_target_length)):
             if length <= special:
                 raise ValueError(f"{name}={length} leaves no room beside the tokenizer's {special} special tokens")
-        positions = getattr(self._module(), "max_positions", None)
-        if positions is not None and self.max_target_length > positions:
-            raise ValueError(
-                f"max_target_length={self.max_target_length} is more than the {positions} positions of the model"
-            )
+        self.refuse_beyond_positions("max_target_length", self.max_target_length)
 
     def tokenize(
         self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str

@@ -19,6 +19,16 @@ from geolora_pl.data.texts.padding import IGNORED
 Columns = dict[str, list[list[int]] | list[int] | list[bool]]
 
 
+def refuse_single(limit: int) -> None:
+    """Refuse a limit that leaves a language model nothing to predict.
+
+    Raises:
+        ValueError: It is below 2.
+    """
+    if limit < 2:
+        raise ValueError(f"max_length={limit} leaves no token to predict from another: it must be at least 2")
+
+
 def encode_texts(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Columns:
     """Return token ids of texts, each with the end-of-text token at its end.
 
@@ -92,13 +102,17 @@ def pack(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
     """
     table = tokens.with_format("arrow")[:]
     total = pc.sum(table["length"]).as_py()
-    ends = np.append(np.arange(0, total, size), total)
-    columns = {
-        name: pa.LargeListArray.from_arrays(ends, pc.list_flatten(table[name]).combine_chunks())
-        for name in table.column_names
-        if name != "length"
-    }
-    return datasets.Dataset(pa.table({**columns, "length": np.diff(ends)}))
+    cuts = np.append(np.arange(0, total, size), total)
+    return datasets.Dataset(pa.table(_blocks(table, cuts)))
+
+
+def _blocks(table: pa.Table, cuts: Any, order: Any = None) -> dict[str, Any]:
+    """Columns of lists with the same numbers one after the other, perhaps in another order, cut in other places."""
+    flat = {n: pc.list_flatten(table[n]).combine_chunks() for n in table.column_names if n != "length"}
+    if order is not None:
+        flat = {name: values.take(order) for name, values in flat.items()}
+    lists = {name: pa.LargeListArray.from_arrays(cuts, values) for name, values in flat.items()}
+    return {**lists, "length": np.diff(cuts)}
 
 
 def pack_apart(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
@@ -125,16 +139,10 @@ def pack_apart(tokens: datasets.Dataset, size: int) -> datasets.Dataset:
     pieces = [(b, min(b + size, end)) for begin, end in zip(begins, ends, strict=True) for b in range(begin, end, size)]
     lengths = [end - begin for begin, end in pieces]
     blocks = _best_fit(lengths, size)
-    totals = [sum(lengths[piece] for piece in block) for block in blocks]
     order = np.concatenate([np.arange(*pieces[piece]) for block in blocks for piece in block])
-    cuts = np.cumsum([0, *totals])
-    columns = {
-        name: pa.LargeListArray.from_arrays(cuts, pc.list_flatten(table[name]).combine_chunks().take(pa.array(order)))
-        for name in table.column_names
-        if name != "length"
-    }
     texts = [[lengths[piece] for piece in block] for block in blocks]
-    return datasets.Dataset(pa.table({**columns, "length": totals, "texts": texts}))
+    cuts = np.cumsum([0, *map(sum, texts)])
+    return datasets.Dataset(pa.table({**_blocks(table, cuts, pa.array(order)), "texts": texts}))
 
 
 def _best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

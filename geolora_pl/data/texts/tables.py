@@ -43,15 +43,22 @@ def read_table(path: str | Path, columns: Sequence[str], *, nested: bool = False
         raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}: the ending says how it is read")
     if suffix in (".csv", ".tsv"):
         return read_delimited(path, columns, tab=suffix == ".tsv")
-    read = _read_parquet if suffix == ".parquet" else _read_json_lines
+    read = read_parquet if suffix == ".parquet" else _read_json_lines
     table = read(path, columns)
     return _not_empty(path, table if nested else plain(table, path))
 
 
-def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read some columns of a Parquet file, or all of them.
+
+    Raises:
+        ValueError: The file is missing, empty or broken, or a column does not exist.
+    """
     refuse_missing(path)
     try:
         with parquet.ParquetFile(path) as file:
+            if columns is None:
+                return file.read()
             _check_columns(path, columns, file.schema_arrow.names)
             return file.read(columns=list(columns)).select(list(columns))
     except (pa.ArrowException, OSError) as error:

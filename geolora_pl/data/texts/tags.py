@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from geolora_pl.data.texts.conll import SUFFIXES as CONLL
 from geolora_pl.data.texts.conll import read_conll
 from geolora_pl.data.texts.padding import IGNORED, pad
-from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
+from geolora_pl.data.texts.places import FromFiles, FromHub, Rows, note_left_out
 from geolora_pl.data.texts.tables import read_table
-from geolora_pl.data.texts.token_cache import cached, fill_empty, tokenizer_hash
+from geolora_pl.data.texts.token_cache import cached, fill_empty, refuse_slow, tokenizer_hash
 from geolora_pl.notes import keep_notes, note
 
 NOWHERE = -1  # the word of a token that is not the first piece of one
@@ -86,10 +86,7 @@ class TagDataModule(Rows):
         _check_lists(tokens, source, self.tokens_column)
         columns: dict[str, list[Any]] = {"tokens": tokens}
         if split != "predict":
-            if empty := sum(not words for words in tokens):
-                if empty == len(tokens):
-                    raise ValueError(f"{source}: {self.tokens_column} is empty in every row: name another column")
-                note(f"{source}: rows left out because {self.tokens_column} is empty: {empty}")
+            note_left_out(sum(not words for words in tokens), len(tokens), source, self.tokens_column)
             columns["tags"] = self._indices(table[self.tags_column].to_pylist(), tokens, source)
             columns = {
                 name: [v for v, words in zip(values, tokens, strict=True) if words] for name, values in columns.items()
@@ -123,11 +120,7 @@ class TagDataModule(Rows):
 
     def check_limit(self, splits: dict[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         """Refuse a limit that leaves no token beside the special tokens, and a tokenizer that knows no offsets."""
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which does not say what words its tokens are of: "
-                "take a model with a tokenizer.json"
-            )
+        refuse_slow(tokenizer, "is a slow tokenizer, which does not say what words its tokens are of")
         if limit <= (special := tokenizer.num_special_tokens_to_add()):
             raise ValueError(
                 f"max_length={limit} leaves no room for a word beside the tokenizer's {special} special tokens"

@@ -126,6 +126,20 @@ def were_cut(encoded: BatchEncoding, whole: Callable[[], BatchEncoding], max_len
     return [len(ids) > max_length for ids in whole()["input_ids"]]
 
 
+def refuse_slow(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
+    """Refuse a tokenizer that does not say where in a text its tokens are.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        why: What it does not do, and so what cannot be done.
+
+    Raises:
+        ValueError: It is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} {why}: take a model with a tokenizer.json")
+
+
 def fill_empty(encoded: MutableMapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a text without tokens the end-of-text token, for a model cannot read a sequence of none.
 
