@@ -23,7 +23,6 @@ def write_record(folder: Path, record: Record) -> None:
         folder: That of the run.
         record: Plain values by name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / NAME) as unfinished:
         unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
