@@ -153,14 +153,14 @@ class GeoLoRACallback(L.Callback):
             trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
         if not has_adapters(pl_module):
             check_launcher(trainer, pl_module)
-        if not has_adapters(pl_module) and is_overridden("configure_model", pl_module):
-            # Lightning builds such a module only after this hook; its configure_model must be idempotent.
-            with (
-                trainer.strategy.tensor_init_context(),
-                trainer.strategy.model_sharded_context(),
-                trainer.precision_plugin.module_init_context(),
-            ):
-                pl_module.configure_model()
+            if is_overridden("configure_model", pl_module):
+                # Lightning builds such a module only after this hook; its configure_model must be idempotent.
+                with (
+                    trainer.strategy.tensor_init_context(),
+                    trainer.strategy.model_sharded_context(),
+                    trainer.precision_plugin.module_init_context(),
+                ):
+                    pl_module.configure_model()
         if has_adapters(pl_module):
             self._check_origin(pl_module)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from geolora_pl.adapters.base import FACTORS, GeoLoRALayer
+from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import adapter_parameters
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.report.identity import in_words
 from geolora_pl.report.metrics import is_score
 from geolora_pl.report.printed import depth_table, layers_title
+from geolora_pl.storage.fingerprint import base_parameters
 
 
 def wants_tables(trainer: L.Trainer) -> bool:
@@ -53,7 +54,8 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
             _span(layer.max_rank for layer in layers.values()),
             f"{adapter_parameters(layers):,}",
         )
-    factors, own = _factors(adapters), _own(model, adapters)
+    own = base_parameters(model).values()
+    factors = [getattr(layer, name) for layer in adapters.values() for name in FACTORS]
     trained = [p for p in model.parameters() if p.requires_grad]
     largest, probing = (
         sum(columns(layer) * (layer.in_features + layer.out_features) for layer in adapters.values())
@@ -119,15 +121,6 @@ def _files(trainer: L.Trainer) -> list[str]:
 
 def _relative(path: str) -> str:
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
-
-
-def _factors(adapters: Mapping[str, GeoLoRALayer]) -> list[nn.Parameter]:
-    return [getattr(layer, name) for layer in adapters.values() for name in FACTORS]
-
-
-def _own(model: nn.Module, adapters: Mapping[str, GeoLoRALayer]) -> list[nn.Parameter]:
-    factors = {id(factor) for factor in _factors(adapters)}
-    return [p for p in model.parameters() if id(p) not in factors]
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -27,14 +27,13 @@ def classes(found: Confusion) -> str:
         for j, count in enumerate(of_class)
         if count
     }
+    caption = f"Each class (rows) and what it was taken for (columns), {where}"
     if len(names) <= _SMALL:
         rows = [[names[i], *counts[i], *scores[i]] for i in indices]
-        caption = f"Each class (rows) and what it was taken for (columns), {where}"
         return html.table(["class", *names, "recall", "precision"], rows, caption, marks)
     rows = [[names[i], f"{sum(found.counts[i]):,}", *scores[i], _mistaken(found, i)] for i in indices]
     scored = html.table(["class", "samples", "recall", "precision", "most mistaken for"], rows, f"Classes, {where}")
     matrix = [[names[i], *counts[i]] for i in indices]
-    caption = f"Each class (rows) and what it was taken for (columns), {where}"
     return scored + html.fold("The confusion matrix", html.table(["class", *names], matrix, caption, marks))
 
 

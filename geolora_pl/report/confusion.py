@@ -52,7 +52,6 @@ def write_confusion(folder: Path, found: Confusion) -> None:
         folder: That of the run.
         found: The matrix.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([f"class (rows) taken for (columns) at step {found.step}", *found.names])

@@ -204,10 +204,10 @@ def spectra(sigmas: Mapping[str, Sequence[float]], title: str) -> Figure:
         sigmas: The singular values by adapter, descending.
         title: The title of the figure.
     """
-    places = RankMap.of(sigmas)
+    points = {name: [(i, v) for i, v in enumerate(sigma, 1) if v > 0] for name, sigma in sigmas.items()}
     with matplotlib.rc_context(_STYLE):
         figure, ax = _axes(title, (_NARROW, 2.9))
-        lines = _by_kind(ax, {name: [(i, v) for i, v in enumerate(sigmas[name], 1) if v > 0] for name in places.places})
+        lines = _by_kind(ax, points)
         _finish(figure, ax, lines, "index of the singular value", single=False)
     return figure
 
@@ -222,10 +222,9 @@ def tails(sigmas: Mapping[str, Sequence[float]], tau: float | None, title: str) 
         tau: The relative tolerance, if it is known.
         title: The title of the figure.
     """
-    places = RankMap.of(sigmas)
     points = {}
-    for name in places.places:
-        squares = [value**2 for value in sigmas[name]]
+    for name, sigma in sigmas.items():
+        squares = [value**2 for value in sigma]
         left = [sum(squares[rank:]) for rank in range(len(squares))]
         points[name] = [(rank, (rest / left[0]) ** 0.5) for rank, rest in enumerate(left) if rest > 0]
     with matplotlib.rc_context(_STYLE):

@@ -38,7 +38,7 @@ def identity(run: Run) -> list[str]:
 def tau_of(run: Run) -> float | None:
     """The relative tolerance of the run, if it is known."""
     tau = run.record.get("tau", run.settings.get("geolora.tau"))
-    return float(tau) if isinstance(tau, (int, float)) and is_number(tau) else None
+    return float(tau) if is_number(tau) else None
 
 
 def _setting(run: Run, names: Iterable[str]) -> str:

@@ -15,6 +15,8 @@ TRUNCATION_ERROR = "geolora/truncation_error"  # of the last retraction, as the 
 ENERGY_KEPT = "geolora/energy_kept"
 ADAPTATION_TIME = "geolora/adaptation_time"
 
+LR_MONITOR = "lr-"  # and the name of an optimizer, as Lightning's LearningRateMonitor logs it
+
 _OURS = "geolora/"
 # Their names in runs that were made before there were groups.
 _OLDER = {
@@ -28,7 +30,6 @@ _OLDER = {
     "adaptation_time": ADAPTATION_TIME,
 }
 _OF_LIGHTNING = ("epoch", "step", "hp_metric")
-_OF_LR_MONITOR = "lr-"
 
 
 def is_rank(metric: str) -> bool:
@@ -43,7 +44,7 @@ def is_of_the_run(metric: str) -> bool:
 
 def is_score(metric: str) -> bool:
     """Whether a metric is one of the module: a loss, a score, or whatever else it logs."""
-    return not (is_of_the_run(metric) or metric in _OF_LIGHTNING or metric.startswith(_OF_LR_MONITOR))
+    return not (is_of_the_run(metric) or metric in _OF_LIGHTNING or metric.startswith(LR_MONITOR))
 
 
 def rank_of(adapter: str) -> str:

@@ -17,6 +17,7 @@ from geolora_pl.report.metrics import (
     ENERGY_KEPT,
     GRADIENT_NORM,
     LEARNING_RATE,
+    LR_MONITOR,
     MEAN_RANK,
     ORTHONORMALITY_DEFECT,
 )
@@ -151,7 +152,7 @@ def _optimization(run: Run, salt: str) -> list[str]:
     """Learning rates, each as a part of its highest, and the norm of the gradients."""
     logged = {name.removeprefix(LEARNING_RATE): c for name, c in run.curves.items() if name.startswith(LEARNING_RATE)}
     # Those of a LearningRateMonitor serve as well.
-    of_groups = logged or {name: c for name, c in run.curves.items() if name.startswith("lr-")}
+    of_groups = logged or {name: c for name, c in run.curves.items() if name.startswith(LR_MONITOR)}
     rates: dict[str, Curve] = {}
     for name, curve in of_groups.items():
         if len(curve) > 1 and (peak := max(value for _, value in curve)) > 0:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -111,11 +112,8 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 def _in_common(names: Sequence[str]) -> int:
     """How many parts all names begin with, of those before the last."""
-    parts = [name.split(".")[:-1] for name in names]
-    same = 0
-    while parts and all(len(of_name) > same for of_name in parts) and len({of_name[same] for of_name in parts}) == 1:
-        same += 1
-    return same
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)  # as many as the shortest name has
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 from geolora_pl.storage.atomic import atomic
 
@@ -23,7 +24,6 @@ def write_record(folder: Path, record: Record) -> None:
         folder: That of the run.
         record: Plain values by name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / NAME) as unfinished:
         unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -41,6 +41,6 @@ def read_record(folder: Path) -> Record:
     return {name: value for name, value in kept if isinstance(value, str) or is_number(value)}
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value from a file is a number that can be calculated with."""
     return isinstance(value, (int, float)) and abs(value) < _MOST
