@@ -232,14 +232,13 @@ def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str,
     Raises:
         ValueError: A pattern matches no module.
     """
+    modules = {name: module for name, module in model.named_modules() if name}
     saved: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        meant = matcher([pattern])
-        found = {name: module for name, module in model.named_modules() if name and meant(name)}
-        if not found:
+    for pattern, meant in meant_by(patterns, modules).items():
+        if not meant:
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"modules_to_save={pattern!r} matches no module; the model's own are {children}")
-        saved |= found
+        saved |= {name: modules[name] for name in meant}
     return saved
 
 
