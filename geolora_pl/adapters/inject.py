@@ -15,12 +15,12 @@ from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.savers import let_save_pretrained, warn_at_save_pretrained
 from geolora_pl.adapters.statistics import remember_buffers
 from geolora_pl.adapters.targets import (
-    all_names,
     bias_of,
     check_rank_pattern,
     config_of_each,
     find_modules_to_save,
     find_targets,
+    replace_layers,
     weight_identity,
 )
 from geolora_pl.adapters.wrappers import unwrapped
@@ -135,8 +135,5 @@ def remove_adapters(model: nn.Module) -> None:
     if not adapters or isinstance(model, GeoLoRALayer):
         raise ValueError("the model holds no adapters: there is nothing to remove from it")
     with unwrapped(model) as plain:
-        names = all_names(plain)
-        for layer in adapters.values():
-            for alias in names[id(layer)]:
-                plain.set_submodule(alias, layer.base)
+        replace_layers(plain, ((layer, layer.base) for layer in adapters.values()))
     let_save_pretrained(model)

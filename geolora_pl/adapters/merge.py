@@ -9,7 +9,7 @@ from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.savers import let_save_pretrained
 from geolora_pl.adapters.statistics import running_statistics
-from geolora_pl.adapters.targets import all_names
+from geolora_pl.adapters.targets import replace_layers
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.precision import exact_products
 
@@ -125,11 +125,7 @@ def _merge(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
     for name, layer in adapters.items():
         merged[name], changes[name], differences[name] = _merged(name, layer)
     with unwrapped(model) as plain:
-        names = all_names(plain)
-        for name, layer in adapters.items():
-            merged_layer = layer.plain(merged[name])
-            for alias in names[id(layer)]:
-                plain.set_submodule(alias, merged_layer)
+        replace_layers(plain, ((layer, layer.plain(merged[name])) for name, layer in adapters.items()))
     let_save_pretrained(model)
     return changes, differences
 

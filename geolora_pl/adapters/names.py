@@ -107,14 +107,13 @@ def first_meant(values: Mapping[str, T], expression: str = "{}") -> Callable[[st
         (4, 8, None)
     """
     places = {key: place for place, key in enumerate(values)}
-    of_expressions = [(places[key], matcher(expression.format(key))) for key in values if not _is_name(key)]
+    expressions = {key: matcher(expression.format(key)) for key in values if not _is_name(key)}
 
     def find(name: str) -> T | None:
-        found = [places[ending] for ending in endings(name) if ending in places]
-        found += next(([place] for place, meant in of_expressions if meant(name)), [])
-        return in_order[min(found)] if found else None
+        found = [ending for ending in endings(name) if ending in places]
+        found += next(([key] for key, meant in expressions.items() if meant(name)), [])
+        return values[min(found, key=places.__getitem__)] if found else None
 
-    in_order = list(values.values())
     return find
 
 

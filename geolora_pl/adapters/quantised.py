@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.kinds import GeoLoRALinear
-from geolora_pl.adapters.targets import all_names
+from geolora_pl.adapters.targets import replace_layers
 
 _LEAST = AdapterConfig(init_rank=1, max_rank=1, probes=0)
 
@@ -41,10 +41,12 @@ def quantised_sizes(model: nn.Module) -> dict[int, int]:
     Two of 4 bits may be stored as one of 8.
     """
     return {
-        id(getattr(layer, "weight", None)): layer.out_features * layer.in_features
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear) and GeoLoRALinear.is_quantised(layer)
+        id(getattr(layer, "weight", None)): layer.out_features * layer.in_features for layer in _quantised_layers(model)
     }
+
+
+def _quantised_layers(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and GeoLoRALinear.is_quantised(layer)]
 
 
 def loadable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -82,10 +84,5 @@ def dequantise(model: nn.Module) -> None:
     Args:
         model: The model; each new weight is what its layer has computed with.
     """
-    names = all_names(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and GeoLoRALinear.is_quantised(layer)]
-    for layer in layers:
-        around = GeoLoRALinear(layer, _LEAST)
-        plain = around.plain(around.base_weight())
-        for alias in names[id(layer)]:
-            model.set_submodule(alias, plain)
+    around = (GeoLoRALinear(layer, _LEAST) for layer in _quantised_layers(model))
+    replace_layers(model, ((adapter.base, adapter.plain(adapter.base_weight())) for adapter in around))

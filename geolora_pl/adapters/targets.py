@@ -20,12 +20,19 @@ from geolora_pl.errors import GeoLoRAWarning
 _HEAD_NAMES = frozenset({"head", "heads", "classifier", "pre_classifier", "score", "lm_head", "qa_outputs"})
 
 
-def all_names(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of every module, by the identity of the module."""
+def replace_layers(model: nn.Module, replacements: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Put other layers in the place of some, under every name that those have.
+
+    Args:
+        model: The model, which is changed in place.
+        replacements: Pairs of a layer of the model and what comes in its place, which may be made on the way.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    return names
+    for layer, other in replacements:
+        for name in names[id(layer)]:
+            model.set_submodule(name, other)
 
 
 def find_targets(model: nn.Module, config: AdapterConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -232,14 +239,13 @@ def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> dict[str,
     Raises:
         ValueError: A pattern matches no module.
     """
+    modules = {name: module for name, module in model.named_modules() if name}
     saved: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        meant = matcher([pattern])
-        found = {name: module for name, module in model.named_modules() if name and meant(name)}
-        if not found:
+    for pattern, meant in meant_by(patterns, modules).items():
+        if not meant:
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"modules_to_save={pattern!r} matches no module; the model's own are {children}")
-        saved |= found
+        saved |= {name: modules[name] for name in meant}
     return saved
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 
 from torch import nn
 
 from geolora_pl.adapters.internals import children
+from geolora_pl.adapters.names import ancestors
 
 # Where a wrapper keeps the module inside of it, by the name of its class, which need not be imported for that.
 _INSIDE = {
@@ -71,8 +71,7 @@ def plain_name(name: str, wrappers: Collection[str]) -> str:
         '0.weight'
     """
     *around, last = name.split(".")
-    paths = accumulate(around, "{}.{}".format)
-    return ".".join([*(part for part, path in zip(around, paths, strict=True) if path not in wrappers), last])
+    return ".".join([*(part for part, path in zip(around, ancestors(name), strict=True) if path not in wrappers), last])
 
 
 def _attribute(module: nn.Module) -> str | None:

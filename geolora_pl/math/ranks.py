@@ -151,21 +151,6 @@ def ranks_by_budget(
     ]
 
 
-def usual_cadence(steps: float) -> int:
-    """Optimizer steps from one retraction to the next: 10, or a tenth of a run of less than 100 steps.
-
-    With several steps between two retractions a new direction sums up several gradients before tau judges it.
-
-    Args:
-        steps: Optimizer steps of the run; may be infinite.
-
-    Example:
-        >>> usual_cadence(5), usual_cadence(50), usual_cadence(5000)
-        (1, 5, 10)
-    """
-    return 10 if steps >= 100 else max(1, int(steps // 10))
-
-
 def ranks_of_each_by_budget(
     sigmas: Mapping[str, Tensor], ranks: Mapping[str, int], costs: Mapping[str, int], budget: int, min_rank: int = 0
 ) -> dict[str, int]:
@@ -191,3 +176,18 @@ def ranks_of_each_by_budget(
         [torch.tensor([min(ranks[name], min_rank)]) for name in sigmas],
     )
     return {name: int(rank) for name, rank in zip(sigmas, within, strict=True)}
+
+
+def usual_cadence(steps: float) -> int:
+    """Optimizer steps from one retraction to the next: 10, or a tenth of a run of less than 100 steps.
+
+    With several steps between two retractions a new direction sums up several gradients before tau judges it.
+
+    Args:
+        steps: Optimizer steps of the run; may be infinite.
+
+    Example:
+        >>> usual_cadence(5), usual_cadence(50), usual_cadence(5000)
+        (1, 5, 10)
+    """
+    return 10 if steps >= 100 else max(1, int(steps // 10))

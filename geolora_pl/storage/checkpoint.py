@@ -195,13 +195,14 @@ def describe_adapters(checkpoint: dict[str, Any], module: nn.Module) -> None:
         checkpoint: The checkpoint of Lightning, which is changed in place.
         module: The module that was saved.
     """
+    adapters = find_adapters(module)
     checkpoint[_ADAPTERS] = {
-        "alpha": {name: layer.scaling for name, layer in find_adapters(module).items()},
-        "dropout": max((getattr(layer.dropout, "p", 0.0) for layer in find_adapters(module).values()), default=0.0),
+        "alpha": {name: layer.scaling for name, layer in adapters.items()},
+        "dropout": max((getattr(layer.dropout, "p", 0.0) for layer in adapters.values()), default=0.0),
         "layers": adapted_names(module),
         "trained": trained_names(module),
         "wrappers": wrapper_names(module),
-        "parameters": asdict(Counts.of(module, find_adapters(module))),
+        "parameters": asdict(Counts.of(module, adapters)),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.kinds import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbedding
-from geolora_pl.adapters.names import ancestors
+from geolora_pl.adapters.names import alternation, ancestors, matcher
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd
@@ -292,10 +292,8 @@ def _anchored(name: str) -> str:
 
 def _targets(model: nn.Module, names: Sequence[str]) -> list[str] | str:
     """The whole names of the layers, or one expression if a name is also the end of another layer's name."""
-    everything = [name for name, _ in model.named_modules() if name not in set(names)]
-    if any(other.endswith(f".{name}") for name in names for other in everything):
-        return f"({'|'.join(map(re.escape, names))})"
-    return sorted(names)
+    others = {name for name, _ in model.named_modules()}.difference(names)
+    return alternation(names) if any(map(matcher(names), others)) else sorted(names)
 
 
 def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], list[str]]:

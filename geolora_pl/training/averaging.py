@@ -59,10 +59,9 @@ class RunningMean:
         self._entries = {name: _wide(tensor).clone() for name, tensor in self._tensors()}
         self._factors: dict[str, dict[str, Tensor]] = {}
         for name, layer in self._integrator.adapters.items():
-            U, S, V, K, L = (factor.detach() for factor in (layer.U, layer.S, layer.V, layer.K, layer.L))
-            live_U, _, live_V, _, _ = without_probes(U, S, V, K, L)
-            copies = {"U": U.clone(), "S": S.clone(), "V": V.clone(), "K": K.clone(), "L": L.clone()}
-            self._factors[name] = {"A": torch.zeros_like(live_U), "B": torch.zeros_like(live_V), **copies}
+            copies = {factor: getattr(layer, factor).detach().clone() for factor in FACTORS}
+            U, _, V, _, _ = without_probes(*copies.values())
+            self._factors[name] = {"A": torch.zeros_like(U), "B": torch.zeros_like(V), **copies}
 
     def _count_of_moves(self) -> tuple[int, int]:
         return self._integrator.adaptations, self._integrator.rollbacks

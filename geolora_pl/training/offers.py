@@ -153,10 +153,15 @@ def _random(adapters: Adapters, names: Sequence[str], probes: int, seed: int) ->
     )
     if any(adapters[name].unused_row is not None for name in names):
         of_V = of_V.repeat(len(names), 1, 1)
-        for of_one, name in zip(of_V, names, strict=True):
-            if (row := adapters[name].unused_row) is not None:
-                of_one[row] = 0
+        clear_unused_rows(adapters, names, of_V)
     return of_U, of_V
+
+
+def clear_unused_rows(adapters: Adapters, names: Sequence[str], of_V: Tensor) -> None:
+    """Set to zero, in columns (B, n, ...) on the side of V, the rows that their layers do not use."""
+    for of_one, name in zip(of_V, names, strict=True):
+        if (row := adapters[name].unused_row) is not None:
+            of_one[row] = 0
 
 
 def _ranks(layer: GeoLoRALayer, S: Tensor, sigma: Tensor, present: Tensor, pending: Tensor, what: Retraction) -> Tensor:

@@ -17,6 +17,7 @@ from geolora_pl.training.offers import (
     Adapters,
     Offer,
     Retraction,
+    clear_unused_rows,
     columns_of,
     group_by_shape,
     make_offer,
@@ -108,9 +109,8 @@ def _take(adapters: Adapters, offer: Offer, what: Retraction) -> GroupPlan:
     )
     U = new_basis(at.Q_U, at.P_U, new.U, source, used)
     V = new_basis(at.Q_V, at.P_V, new.V, source, used)
-    for of_one, name in zip(V, offer.names, strict=True):
-        if (row := adapters[name].unused_row) is not None:
-            of_one[row] = 0  # the factorisation leaves rounding, which an optimizer that divides by it would enlarge
+    # The factorisation leaves rounding there, which an optimizer that divides by it would enlarge.
+    clear_unused_rows(adapters, offer.names, V)
     sigma = F.pad(at.sigma, (0, max(0, rank - columns)))[:, :rank] * first(kept, rank)
     gathered = remembered(new.sigma, source[:, :probes], used[:, :probes], columns)
     if idle := layer.probes - probes:

@@ -228,15 +228,16 @@ class StepWatch:
 
     def _see_gradients(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        present = [p for p in parameters if _values(p).numel()]  # a process may hold no row of a sharded parameter
-        squares = _squares(present) if present else torch.zeros(0)
+        # A process may hold no row of a sharded parameter.
+        held = {p: values for p in parameters if (values := _values(p)).numel()}
+        squares = _squares(list(held.values())) if held else torch.zeros(0)
         self.squares = None if any(is_sharded(p) for p in parameters) else squares
         broken_on_device = None
         if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
             broken_on_device = (~squares.isfinite().all()).to(torch.float32)
             optimizer.leave_out_next_step_if(broken_on_device)
             self._statistics.take_back_if(broken_on_device)
-        elif (broken := _first_non_finite(parameters, present, squares)) is not None:
+        elif (broken := _first_non_finite(parameters, held, squares)) is not None:
             self._statistics.take_back_if(True)
             self._skip(optimizer, parameters, broken)
             return
@@ -332,7 +333,7 @@ def _warn(message: str) -> None:
 
 
 def _first_non_finite(
-    parameters: list[nn.Parameter], present: list[nn.Parameter], squares: Tensor
+    parameters: list[nn.Parameter], held: Iterable[nn.Parameter], squares: Tensor
 ) -> nn.Parameter | None:
     """The first parameter with a gradient that is not finite or squares to infinity; one wait for the device.
 
@@ -340,11 +341,11 @@ def _first_non_finite(
 
     Args:
         parameters: Those with a gradient.
-        present: Those of which this process holds anything.
+        held: Those of which this process holds anything.
         squares: The squared norms of their gradients.
     """
     finite = squares.isfinite().tolist()
-    broken = next((parameter for parameter, fine in zip(present, finite, strict=True) if not fine), None)
+    broken = next((parameter for parameter, fine in zip(held, finite, strict=True) if not fine), None)
     if any(is_sharded(parameter) for parameter in parameters):
         device = _values(parameters[0]).device
         if anywhere(torch.tensor(broken is not None, device=device)) and broken is None:
@@ -361,9 +362,8 @@ def _values(parameter: nn.Parameter) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _squares(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _squares(values: Sequence[Tensor]) -> Tensor:
     """The squared norm of each gradient; if that is not finite, second moments would never recover."""
-    values = [_values(parameter) for parameter in parameters]
     norms = foreach_norm([v.to(working_dtype(v.dtype)) for v in values])
     squares = foreach_mul(norms, norms)  # each in its own precision, before they are stacked into one vector
     return torch.stack([square.to(values[0].device) for square in squares])
