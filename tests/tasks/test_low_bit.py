@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from flags import FLAGS
 from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from peft import PeftModel
@@ -367,10 +368,8 @@ def test_the_command_line_takes_the_settings_and_a_checkpoint_predicts(decoder, 
         "--data.cache_dir=cache",
         "--data.max_length=8",
         "--data.batch_size=4",
-        "--trainer.accelerator=cpu",
         "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
+        *FLAGS,
     ]
     main(["fit", *common, "--trainer.max_epochs=1", "--trainer.default_root_dir=run"])
     (checkpoint,) = Path("run").rglob("*.ckpt")
