@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from exported import settings_of
 from foreign import trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from processes import in_two_processes, of_two, sharded
@@ -214,11 +215,8 @@ def test_a_template_of_a_file_stays_with_the_checkpoint_and_its_export(tmp_path)
     runs.fit(module, chats(tmp_path))
     runs.save_checkpoint(tmp_path / "run.ckpt")
     template = (tmp_path / "chat.jinja").rename(tmp_path / "elsewhere.jinja")
-    settings = {"model_name": name, "chat_template": str(tmp_path / "chat.jinja")}
-    (tmp_path / "config.yaml").write_text(
-        json.dumps({"model": {"class_path": "geolora_pl.tasks.CausalLM", "init_args": settings}})
-    )
-    export(tmp_path / "run.ckpt", "merged", tmp_path / "merged", tmp_path / "config.yaml")
+    config = settings_of(tmp_path, "CausalLM", model_name=name, chat_template=str(tmp_path / "chat.jinja"))
+    export(tmp_path / "run.ckpt", "merged", tmp_path / "merged", config)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template == TEMPLATE
     end = tokenizer.convert_tokens_to_ids("<end>")

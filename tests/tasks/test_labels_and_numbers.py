@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exported import settings_of
 from foreign import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
@@ -56,13 +57,6 @@ def write(path, header, rows):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return str(path)
-
-
-def settings_of(folder, name, **settings):
-    """The configuration of a run, for the checkpoint of one that was started from Python."""
-    path = folder / "config.yaml"
-    path.write_text(json.dumps({"model": {"class_path": f"geolora_pl.tasks.{name}", "init_args": settings}}))
-    return path
 
 
 OF_IMAGES = {

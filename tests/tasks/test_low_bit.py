@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
+from exported import settings_of
 from flags import FLAGS
 from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -187,9 +187,7 @@ def test_exports_of_a_quantised_base_compute_what_was_trained(decoder, texts, tm
     close(served(**X).logits, logits, NETWORK)
 
     adapter = {"target_modules": "auto", "exclude_modules": ["v_proj"]}
-    model = {"class_path": "geolora_pl.tasks.CausalLM", "init_args": {**settings, "adapter": adapter}}
-    Path("run.yaml").write_text(yaml.safe_dump({"model": model}))
-    export("run.ckpt", "merged", "merged", config="run.yaml")
+    export("run.ckpt", "merged", "merged", config=settings_of(tmp_path, "CausalLM", **settings, adapter=adapter))
     assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
     assert {weight.dtype for weight in load_file("merged/model.safetensors").values()} == {torch.float32}
     merged = AutoModelForCausalLM.from_pretrained("merged").eval()
