@@ -54,9 +54,9 @@ def tokenize(model: str, glue: Path, path: Path) -> None:
     """
     tokenizer = load_tokenizer(model, load_config(model, {}))
     tensors = {}
-    for split, texts in GLUE("sst2", str(glue)).load_splits().items():
-        if split not in ("train", "val"):
-            continue
+    splits = GLUE("sst2", str(glue)).load_splits()
+    for split in ("train", "val"):
+        texts = splits[split]
         rows = tokenizer(texts["text"][:], truncation=True, max_length=MAX_LENGTH)["input_ids"]
         tensors[f"{split}.ids"] = torch.tensor([token for row in rows for token in row], dtype=torch.int16)
         tensors[f"{split}.lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.uint8)

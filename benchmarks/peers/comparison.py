@@ -9,6 +9,7 @@ from statistics import mean
 from rich.table import Table
 from scipy.stats import ttest_1samp
 
+from benchmarks.shared import tables
 from benchmarks.shared.summary import Records, Summary, reach, spread, summaries
 
 NONE = "-"
@@ -16,10 +17,7 @@ NONE = "-"
 
 def table(records: Records) -> Table:
     """One row per method, with its score on each task, their mean, and what these took."""
-    view = Table(*header(records))
-    for row in rows(records):
-        view.add_row(*row)
-    return view
+    return tables.table(header(records), rows(records))
 
 
 def header(records: Records) -> list[str]:

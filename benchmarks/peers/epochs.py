@@ -24,7 +24,6 @@ from math import sqrt
 from statistics import mean, stdev
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.peers import comparison
 from benchmarks.shared import forgetting, sweep, tasks
@@ -33,6 +32,7 @@ from benchmarks.shared.paths import GLUE_FOLDER, RESULTS
 from benchmarks.shared.results import Record
 from benchmarks.shared.summary import best_lr
 from benchmarks.shared.sweep import Planned, Sweep
+from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task, held_back
 
 EPOCHS = {"mrpc": 3, "rte": 5, "cola": 3, "stsb": 3, "sst2": 1}
@@ -136,10 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (header(records), rows(records)),
         (["method", *args.tasks, "all"], comparison.paired(records, args.tasks)),
     ):
-        table = Table(*columns)
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
+        Console().print(table(columns, lines))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from benchmarks.shared import sweep
@@ -27,12 +26,12 @@ from benchmarks.shared.methods import Full, GeoLoRA, LoRA, Method, Training, def
 from benchmarks.shared.paths import RESULTS
 from benchmarks.shared.summary import Records, spread, summaries
 from benchmarks.shared.sweep import Planned
+from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task
 
 TASK = "held_out"
 _LINEARS = r"(qkv|proj|fc1|fc2)\.weight$"
 _EMBEDDINGS = r"patch_embed|pos_embed|cls_token"
-_NORMS = r"norm"
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Planned(TASK, steps[TASK], name, method, lr, 0) for name, (method, rates) in VARIANTS.items() for lr in rates
     ]
     found = runs.make(planned)
-    best = summaries(found)
-    more = [
-        Planned(TASK, steps[TASK], name, method, best[TASK, name].lr, seed)
-        for name, (method, _) in VARIANTS.items()
-        for seed in range(1, args.seeds)
-    ]
-    table = Table(*HEADER)
-    for row in rows(found + runs.make(more)):
-        table.add_row(*row)
-    Console().print(table)
+    Console().print(table(HEADER, rows(found + runs.repeat(planned, found, args.seeds))))
 
 
 if __name__ == "__main__":

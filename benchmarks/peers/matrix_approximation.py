@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.shared import figures, results
+from benchmarks.shared.tables import table
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters
 
 SIZE = 128
@@ -275,10 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     found = {"random": from_random_starts(args.seeds, args.steps), "saddle": from_saddles(args.seeds, args.steps)}
     draw(found)
-    view = Table(*HEADER)
-    for row in rows(found):
-        view.add_row(*row)
-    Console().print(view)
+    Console().print(table(HEADER, rows(found)))
     command = f"python benchmarks/peers/matrix_approximation.py --seeds {args.seeds} --steps {args.steps}"
     results.write("matrix_approximation", command, found, indent=None)
 

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from statistics import mean, median
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.shared import figures, sweep
 from benchmarks.shared.methods import GeoLoRA, default_lr
 from benchmarks.shared.paths import RESULTS
 from benchmarks.shared.results import Record
 from benchmarks.shared.summary import spread
+from benchmarks.shared.tables import table
 
 START_RANKS = (1, 2, 4, 8, 16, 32)
 METHODS = {
@@ -94,10 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     )
     draw(records)
-    table = Table(*header(records))
-    for row in rows(records):
-        table.add_row(*row)
-    Console().print(table)
+    Console().print(table(header(records), rows(records)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 from benchmarks.shared.text_tasks import MODEL
 from geolora_pl.data import GLUE
+from geolora_pl.tasks.modes import evaluation
 from geolora_pl.tasks.text_models import load_config, load_tokenizer
 
 _TEXTS = 32  # per batch
@@ -28,8 +29,6 @@ def similarity(model: nn.Module, glue: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(MODEL, load_config(MODEL, {}))
     body = model.base_model
     assert isinstance(body, nn.Module)
-    training = model.training
-    model.eval()
 
     def embed(texts: list[str]) -> Tensor:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -41,7 +40,7 @@ def similarity(model: nn.Module, glue: Path) -> dict[str, float]:
             parts.append((body(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
-    left, right = (embed(list(pairs[column])) for column in ("text", "text_pair"))
-    model.train(training)
+    with evaluation(model):
+        left, right = (embed(list(pairs[column])) for column in ("text", "text_pair"))
     correlation = spearman_corrcoef(F.cosine_similarity(left, right), torch.tensor(pairs["label"]))
     return {"zero_shot": round(correlation.item(), 5)}

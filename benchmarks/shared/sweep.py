@@ -118,9 +118,21 @@ class Sweep:
 
         while beyond := [replace(run, lr=lr) for pair, run in pairs.items() if (lr := beyond_edge(*rates(pair)))]:
             swept += self.make(beyond)
-        best = {pair: rates(pair)[0] for pair in pairs}
-        more = [replace(run, lr=best[pair], seed=seed) for pair, run in pairs.items() for seed in range(1, seeds)]
-        return swept + self.make(more)
+        return swept + self.repeat(planned, swept, seeds)
+
+    def repeat(self, planned: Sequence[Planned], swept: Sequence[Record], seeds: int) -> list[Record]:
+        """Make the runs with more seeds at the best learning rate of each method on each task.
+
+        Args:
+            planned: The runs that were planned, with seed 0.
+            swept: What came of them.
+            seeds: Number of seeds at the best learning rate, seed 0 included.
+        """
+        more = []
+        for pair, run in {(run.task, run.name): run for run in planned}.items():
+            lr = best_lr(r for r in swept if (r["task"], r["method"]) == pair)
+            more += [replace(run, lr=lr, seed=seed) for seed in range(1, seeds)]
+        return self.make(more)
 
     def _new(self, planned: Sequence[Planned]) -> Iterator[Record]:
         pool = ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"))

@@ -182,9 +182,13 @@ def _timed(seconds: Seconds, part: str) -> Iterator[None]:
     seconds.setdefault(part, []).append(time.process_time() - began)
 
 
+def _of(records: Sequence[Mapping[str, Any]], grows: str) -> list[Mapping[str, Any]]:
+    return [record for record in records if record["grows"] == grows]
+
+
 def exponent(records: Sequence[Mapping[str, Any]], grows: str, part: str) -> float | None:
     """With which power of the size a part grows at the end: from one size to the next, at the two largest."""
-    found = [(record["size"], record["ms"][part]) for record in records if record["grows"] == grows]
+    found = [(record["size"], record["ms"][part]) for record in _of(records, grows)]
     if len(found) < 2 or not all(ms > 0 for _, ms in found[-2:]):
         return None
     (less, before), (more, after) = found[-2:]
@@ -193,12 +197,12 @@ def exponent(records: Sequence[Mapping[str, Any]], grows: str, part: str) -> flo
 
 def parts(records: Sequence[Mapping[str, Any]], grows: str) -> list[str]:
     """The parts that were measured while this grew."""
-    return list(next(record["ms"] for record in records if record["grows"] == grows))
+    return list(_of(records, grows)[0]["ms"])
 
 
 def rows(records: Sequence[Mapping[str, Any]], grows: str) -> list[list[str]]:
     """The cells of a table: a row per part, milliseconds at every size, and the exponent."""
-    of_size = [record["ms"] for record in records if record["grows"] == grows]
+    of_size = [record["ms"] for record in _of(records, grows)]
     return [
         [part, *(f"{ms[part]:,.1f}" for ms in of_size), f"{exponent(records, grows, part)}"]
         for part in parts(records, grows)
@@ -206,7 +210,7 @@ def rows(records: Sequence[Mapping[str, Any]], grows: str) -> list[list[str]]:
 
 
 def sizes(records: Sequence[Mapping[str, Any]], grows: str) -> list[int]:
-    return [record["size"] for record in records if record["grows"] == grows]
+    return [record["size"] for record in _of(records, grows)]
 
 
 def draw(records: Sequence[Mapping[str, Any]]) -> None:
@@ -215,7 +219,7 @@ def draw(records: Sequence[Mapping[str, Any]]) -> None:
     for ax, grows in zip(axes, ("number", "width"), strict=True):
         at = sizes(records, grows)
         for part in parts(records, grows):
-            ms = [record["ms"][part] for record in records if record["grows"] == grows]
+            ms = [record["ms"][part] for record in _of(records, grows)]
             dashed = "--" if part in OF_FIT else "-"
             ax.plot(at, ms, dashed, label=f"{part} {exponent(records, grows, part)}")
         ax.set(xscale="log", yscale="log", ylabel="milliseconds")
@@ -277,7 +281,7 @@ def measure_decoder(records: Sequence[Mapping[str, Any]], rounds: int = REPEATS)
     seconds: Seconds = {}
     for _ in range(rounds):
         _of_training(seconds, Decoder(TRIED))
-    widest = [record for record in records if record["grows"] == "width"][-1]
+    widest = _of(records, "width")[-1]
     rows = TRIED * sum(m + n for m, n in SHAPES.values())
     ms = {part: round(1e3 * min(seconds[part]), 1) for part in ("step", "event")}
     expected = {part: round(widest["ms"][part] * rows / (2 * FEW * widest["size"]), 1) for part in ms}

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.shared import harness, results
+from benchmarks.shared.tables import table
 from geolora_pl.adapters.fused import FusedLinear
 
 SHAPES = ((384, 384), (1536, 384), (768, 768))  # (out, in) of a layer
@@ -97,10 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found["forms"].append(what | merged_over_beside(m, n, rank, args.repeats))
     results.write("products", f"python benchmarks/speed/products.py --repeats {args.repeats}", found)
     for name, columns in (("layouts", LAYOUTS), ("forms", FORMS)):
-        table = Table(*columns, title=name)
-        for row in rows(found[name], columns):
-            table.add_row(*row)
-        Console().print(table)
+        Console().print(table(columns, rows(found[name], columns), name))
 
 
 if __name__ == "__main__":

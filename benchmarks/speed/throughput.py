@@ -36,11 +36,11 @@ from itertools import product
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.shared import figures, results
 from benchmarks.shared.paths import GLUE_FOLDER
 from benchmarks.shared.results import Record
+from benchmarks.shared.tables import table
 from benchmarks.speed import (
     adaptation_event,
     growth,
@@ -145,12 +145,11 @@ def draw(record: Record, name: str) -> None:
 
 def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str) -> None:
     """Print a table."""
-    table = Table(*header, title=title, title_justify="left")
-    for line in lines:
-        table.add_row(*line)
+    made = table(header, lines, title)
+    made.title_justify = "left"
     console = Console()
     console.width = max(console.width, 180)  # a file that takes the output has no width of its own
-    console.print(table)
+    console.print(made)
 
 
 def make_parser() -> argparse.ArgumentParser:

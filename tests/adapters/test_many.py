@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from counted import operations
 from torch import nn
 
 from geolora_pl import AdapterConfig, inject_adapters
@@ -12,7 +13,6 @@ from geolora_pl.adapters import names, targets, wrappers
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.report.rank_map import RankMap
 from geolora_pl.storage import adapter_state, checkpoint, fingerprint, peft_import
-from tests.support.counted import operations
 
 FEW, TIMES = 30, 4
 FASTER = 1.3  # than the number of layers; the square would be 4

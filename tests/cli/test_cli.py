@@ -11,6 +11,7 @@ import yaml
 from flags import FLAGS
 from kept import Keeps
 from lightning.pytorch.loggers import TensorBoardLogger
+from metrics_file import OF_A_CLASSIFIER, logged_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import geolora_pl
@@ -57,17 +58,7 @@ def test_fit_then_test_then_predict(folder, capfd):
     logs = folder / "lightning_logs" / "quickstart"
     assert list(logs.glob("events.out.tfevents.*"))
     assert (logs / "config.yaml").is_file()
-    rows = list(csv.DictReader((logs / "metrics.csv").read_text().splitlines()))
-    logged = {name for row in rows for name, value in row.items() if value}
-    assert {
-        "train_loss",
-        "val_loss",
-        "val_accuracy",
-        "test_accuracy",
-        "geolora/mean_rank",
-        "geolora/adapter_params",
-    } <= logged
-    assert "rank/blocks.0.attn.qkv" in logged
+    assert {*OF_A_CLASSIFIER, "rank/blocks.0.attn.qkv"} <= logged_names(logs / "metrics.csv")
 
     saved = (logs / "config.yaml").read_text()
     last = str(logs / "checkpoints" / "last.ckpt")

@@ -3,12 +3,11 @@
 import lightning as L
 import pytest
 import torch
-from foreign import ADAPTER, Foreign, trainer
+from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from geolora_pl import GeoLoRACallback
 from geolora_pl.adapters.inject import find_adapters
@@ -28,12 +27,6 @@ def _no_group_stays():
         dist.destroy_process_group()
 
 
-def data():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(48, 10, generator=generator)
-    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8)
-
-
 class Kept(Foreign):
     """Keeps its losses."""
 
@@ -50,7 +43,7 @@ class Kept(Foreign):
 def fit(module=None, precision="32-true", epochs=EPOCHS, more=(), ckpt_path=None, **settings):
     module, callback = module or Kept(), GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=2)
     runs = trainer(callback, *more, **{**GPU, "max_epochs": epochs, "precision": precision, **settings})
-    runs.fit(module, data(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    runs.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, callback, runs
 
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from text_files import attach
-from tiny_chat import MARKED, TEMPLATE, THINKING, chat_tokenizer, turns
+from tiny_chat import MARKED, TEMPLATE, THINKING, chat_tokenizer, turns, write_chats
 
 from geolora_pl.data import ChatFiles, ChatHub
 
@@ -22,15 +22,9 @@ def ids(text):
     return chat_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-def write_chats(path, chats=CHATS):
-    rows = [chat if isinstance(chat, dict) else {"messages": chat} for chat in chats]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def file(tmp_path):
-    return write_chats(tmp_path / "chats.jsonl")
+    return write_chats(tmp_path / "chats.jsonl", CHATS)
 
 
 def made(file, folder, template=TEMPLATE, **settings):

@@ -36,8 +36,6 @@ NUMBERS = {
     "geolora/gradient_norm",
     "geolora/lr_pg1",
 }
-
-
 PICTURES = ("geolora/rank_map", "geolora/ranks_over_time", "geolora/spectra")
 
 
@@ -77,7 +75,7 @@ def test_tensorboard_shows_numbers_and_pictures_without_any_setting(tmp_path):
     assert len(log.Scalars("geolora/energy_kept")) == 18  # nothing was truncated at the start
     assert last["geolora/lr_pg1"].value == pytest.approx(1e-2)
     assert 0 < last["geolora/gradient_norm"].value < 10
-    for name in ("geolora/rank_map", "geolora/ranks_over_time", "geolora/spectra"):
+    for name in PICTURES:
         shown = log.Images(name)
         assert shown[-1].step == 17
         picture = Image.open(io.BytesIO(shown[-1].encoded_image_string))
@@ -103,9 +101,7 @@ def test_weights_and_biases_gets_pictures(monkeypatch):
 
     logger = Wandb()
     make().show([logger, Keeps()], 7)
-    assert logger.shown == [
-        (name, "RGB", 7) for name in ("geolora/rank_map", "geolora/ranks_over_time", "geolora/spectra")
-    ]
+    assert logger.shown == [(name, "RGB", 7) for name in PICTURES]
 
 
 def test_without_a_logger_the_numbers_are_there_for_callbacks(tmp_path):
@@ -209,7 +205,7 @@ def test_a_rank_of_zero_and_many_layers_are_drawn():
     monitor.numbers(0)
     pictures = monitor.pictures()
     assert pictures["geolora/ranks_over_time"].height < 2700
-    assert set(pictures) == {"geolora/rank_map", "geolora/ranks_over_time", "geolora/spectra"}
+    assert set(pictures) == set(PICTURES)
     for name, picture in pictures.items():  # below the title they tell ranks of zero from those before
         if name == "geolora/ranks_over_time":
             continue  # its colours tell ranks from each other, and these are all alike

@@ -79,6 +79,10 @@ def text_run(hub, tmp_path, step=30):
     return module.model, run
 
 
+def card_of(hub, repo="user/name"):
+    return ModelCard(hub.files(repo)["README.md"].decode())
+
+
 def code_of(card):
     return re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
 
@@ -133,7 +137,7 @@ def test_peft_loads_a_model_of_ones_own_whose_base_has_no_name(hub, model):
 def test_the_card_says_what_the_run_found(hub, tmp_path):
     _, run = text_run(hub, tmp_path)
     push_to_hub(run, "user/name")
-    card = ModelCard(hub.files("user/name")["README.md"].decode())
+    card = card_of(hub)
     data = card.data.to_dict()
     assert data["base_model"] == "user/base"
     assert data["base_model_relation"] == "adapter"
@@ -167,7 +171,7 @@ def test_scores_of_other_steps_are_not_those_of_the_checkpoint(hub, tmp_path):
     """The best checkpoint is of the middle of the run, and the test after the fit was one of its end."""
     _, run = text_run(hub, tmp_path, step=20)
     push_to_hub(run / "checkpoints" / "last.ckpt", "user/name")
-    results = ModelCard(hub.files("user/name")["README.md"].decode()).data.eval_results
+    results = card_of(hub).data.eval_results
     assert [(result.dataset_split, result.metric_value) for result in results] == [("validation", 0.75)]
 
 
@@ -218,7 +222,7 @@ def test_the_data_set_of_the_hub_is_named(hub, tmp_path):
     )
     (run / "config.yaml").write_text(sources)
     push_to_hub(run, "user/name")
-    assert ModelCard(hub.files("user/name")["README.md"].decode()).data.datasets == ["user/reviews"]
+    assert card_of(hub).data.datasets == ["user/reviews"]
 
 
 def test_names_on_the_card_are_no_markup(hub):
@@ -226,7 +230,7 @@ def test_names_on_the_card_are_no_markup(hub):
     model = nn.ModuleDict({"<script>|`x`[a](b)": nn.Linear(6, 6)})
     inject_adapters(model)
     push_to_hub(model, "user/a_b_c")
-    text = ModelCard(hub.files("user/a_b_c")["README.md"].decode()).text
+    text = card_of(hub, "user/a_b_c").text
     assert "# a\\_b\\_c" in text
     assert "| \\<script\\>\\|\\`x\\`\\[a\\]\\(b\\) | 2 |" in text
 
@@ -362,7 +366,7 @@ def test_a_base_of_timm_is_named_where_its_weights_are_those_of_the_hub(hub, tmp
     settings = f"model: {{init_args: {{model_name: vit_tiny_patch16_224, {weights}}}}}"
     (tmp_path / "config.yaml").write_text(settings)
     push_to_hub(move(module).model, "user/name", run=tmp_path)
-    card = ModelCard(hub.files("user/name")["README.md"].decode())
+    card = card_of(hub)
     assert card.data.base_model == base
     assert card.data.pipeline_tag == "image-classification"
     code = f'create_model("hf-hub:{base}", pretrained=True, num_classes=2)'
@@ -371,7 +375,7 @@ def test_a_base_of_timm_is_named_where_its_weights_are_those_of_the_hub(hub, tmp
 
 def test_a_base_is_named_by_the_user(hub, model):
     push_to_hub(model, "user/name", base_model="user/base")
-    assert ModelCard(hub.files("user/name")["README.md"].decode()).data.base_model == "user/base"
+    assert card_of(hub).data.base_model == "user/base"
     assert b'"base_model_name_or_path": "user/base"' in hub.files("user/name")["adapter_config.json"]
 
 

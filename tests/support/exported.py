@@ -1,4 +1,6 @@
-"""Checkpoints of small models that training has moved."""
+"""Checkpoints of small models that training has moved, and what goes with them."""
+
+import json
 
 import lightning as L
 import pytest
@@ -32,6 +34,13 @@ def save(module, path, class_path=None):
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path)
     return str(path)
+
+
+def settings_of(folder, name, **settings):
+    """The configuration of a run of a task, for the checkpoint of one that was started from Python."""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps({"model": {"class_path": f"geolora_pl.tasks.{name}", "init_args": settings}}))
+    return path
 
 
 def fails(command, message, capsys):

@@ -5,11 +5,12 @@ import functools
 import hashlib
 import json
 import re
-import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 TOKEN, READER = "hf_of_the_tests", "hf_reader"  # the second one may not write
 _CREATE = re.compile(r"/api/repos/create")
@@ -168,12 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-@functools.cache
-def _port():
-    """One port for all tests of this process, because libraries keep clients of their own with the first address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+# One port for all tests of this process, because libraries keep clients of their own with the first address.
+_port = functools.cache(find_free_network_port)
 
 
 @contextmanager

@@ -25,12 +25,18 @@ def attach(data: TextDataModule, tokenizer=None) -> TextDataModule:
     return data
 
 
+def write_rows(path: Path, rows) -> str:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def write(path: Path, **columns) -> str:
     names, rows = list(columns), list(zip(*columns.values(), strict=True))
     if path.suffix == ".parquet":
         pq.write_table(pa.table(columns), path)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+        write_rows(path, [dict(zip(names, row, strict=True)) for row in rows])
     elif path.suffix == ".tsv":
         path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [names, *rows]))
     else:

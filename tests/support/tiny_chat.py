@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from text_files import write_rows
 from tiny_text import SPECIAL, WORDS, make_tokenizer, save_tiny_decoder
 from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +40,11 @@ def save_tiny_chat(folder: Path, family: str = "llama", template: str | None = T
     name = save_tiny_decoder(folder, family, vocab_size=SIZE, **settings)
     chat_tokenizer(template).save_pretrained(folder)
     return name
+
+
+def write_chats(path: Path, chats) -> str:
+    """Write conversations as JSON lines: messages, or whole rows."""
+    return write_rows(path, [chat if isinstance(chat, dict) else {"messages": chat} for chat in chats])
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:

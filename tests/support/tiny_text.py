@@ -151,26 +151,21 @@ def make_tokenizer(family: str = "bert", words=WORDS, **settings) -> PreTrainedT
 
 def save_tiny_model(folder: Path, family: str = "bert", **settings) -> str:
     """A pretrained body with random weights, and its tokenizer."""
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **settings})
-    AutoModel.from_config(config).save_pretrained(folder)
-    make_tokenizer(family).save_pretrained(folder)
-    return str(folder)
+    return _save(folder, AutoModel, family, {**FAMILIES[family], **settings})
 
 
 def save_tiny_decoder(folder: Path, family: str = "gpt2", **settings) -> str:
     """A pretrained language model with random weights, and its tokenizer."""
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **settings})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    make_tokenizer(family).save_pretrained(folder)
-    return str(folder)
+    return _save(folder, AutoModelForCausalLM, family, {**FAMILIES[family], **settings})
 
 
 def save_tiny_seq2seq(folder: Path, family: str = "t5", **settings) -> str:
     """A pretrained encoder and decoder with random weights, and its tokenizer."""
+    return _save(folder, AutoModelForSeq2SeqLM, family, {**SEQ2SEQ[family], **settings})
+
+
+def _save(folder, kind, family, settings):
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **{**SEQ2SEQ[family], **settings})
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+    kind.from_config(AutoConfig.for_model(family, **settings)).save_pretrained(folder)
     make_tokenizer(family).save_pretrained(folder)
     return str(folder)

@@ -1,17 +1,16 @@
 """Chats: what a model learns of a dialogue, what it sees of a neighbour, what it writes while it trains."""
 
 import json
-import os
-import socket
 
 import pytest
 import torch
+from exported import settings_of
 from foreign import trainer
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import in_two_processes, of_two, sharded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_chat import SIZE, TEMPLATE, chat_tokenizer, save_tiny_chat, turns
+from text_files import write_rows
+from tiny_chat import SIZE, TEMPLATE, chat_tokenizer, save_tiny_chat, turns, write_chats
 from tiny_text import save_tiny_decoder
 from tokenizers.processors import TemplateProcessing
 from tolerance import NETWORK, close, rounding
@@ -29,11 +28,6 @@ from geolora_pl.tasks.packing import check_isolation
 IGNORED = -100
 DIALOGUE = turns("is the film good", "very good", "and the plot", "not bad")
 OTHER = turns("one two", "three four")
-
-
-def write_chats(path, chats):
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    return str(path)
 
 
 def chats(folder, rows=(DIALOGUE, OTHER), **settings):
@@ -97,9 +91,8 @@ def test_a_model_that_sees_the_neighbour_is_refused_by_name(tmp_path):
 
 
 def test_packed_pairs_and_isolated_texts_do_not_see_their_neighbours(tmp_path):
-    file = tmp_path / "pairs.jsonl"
     rows = [{"q": "is the film good", "a": "very good"}, {"q": "the plot", "a": "bad and poor"}] * 2
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
     module = CausalLM(save_tiny_decoder(tmp_path / "model", "llama"))
     pairs = {"prompt_column": "q", "completion_column": "a"}
     for columns in (pairs, {"text_column": "q"}):
@@ -107,8 +100,8 @@ def test_packed_pairs_and_isolated_texts_do_not_see_their_neighbours(tmp_path):
         for packed in (True, False):
             isolated = True if packed and columns is not pairs else None
             data = LanguageFiles(
-                str(file),
-                str(file),
+                file,
+                file,
                 max_length=16,
                 packed=packed,
                 isolated=isolated,
@@ -119,7 +112,7 @@ def test_packed_pairs_and_isolated_texts_do_not_see_their_neighbours(tmp_path):
             assert data.isolated is packed
         assert found[True]["val_loss"] == pytest.approx(found[False]["val_loss"], rel=rounding(torch.float32, NETWORK))
     with pytest.raises(ValueError, match="isolated=True is for packed sequences"):
-        LanguageFiles(str(file), packed=False, isolated=True)
+        LanguageFiles(file, packed=False, isolated=True)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -222,11 +215,8 @@ def test_a_template_of_a_file_stays_with_the_checkpoint_and_its_export(tmp_path)
     runs.fit(module, chats(tmp_path))
     runs.save_checkpoint(tmp_path / "run.ckpt")
     template = (tmp_path / "chat.jinja").rename(tmp_path / "elsewhere.jinja")
-    settings = {"model_name": name, "chat_template": str(tmp_path / "chat.jinja")}
-    (tmp_path / "config.yaml").write_text(
-        json.dumps({"model": {"class_path": "geolora_pl.tasks.CausalLM", "init_args": settings}})
-    )
-    export(tmp_path / "run.ckpt", "merged", tmp_path / "merged", tmp_path / "config.yaml")
+    config = settings_of(tmp_path, "CausalLM", model_name=name, chat_template=str(tmp_path / "chat.jinja"))
+    export(tmp_path / "run.ckpt", "merged", tmp_path / "merged", config)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template == TEMPLATE
     end = tokenizer.convert_tokens_to_ids("<end>")
@@ -280,13 +270,9 @@ def test_mistakes_are_refused(tmp_path):
         runs.fit(CausalLM(save_tiny_chat(tmp_path / "gpt2", "gpt2"), prompts=["one " * 30]), chats(tmp_path))
 
 
-def in_process(rank, port, strategy, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-    settings = {"devices": 2, "strategy": sharded if strategy == "fsdp2" else "ddp", "default_root_dir": folder}
-    runs = trainer(GeoLoRACallback(), max_epochs=2, plugins=[TorchElasticEnvironment()], **settings)
+def in_process(rank, strategy, folder):
+    settings = {"strategy": sharded() if strategy == "fsdp2" else "ddp", "default_root_dir": folder}
+    runs = trainer(GeoLoRACallback(), max_epochs=2, **of_two(), **settings)
     runs.fit(CausalLM(str(folder / "model"), prompts=["one", "a film"], max_new_tokens=3), chats(folder))
 
 
@@ -295,9 +281,6 @@ def in_process(rank, port, strategy, folder):
 def test_two_processes_write_while_they_train_and_neither_waits_for_the_other(tmp_path, strategy):
     """A model that is sharded hangs if the first process alone lets it write."""
     save_tiny_chat(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(in_process, (port, strategy, tmp_path), 2, start_method="fork")
+    in_two_processes(in_process, strategy, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "generated.jsonl").read_text().splitlines()]
     assert [(row["step"], row["prompt"]) for row in rows] == [(n, p) for n in (1, 2) for p in ("one", "a film")]

@@ -3,6 +3,7 @@ import timm
 import torch
 from foreign import trainer
 from safetensors.torch import save_file
+from tiny_vit import OVERLAY, SIZE
 from tolerance import NETWORK, close
 
 from geolora_pl import AdapterConfig, GeoLoRACallback, inject_adapters
@@ -12,21 +13,18 @@ from geolora_pl.data import Digits
 from geolora_pl.tasks import ImageClassification
 from geolora_pl.tasks.image import head_names
 
-SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
-OVERLAY = {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.3,)}
-
 
 @pytest.fixture
 def weights(tmp_path):
     torch.manual_seed(5)
-    model = timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=7)
+    model = timm.create_model("vit_tiny_patch16_224", **SIZE, num_classes=7)
     path = tmp_path / "weights.safetensors"
     save_file({name: weight.half() for name, weight in model.state_dict().items()}, path)
     return path
 
 
 def task(**settings):
-    defaults = {"pretrained": False, "model_args": {**SMALL, "pretrained_cfg_overlay": OVERLAY}}
+    defaults = {"pretrained": False, "model_args": {**SIZE, "pretrained_cfg_overlay": OVERLAY}}
     return ImageClassification("vit_tiny_patch16_224", **{**defaults, **settings})
 
 
@@ -72,7 +70,7 @@ def test_a_run_with_mixed_images_trains_and_one_without_leaves_the_batch_alone()
 def test_the_backbone_is_loaded_and_the_head_is_new_and_trained(weights):
     module = task(checkpoint_path=str(weights), num_classes=3)
     module.configure_model()
-    expected = timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=7)
+    expected = timm.create_model("vit_tiny_patch16_224", **SIZE, num_classes=7)
     timm.models.load_checkpoint(expected, str(weights))
     x = torch.randn(2, 1, 16, 16)
     close(module.model.forward_features(x), expected.forward_features(x), NETWORK)
@@ -148,7 +146,7 @@ def test_a_checkpoint_needs_neither_the_file_nor_the_hub(tmp_path, weights):
 
 
 def test_size_and_channels_of_the_model_reach_the_images_without_an_overlay():
-    module = task(model_args=SMALL, num_classes=2)
+    module = task(model_args=SIZE, num_classes=2)
     module.configure_model()
     assert module.data_config["input_size"] == (1, 16, 16)
     assert module.data_config["mean"] == (0.5,)
@@ -174,10 +172,10 @@ def test_any_timm_model_knows_its_head():
 
 
 def test_weights_of_another_model_are_refused(weights):
-    deeper = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "depth": 3})
+    deeper = task(checkpoint_path=str(weights), num_classes=2, model_args={**SIZE, "depth": 3})
     with pytest.raises(ValueError, match=r"does not fit the model: .*blocks.2.* is missing"):
         deeper.configure_model()
-    larger = task(checkpoint_path=str(weights), num_classes=2, model_args={**SMALL, "img_size": 32})
+    larger = task(checkpoint_path=str(weights), num_classes=2, model_args={**SIZE, "img_size": 32})
     with pytest.raises(ValueError, match=r"is \(1, 5, 24\) in the file and \(1, 17, 24\) in the model"):
         larger.configure_model()
 

@@ -4,15 +4,14 @@ from foreign import trainer
 from lightning.pytorch.loggers import CSVLogger
 from text_files import write
 from tiny_text import save_tiny_model
+from tiny_vit import OVERLAY, SIZE
 
 from geolora_pl import GeoLoRACallback
 from geolora_pl.data import Digits, TextFiles
 from geolora_pl.report.confusion import read_confusion
 from geolora_pl.tasks import ImageClassification, TextClassification
 
-SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
-OVERLAY = {"pretrained_cfg_overlay": {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.3,)}}
-IMAGES = {"pretrained": False, "model_args": {**SMALL, **OVERLAY}}
+IMAGES = {"pretrained": False, "model_args": {**SIZE, "pretrained_cfg_overlay": OVERLAY}}
 
 
 @pytest.fixture

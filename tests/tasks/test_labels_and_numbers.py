@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exported import settings_of
 from foreign import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny_text import save_tiny_model
+from tiny_vit import SIZE
 from tolerance import close
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -22,7 +24,6 @@ from geolora_pl.data import Digits, ImageTable, TextFiles, UnlabelledImages, Unl
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import ImageClassification, TextClassification
 
-VIT = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
 OVERLAY = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 LOOKS = ("bright", "striped")
 
@@ -58,17 +59,10 @@ def write(path, header, rows):
     return str(path)
 
 
-def settings_of(folder, name, **settings):
-    """The configuration of a run, for the checkpoint of one that was started from Python."""
-    path = folder / "config.yaml"
-    path.write_text(json.dumps({"model": {"class_path": f"geolora_pl.tasks.{name}", "init_args": settings}}))
-    return path
-
-
 OF_IMAGES = {
     "model_name": "vit_tiny_patch16_224",
     "pretrained": False,
-    "model_args": {**VIT, "pretrained_cfg_overlay": OVERLAY},
+    "model_args": {**SIZE, "pretrained_cfg_overlay": OVERLAY},
 }
 
 

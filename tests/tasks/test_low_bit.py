@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
+from exported import settings_of
+from flags import FLAGS
 from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from peft import PeftModel
@@ -186,9 +187,7 @@ def test_exports_of_a_quantised_base_compute_what_was_trained(decoder, texts, tm
     close(served(**X).logits, logits, NETWORK)
 
     adapter = {"target_modules": "auto", "exclude_modules": ["v_proj"]}
-    model = {"class_path": "geolora_pl.tasks.CausalLM", "init_args": {**settings, "adapter": adapter}}
-    Path("run.yaml").write_text(yaml.safe_dump({"model": model}))
-    export("run.ckpt", "merged", "merged", config="run.yaml")
+    export("run.ckpt", "merged", "merged", config=settings_of(tmp_path, "CausalLM", **settings, adapter=adapter))
     assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
     assert {weight.dtype for weight in load_file("merged/model.safetensors").values()} == {torch.float32}
     merged = AutoModelForCausalLM.from_pretrained("merged").eval()
@@ -367,10 +366,8 @@ def test_the_command_line_takes_the_settings_and_a_checkpoint_predicts(decoder, 
         "--data.cache_dir=cache",
         "--data.max_length=8",
         "--data.batch_size=4",
-        "--trainer.accelerator=cpu",
         "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
+        *FLAGS,
     ]
     main(["fit", *common, "--trainer.max_epochs=1", "--trainer.default_root_dir=run"])
     (checkpoint,) = Path("run").rglob("*.ckpt")

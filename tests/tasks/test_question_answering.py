@@ -6,11 +6,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from command_line import from_fit_to_export
 from exported import move, save
-from flags import FLAGS, LIMITS, QUIET
+from flags import QUIET
 from foreign import trainer
 from peft import AutoPeftModelForQuestionAnswering
-from text_files import attach, write
+from text_files import attach, write, write_rows
 from tiny_text import SEQ2SEQ, WORDS, make_tokenizer, save_tiny_model, save_tiny_seq2seq
 from tolerance import NETWORK, close
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ from transformers import AutoModelForQuestionAnswering
 
 from geolora_pl import GeoLoRACallback, predict
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.cli.dispatch import main
 from geolora_pl.data import AnswerFiles, AnswerHub
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import QuestionAnswering
@@ -44,14 +44,9 @@ def rows(count, seed=0, length=9):
     return made
 
 
-def written(path, of_file):
-    path.write_text("".join(json.dumps(row) + "\n" for row in of_file))
-    return str(path)
-
-
 def data(folder, of_file=None, **settings):
     folder = Path(folder)
-    file = written(folder / "train.jsonl", rows(24) if of_file is None else of_file)
+    file = write_rows(folder / "train.jsonl", rows(24) if of_file is None else of_file)
     defaults = {"val_file": file, "test_file": file, "batch_size": 8, "num_workers": 0, "cache_dir": folder / "cache"}
     return AnswerFiles(file, **{**defaults, **settings})
 
@@ -164,7 +159,7 @@ def test_the_file_of_squad_is_read_as_flat_rows_are(tmp_path):
     nested = [{"title": "t", "paragraphs": [{"context": first["context"], "qas": questions},
                                             {"context": second["context"], "qas": other}]}]  # fmt: skip
     (tmp_path / "s.json").write_text(json.dumps({"version": "v2.0", "data": nested}, indent=1))
-    flat = written(tmp_path / "f.jsonl", [
+    flat = write_rows(tmp_path / "f.jsonl", [
         {"id": "a", **first, "answers": answers},
         {"id": "b", **second, "question": "what", "answers": []},
     ])  # fmt: skip
@@ -221,7 +216,7 @@ GOOD = {"question": "q", "context": "a good film", "answers": {"text": ["good"],
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_named_with_its_row(tmp_path, row, message):
-    file = written(tmp_path / "t.jsonl", [GOOD, row])
+    file = write_rows(tmp_path / "t.jsonl", [GOOD, row])
     with pytest.raises(ValueError, match=message) as error:
         AnswerFiles(file).load_splits()
     assert "t.jsonl" in str(error.value)
@@ -270,7 +265,7 @@ def test_where_the_number_is_in_a_context_is_learnt(tmp_path):
     module = QuestionAnswering(save_tiny_model(tmp_path / "m", initializer_range=0.2), head_lr=1e-2, model_args=still)
     runs = trainer(GeoLoRACallback(), max_epochs=5, check_val_every_n_epoch=5)
     of_file = data(tmp_path)
-    of_file.files["train"] = written(tmp_path / "more.jsonl", rows(192, seed=1))
+    of_file.files["train"] = write_rows(tmp_path / "more.jsonl", rows(192, seed=1))
     runs.fit(module, of_file)
     assert runs.callback_metrics["val_exact_match"] > 0.9
     assert runs.callback_metrics["val_f1"] > 0.9
@@ -298,11 +293,7 @@ def test_loss_and_scores_are_those_over_all_questions_whatever_the_batches(tmp_p
 
 def test_a_question_without_an_answer_is_right_if_none_is_given(tmp_path, model):
     of_rows = [{**rows(1)[0], "answers": {"text": [], "answer_start": []}}, *rows(3)]
-    runs, module = trainer(GeoLoRACallback()), QuestionAnswering(model)
-    module.forward = lambda batch: (
-        torch.nn.functional.one_hot(torch.zeros_like(batch["input_ids"]), 2).float() * 0
-        + (torch.arange(batch["input_ids"].shape[1]) == 0).float()[None, :, None] * 9
-    )
+    runs, module = trainer(GeoLoRACallback()), scripted(QuestionAnswering(model), [(0, 0, 0.0, 9.0)] * 4)
     runs.validate(module, data(tmp_path, of_rows), verbose=False)
     assert module.unanswerable
     close(runs.callback_metrics["val_exact_match"], torch.tensor(0.25))
@@ -327,7 +318,7 @@ def test_two_processes_score_as_one_does(tmp_path, model, one_thread, monkeypatc
 
 def test_predictions_are_one_row_per_question_in_their_order(tmp_path, model):
     of_rows = [{"id": f"n{i}", "question": row["question"], "context": row["context"]} for i, row in enumerate(rows(5))]
-    file = written(tmp_path / "new.jsonl", of_rows)
+    file = write_rows(tmp_path / "new.jsonl", of_rows)
     module = QuestionAnswering(model)
     module.configure_model()
     module.eval()
@@ -362,17 +353,8 @@ def test_exports_are_what_transformers_and_peft_load(tmp_path, model):
 
 def test_the_command_line_fits_resumes_tests_predicts_and_exports(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    written(tmp_path / "train.jsonl", rows(24))
-    run = ["--model=QuestionAnswering", f"--model.model_name={model}", "--data=AnswerFiles", *FLAGS,
-           "--data.train_file=train.jsonl", "--data.test_file=train.jsonl", "--data.cache_dir=cache",
-           "--data.num_workers=0", "--trainer.logger=false", "--trainer.default_root_dir=run"]  # fmt: skip
-    limits = [f"--trainer.{name}={value}" for name, value in LIMITS.items() if name not in QUIET]
-    main(["fit", *run, *limits, "--test_after_fit=true"])
-    (last,) = Path("run").rglob("*.ckpt")
-    main(["fit", *run, *limits, "--trainer.max_epochs=2", f"--ckpt_path={last}"])
-    main(["predict", *run, f"--ckpt_path={last}", "--output=p.jsonl"])
-    first = json.loads(Path("p.jsonl").read_text().splitlines()[0])
+    write_rows(tmp_path / "train.jsonl", rows(24))
+    last, first = from_fit_to_export("QuestionAnswering", model, "AnswerFiles", "train.jsonl")
     assert set(first) == {"index", "question", "answer", "start", "score"}
-    main(["export", f"--ckpt_path={last}", "--format=merged", "--output=merged"])
     assert QuestionAnswering.load_from_checkpoint(last).unanswerable is False
     AutoModelForQuestionAnswering.from_pretrained("merged")

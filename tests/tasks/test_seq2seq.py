@@ -1,19 +1,17 @@
 """Sequence to sequence: what is learnt of a target, what is written, scored and exported."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from command_line import from_fit_to_export
 from exported import move, save
-from flags import FLAGS, LIMITS, QUIET
+from flags import QUIET
 from foreign import trainer
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import AutoPeftModelForSeq2SeqLM
+from processes import in_two_processes, of_two, sharded
 from text_files import attach, write
 from tiny_text import SEQ2SEQ, WORDS, make_tokenizer, save_tiny_seq2seq
 from tolerance import NETWORK, close
@@ -22,7 +20,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, Ge
 
 from geolora_pl import GeoLoRACallback, PredictionWriter, predict
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.cli.dispatch import main
 from geolora_pl.data import Seq2SeqFiles, Seq2SeqHub, UnlabelledTexts
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import Seq2SeqLM
@@ -272,38 +269,22 @@ def test_exports_are_what_transformers_and_peft_load(tmp_path, family):
 def test_the_command_line_fits_resumes_tests_predicts_and_exports(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "train.csv")
-    run = ["--model=Seq2SeqLM", f"--model.model_name={model}", "--model.max_new_tokens=4",
-           "--model.generation={num_beams: 2}", "--data=Seq2SeqFiles", *FLAGS, "--data.train_file=train.csv",
-           "--data.test_file=train.csv", "--data.cache_dir=cache", "--data.max_length=16", "--data.num_workers=0",
-           "--trainer.logger=false", "--trainer.default_root_dir=run"]  # fmt: skip
-    limits = [f"--trainer.{name}={value}" for name, value in LIMITS.items() if name not in QUIET]
-    main(["fit", *run, *limits, "--test_after_fit=true"])
-    (last,) = Path("run").rglob("*.ckpt")
-    main(["fit", *run, *limits, "--trainer.max_epochs=2", f"--ckpt_path={last}"])
-    main(["predict", *run, f"--ckpt_path={last}", "--output=p.jsonl"])
-    assert set(json.loads(Path("p.jsonl").read_text().splitlines()[0])) == {"index", "text", "generated"}
-    main(["export", f"--ckpt_path={last}", "--format=merged", "--output=merged"])
+    more = ["--model.max_new_tokens=4", "--model.generation={num_beams: 2}", "--data.max_length=16"]
+    _, first = from_fit_to_export("Seq2SeqLM", model, "Seq2SeqFiles", "train.csv", *more)
+    assert set(first) == {"index", "text", "generated"}
     assert AutoModelForSeq2SeqLM.from_pretrained("merged").generation_config.num_beams == 2
 
 
-def in_process(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def in_process(rank, folder):
     of_file = data(folder)
     for step in ("fit", "predict"):
-        sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-        settings = {"devices": 2, "strategy": sharded, "plugins": [TorchElasticEnvironment()]}
         module = Seq2SeqLM(str(folder / "model"), max_new_tokens=2 + 3 * rank)  # what they write differs in length
-        runs = trainer(GeoLoRACallback(), PredictionWriter(folder / "p.jsonl"), **settings)
+        runs = trainer(GeoLoRACallback(), PredictionWriter(folder / "p.jsonl"), strategy=sharded(), **of_two())
         getattr(runs, step)(module, datamodule=of_file)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_sharded_model_writes_and_no_process_waits_for_the_other(tmp_path, model):
     """T5 has blocks inside of blocks and an encoder that is called by itself, and FSDP2 refused both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(in_process, (port, tmp_path), 2, start_method="fork")
+    in_two_processes(in_process, tmp_path)
     assert [json.loads(line)["text"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == pairs(24)[0]

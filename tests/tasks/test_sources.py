@@ -1,9 +1,8 @@
 """The data sources that a task takes, and those of other tasks, which it refuses."""
 
-import json
-
 import pytest
 from foreign import trainer
+from text_files import write_rows
 from tiny_chat import save_tiny_chat
 from tiny_text import save_tiny_model, save_tiny_seq2seq
 
@@ -37,13 +36,12 @@ MODELS = {Seq2SeqLM: save_tiny_seq2seq, CausalLM: save_tiny_chat}
 def test_the_source_of_another_task_is_refused_in_one_sentence_that_names_those_to_take(task, tmp_path):
     """Who tuned CausalLM on tagged words trained it on tags, and others saw an error of torch in the first step."""
     rows = [{**ROW, "context": f"{ROW['context']} {end}", "label": end} for end in ("bad", "fine") * 2]
-    file = tmp_path / "t.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "t.jsonl", rows)
     settings = {"cache_dir": str(tmp_path / "cache"), "batch_size": 2, "num_workers": 0, "max_length": 16}
     name = MODELS.get(task, save_tiny_model)(tmp_path / "model")
     for source in set().union(*SOURCES.values()):
         own = {"max_target_length": 8} if source is Seq2SeqFiles else {}
-        data = source(str(file), str(file), **settings, **own)
+        data = source(file, file, **settings, **own)
         run = trainer(GeoLoRACallback(), max_steps=2)
         if source in SOURCES[task]:
             run.fit(task(name), data)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import from_fit_to_export
 from exported import move, save
-from flags import FLAGS, LIMITS, QUIET
+from flags import QUIET
 from foreign import trainer
 from peft import AutoPeftModelForTokenClassification
-from text_files import attach, write
+from text_files import attach, write, write_rows
 from tiny_text import make_tokenizer, save_tiny_model
 from tokenizers import pre_tokenizers
 from tolerance import NETWORK, close
@@ -18,7 +19,6 @@ from transformers import AutoModelForTokenClassification, pipeline
 
 from geolora_pl import GeoLoRACallback, PredictionWriter, predict
 from geolora_pl.adapters.inject import find_adapters
-from geolora_pl.cli.dispatch import main
 from geolora_pl.data import TagFiles, TagHub
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import TokenClassification
@@ -160,9 +160,9 @@ def test_a_data_set_of_the_hub_names_its_tags(tmp_path):
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_with_its_row(tmp_path, rows, message):
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "t.jsonl", rows)
     with pytest.raises(ValueError, match=message) as error:
-        TagFiles(str(tmp_path / "t.jsonl")).load_splits()
+        TagFiles(file).load_splits()
     assert "t.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -352,18 +352,9 @@ def test_the_command_line_fits_resumes_tests_predicts_and_exports(tmp_path, mode
     """A checkpoint alone knows the tags, and a resumed run goes on."""
     monkeypatch.chdir(tmp_path)
     tagged(tmp_path / "train.jsonl")
-    run = ["--model=TokenClassification", f"--model.model_name={model}", "--data=TagFiles", *FLAGS,
-           "--data.train_file=train.jsonl", "--data.test_file=train.jsonl", "--data.cache_dir=cache",
-           "--data.num_workers=0", "--trainer.logger=false", "--trainer.default_root_dir=run"]  # fmt: skip
-    limits = [f"--trainer.{name}={value}" for name, value in LIMITS.items() if name not in QUIET]
-    main(["fit", *run, *limits, "--test_after_fit=true"])
-    (last,) = Path("run").rglob("*.ckpt")
-    main(["fit", *run, *limits, "--trainer.max_epochs=2", f"--ckpt_path={last}"])
-    main(["predict", *run, f"--ckpt_path={last}", "--output=p.jsonl"])
-    first = json.loads(Path("p.jsonl").read_text().splitlines()[0])
+    last, first = from_fit_to_export("TokenClassification", model, "TagFiles", "train.jsonl")
     assert set(first) == {"index", "tokens", "tags", "scores"}
     assert set(first["tags"]) <= {*KINDS.values(), "O"}
-    main(["export", f"--ckpt_path={last}", "--format=merged", "--output=merged"])
     loaded = TokenClassification.load_from_checkpoint(last).eval()
     merged = AutoModelForTokenClassification.from_pretrained("merged").eval()
     assert merged.config.id2label == dict(enumerate(loaded.class_names))

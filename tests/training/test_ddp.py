@@ -1,6 +1,5 @@
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -11,6 +10,7 @@ import pytest
 import torch
 from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from processes import in_two_processes
 from recorded import Recorded
 from small import Small
 from tolerance import RUN, close
@@ -253,13 +253,12 @@ def test_the_command_line_with_two_processes(tmp_path, launcher):
     assert "sync_dist" not in done.stderr
 
 
-def zero_redundancy(rank, port, wide):
+def zero_redundancy(rank, wide):
     """Ten steps of one process, with and without ZeroRedundancyOptimizer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch, when torch itself imports it
         from torch.distributed.optim import ZeroRedundancyOptimizer
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     weights = []
     for zero in (False, True):
         torch.manual_seed(0)
@@ -284,10 +283,7 @@ def zero_redundancy(rank, port, wide):
 @pytest.mark.parametrize("divided", [False, True])
 def test_the_optimizer_that_torch_divides_among_processes(divided):
     """With all adapters in one process the result is the same to the bit; divided, they are refused."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     refused = pytest.raises(ProcessRaisedException, match="ZeroRedundancyOptimizer gives only some of the adapters")
     with refused if divided else contextlib.nullcontext():
         # Parameters go to the process that has the fewest so far: a wide head has one for itself.
-        torch.multiprocessing.start_processes(zero_redundancy, (port, 2 if divided else 100), 2, start_method="fork")
+        in_two_processes(zero_redundancy, 2 if divided else 100)

@@ -1,14 +1,10 @@
 """FSDP2 on two processes of a CPU."""
 
-import os
-import socket
-
 import pytest
 import torch
 from foreign import loader, trainer
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import in_two_processes, of_two, sharded
 from small import Small
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -66,23 +62,16 @@ class Placement(Callback):
                 raise AssertionError("the factors are not the same")
 
 
-def in_process(rank, port, folder, clip, ckpt_path):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+def in_process(rank, folder, clip, ckpt_path):
     saved = ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1)
-    settings = {"devices": 2, "strategy": strategy, "plugins": [TorchElasticEnvironment()], "gradient_clip_val": clip}
-    module, ranks = fit(ckpt_path, more=[Placement(), saved], **settings)
+    settings = {"strategy": sharded(), "gradient_clip_val": clip}
+    module, ranks = fit(ckpt_path, more=[Placement(), saved], **of_two(), **settings)
     if rank == 0:
         torch.save((module.losses, ranks), folder / "result.pt")
 
 
 def two_processes(folder, clip=None, ckpt_path=None):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(in_process, (port, folder, clip, ckpt_path), 2, start_method="fork")
+    in_two_processes(in_process, folder, clip, ckpt_path)
     return torch.load(folder / "result.pt")
 
 
