@@ -112,7 +112,9 @@ def merge_adapters(model: nn.Module) -> dict[str, float]:
         >>> merge_adapters(model)
         {'0': 0.0}
     """
-    return _merge(model)[0]
+    changes, _ = _merge(model)
+    let_save_pretrained(model)
+    return changes
 
 
 def _merge(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
@@ -126,7 +128,6 @@ def _merge(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
         merged[name], changes[name], differences[name] = _merged(name, layer)
     with unwrapped(model) as plain:
         replace_layers(plain, ((layer, layer.plain(merged[name])) for name, layer in adapters.items()))
-    let_save_pretrained(model)
     return changes, differences
 
 

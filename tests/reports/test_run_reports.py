@@ -43,6 +43,7 @@ from geolora_pl import (
     AdapterConfig,
     GeoLoRACallback,
     GeoLoRAWarning,
+    MergedAdapters,
     PredictionWriter,
     export_peft,
     import_peft,
@@ -391,6 +392,10 @@ def test_saving_a_model_of_transformers_with_adapters_warns_of_what_comes_back(t
     for adapted in (model, copy.deepcopy(model)):
         with pytest.warns(GeoLoRAWarning, match=r"would come back random: merge_adapters\(model\) first"):
             adapted.save_pretrained(tmp_path / "adapted")
+    with MergedAdapters(model):
+        model.save_pretrained(tmp_path / "for_a_while")
+    with pytest.warns(GeoLoRAWarning, match="would come back random"):  # the adapters are back
+        model.save_pretrained(tmp_path / "adapted")
     model = pickle.loads(pickle.dumps(model))
     merge_adapters(model)
     assert b"geolora_pl" not in pickle.dumps(model)
