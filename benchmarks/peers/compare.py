@@ -22,11 +22,10 @@ from benchmarks.peers import comparison
 from benchmarks.shared import sweep
 from benchmarks.shared.methods import LRS, METHODS
 from benchmarks.shared.paths import RESULTS
-from benchmarks.shared.tasks import IMAGE_TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = sweep.make_parser(__doc__, IMAGE_TASKS, RESULTS / "compare.jsonl")
+    parser = sweep.make_parser(__doc__, ["digits", "held_out"], RESULTS / "compare.jsonl")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--lrs", type=float, nargs="+", help="instead of each method's own")
     args = parser.parse_args(arguments)

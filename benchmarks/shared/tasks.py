@@ -9,7 +9,7 @@ from benchmarks.shared import image_tasks, text_tasks
 from benchmarks.shared.paths import GLUE_FOLDER
 from benchmarks.shared.task import Task
 
-IMAGE_TASKS = ("digits", "held_out")
+IMAGE_TASKS = ("digits", "held_out", "rotated")
 TEXT_TASKS = tuple(text_tasks.SETTINGS)
 
 

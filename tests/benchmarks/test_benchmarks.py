@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.ranks import quickstart_ranks, retraction
 from benchmarks.shared import figures, harness, paths, sweep, tasks
-from benchmarks.shared.image_tasks import HELD_OUT, WithLoss
+from benchmarks.shared.image_tasks import HELD_OUT, RotatedFashionMNIST, WithLoss
 from benchmarks.shared.methods import METHODS, GeoLoRA
 from benchmarks.shared.pretrain_fashion_mnist import FashionClasses
 from benchmarks.shared.summary import latest
@@ -241,7 +241,7 @@ def test_of_a_retraction_is_drawn_what_it_kept(monkeypatch):
     assert drawn == ["retraction"]
 
 
-def test_some_classes_of_fashion_mnist_are_numbered_anew():
+def test_some_classes_of_fashion_mnist_are_numbered_anew_and_its_images_turned():
     try:
         everything = FashionMNIST().load_splits()["test"]
     except ValueError:
@@ -252,6 +252,9 @@ def test_some_classes_of_fashion_mnist_are_numbered_anew():
     assert data.class_names == ["T-shirt", "pullover", "dress", "coat", "shirt"]
     first = next(i for i, label in enumerate(everything.labels) if label in HELD_OUT)
     assert HELD_OUT[some.labels[0]] == everything.labels[first]
+    turned = RotatedFashionMNIST().load_splits()["test"]
+    assert turned.labels == everything.labels
+    assert (turned.images[0][::-1, :] == everything.images[0].T).all()
 
 
 @pytest.mark.skipif(not paths.GLUE_FOLDER.exists(), reason="the GLUE files are not here")

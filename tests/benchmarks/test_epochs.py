@@ -43,7 +43,7 @@ def test_the_learning_rate_is_chosen_on_a_part_of_the_training_set_and_fresh_see
         ("mrpc", 0.3, seed, 18) for seed in epochs.SEEDS
     ]
     assert found == epochs.finals(found)
-    assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "10", "0.3", "0.500"]]
+    assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "0.920 ± 0.006", "10", "0.3", "0.500"]]
     assert epochs.header(found)[1] == "mrpc"
     assert summaries(found)["mrpc", "geolora"].lr == 0.3
     assert comparison.paired(found, ["mrpc"]) == []
@@ -57,5 +57,31 @@ def test_what_is_held_back_is_no_longer_trained_on():
     assert part.dev.lengths == [18, 19]
 
 
-def test_tasks_that_chose_the_defaults_are_marked():
-    assert epochs.header([{"task": "stsb"}, {"task": "cola"}])[1:3] == ["stsb*", "cola"]
+def of_task(task, method, score, seed):
+    return {"task": task, "method": method, "score": score, "seed": seed, "parameters": 10, "lr": 0.3}
+
+
+def test_tasks_that_chose_the_defaults_are_marked_and_left_out_of_the_mean():
+    records = [of_task(task, "geolora", score, 11) for task, score in (("stsb", 0.9), ("cola", 0.4), ("held_out", 0.6))]
+    records.append(of_task("cola", "lora", 0.5, 11))
+    assert epochs.header(records)[1:5] == ["stsb*", "cola", "held_out", "mean without *"]
+    assert [row[1:5] for row in epochs.rows(records)] == [
+        ["0.900", "0.400", "0.600", "0.500"],
+        ["-", "0.500", "-", "-"],
+    ]
+
+
+def test_images_have_learning_rates_of_their_own_and_no_skill_of_language(monkeypatch):
+    monkeypatch.setattr(epochs.tasks, "load", lambda name, glue: task_of(96))
+    runs = Runs(lambda run: run.lr)
+    epochs.run(runs, ["rotated"], ["full"])
+    assert {run.lr for run in runs.planned} == set(epochs.LRS_OF_IMAGES["full"]) != set(epochs.LRS["full"])
+    task = task_of(96)
+    assert epochs.whole("rotated", Path("glue")).probe is task.probe
+    assert epochs.whole("mrpc", Path("glue")).probe is not task.probe
+
+
+def test_every_method_has_three_learning_rates_in_factors_of_three():
+    for rates in (*epochs.LRS.values(), *epochs.LRS_OF_IMAGES.values()):
+        assert len(rates) == 3
+        assert all(2.9 < second / first < 3.4 for first, second in zip(rates, rates[1:], strict=False))
