@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -74,6 +74,29 @@ def cut(name: str, glue: Path) -> Task:
     return held_back(tasks.load(name.removesuffix(_CUT), glue))
 
 
+def steps_of(name: str, glue: Path) -> int:
+    """Steps of the whole epochs of a task."""
+    task = tasks.load(name, glue)
+    return EPOCHS[name] * (task.train.size // task.batch_size)
+
+
+def usual_lrs(name: str) -> dict[str, tuple[float, ...]]:
+    """The learning rates of each method that are tried on a task."""
+    return LRS_OF_IMAGES if name in tasks.IMAGE_TASKS else LRS
+
+
+def choices(name: str, steps: int, method: str, lrs: Sequence[float]) -> list[Planned]:
+    """The runs by which one of several learning rates is chosen.
+
+    Args:
+        name: The task.
+        steps: Steps of its whole epochs, of which these runs take a third.
+        method: The method.
+        lrs: Its learning rates.
+    """
+    return [Planned(name + _CUT, steps // 3, method, METHODS[method], lr, 0, cut) for lr in lrs]
+
+
 def run(runs: Sweep, names: Sequence[str], methods: Sequence[str]) -> list[Record]:
     """Choose the learning rates, and make the runs with them; one pair of a task and a method after the other.
 
@@ -84,12 +107,9 @@ def run(runs: Sweep, names: Sequence[str], methods: Sequence[str]) -> list[Recor
     """
     found = []
     for name in names:
-        task = tasks.load(name, runs.glue)
-        steps = EPOCHS[name] * (task.train.size // task.batch_size)
-        rates = LRS_OF_IMAGES if name in tasks.IMAGE_TASKS else LRS
+        steps = steps_of(name, runs.glue)
         for method in methods:
-            choices = [Planned(name + _CUT, steps // 3, method, METHODS[method], lr, 0, cut) for lr in rates[method]]
-            lr = best_lr(runs.make(choices))
+            lr = best_lr(runs.make(choices(name, steps, method, usual_lrs(name)[method])))
             found += runs.make([Planned(name, steps, method, METHODS[method], lr, seed, whole) for seed in SEEDS])
     return found
 
@@ -117,14 +137,14 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     lines = []
     for method in dict.fromkeys(r["method"] for r in records):
         of_tasks = [by_pair[name, method] for name in names]
-        scores = [_with_error([r["score"] for r in runs]) for runs in of_tasks]
+        scores = [with_error([r["score"] for r in runs]) for runs in of_tasks]
         by_seed = [[r["score"] for name in fresh for r in by_pair[name, method] if r["seed"] == seed] for seed in SEEDS]
         means = [mean(of_seed) for of_seed in by_seed if of_seed and len(of_seed) == len(fresh)]
         parameters = " / ".join(f"{mean(r['parameters'] for r in runs):,.0f}" if runs else "-" for runs in of_tasks)
         rates = " / ".join(f"{runs[0]['lr']:g}" if runs else "-" for runs in of_tasks)
         runs_elsewhere = chain.from_iterable(runs for name, runs in zip(names, of_tasks, strict=True) if name != "stsb")
         kept = [r["zero_shot"] for r in runs_elsewhere if "zero_shot" in r]
-        lines.append([method, *scores, _with_error(means), parameters, rates, f"{mean(kept):.3f}" if kept else "-"])
+        lines.append([method, *scores, with_error(means), parameters, rates, f"{mean(kept):.3f}" if kept else "-"])
     return lines
 
 
@@ -135,22 +155,44 @@ def header(records: Sequence[Record]) -> list[str]:
     return ["method", *marked, "mean without *", "parameters", "lr", "STS-B untrained"]
 
 
-def _with_error(scores: Sequence[float]) -> str:
+def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is 0 for a single score."""
+    return mean(scores), stdev(scores) / sqrt(len(scores)) if len(scores) > 1 else 0.0
+
+
+def with_error(scores: Sequence[float]) -> str:
+    """Mean and standard error, as a cell of a table."""
     if not scores:
         return "-"
-    return f"{mean(scores):.3f}" + (f" ± {stdev(scores) / sqrt(len(scores)):.3f}" if len(scores) > 1 else "")
+    middle, error = mean_and_error(scores)
+    return f"{middle:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
-    parser.add_argument("--methods", nargs="+", choices=LRS, default=list(LRS))
+def make_parser(description: str | None, names: Sequence[str]) -> ArgumentParser:
+    """A parser of the arguments that all commands for whole epochs take.
+
+    Args:
+        description: What the command does.
+        names: Default of ``--tasks``.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(names))
     parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
     parser.add_argument("--glue", type=Path, default=GLUE_FOLDER, help="folder of GLUE in the official layout")
     parser.add_argument("--output", type=Path, default=RESULTS / "epochs.jsonl")
+    return parser
+
+
+def sweep_of(script: Path, args: Namespace) -> Sweep:
+    """The sweep that arguments from :func:`make_parser` ask a script for."""
+    return Sweep(args.output, sweep.command(script, args), args.jobs, args.glue)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, list(EPOCHS))
+    parser.add_argument("--methods", nargs="+", choices=LRS, default=list(LRS))
     args = parser.parse_args(arguments)
-    runs = Sweep(args.output, sweep.command(Path(__file__), args), args.jobs, args.glue)
-    records = finals(run(runs, args.tasks, args.methods))
+    records = finals(run(sweep_of(Path(__file__), args), args.tasks, args.methods))
     for columns, lines in (
         (header(records), rows(records)),
         (["method", *args.tasks, "all"], comparison.paired(records, args.tasks)),

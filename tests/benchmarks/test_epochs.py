@@ -1,13 +1,17 @@
 """Whole epochs: a learning rate is chosen without the samples that are reported, and seeds are fresh."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from benchmarks.peers import comparison, epochs
+from benchmarks.peers import comparison, epochs, learning_rates, pareto
+from benchmarks.shared import figures
 from benchmarks.shared.summary import summaries
 from benchmarks.shared.task import Samples, Task, held_back
 
@@ -84,4 +88,38 @@ def test_images_have_learning_rates_of_their_own_and_no_skill_of_language(monkey
 def test_every_method_has_three_learning_rates_in_factors_of_three():
     for rates in (*epochs.LRS.values(), *epochs.LRS_OF_IMAGES.values()):
         assert len(rates) == 3
-        assert all(2.9 < second / first < 3.4 for first, second in zip(rates, rates[1:], strict=False))
+        assert all(2.9 < second / first < 3.4 for first, second in pairwise(rates))
+
+
+@pytest.fixture
+def tiny_layers(monkeypatch, tmp_path):
+    """Tasks of a model with one layer of 3 x 5, and a folder for the figures."""
+    layers = nn.Sequential(nn.Linear(5, 3))
+    task = replace(task_of(96), make_model=lambda seed: layers, targets=["0"])
+    monkeypatch.setattr(epochs.tasks, "load", lambda name, glue: task)
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
+    return tmp_path
+
+
+def test_the_picture_of_scores_against_parameters_has_thirteen_points_and_the_usual_runs_once(tiny_layers):
+    runs = Runs(lambda run: 0.5 + run.seed / 100)
+    records = pareto.run(runs, ["mrpc"])
+    assert len(pareto.rows(records)) == 13
+    assert all(row[2] == "0.620 ± 0.006" for row in pareto.rows(records))
+    of_budget = {run.name: run.method.settings()["callback"]["budget"] for run in runs.planned if "budget" in run.name}
+    assert of_budget == {"geolora budget 1": 8, "geolora budget 2": 16, "geolora budget 4": 32, "geolora budget 8": 64}
+    assert {run.lr for run in runs.planned if run.name.startswith("lora r")} == {epochs.LRS["lora"][0]}
+    names = {run.name for run in runs.planned}
+    assert not names & {"lora r 8", "geolora tau 0.3"}, "these are the usual runs"
+    pareto.draw(records, pareto.curves(1))
+    assert (tiny_layers / "pareto.svg").stat().st_size > 1000
+
+
+def test_learning_rates_span_a_factor_of_a_thousand(tiny_layers):
+    found = learning_rates.run(Runs(lambda run: 0.9 if run.lr < 0.03 else 0.1), ["mrpc", "rotated"])
+    for (task, method), scores in found.items():
+        assert max(scores) / min(scores) == pytest.approx(1000)
+        assert set(epochs.usual_lrs(task)[method]) <= set(scores)
+    assert learning_rates.rows(found)[1] == ["mrpc", "LoRA r 8", "0.0001", "0.900", "≥ 100"]
+    learning_rates.draw(found)
+    assert (tiny_layers / "learning_rates.svg").stat().st_size > 1000
