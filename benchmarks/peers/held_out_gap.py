@@ -55,20 +55,24 @@ class Parts(Full):
 
 @dataclass(frozen=True)
 class Beside(GeoLoRA):
-    """This package with more modules trained in full, at the learning rate of the head.
+    """This package with more trained in full beside the adapters, which then counts among the adapted parameters.
 
     Args:
-        modules: A regular expression that finds their names.
+        modules: A regular expression that finds the names of modules that learn at the rate of the head.
     """
 
-    modules: str = ""
+    modules: str = r"(?!)"  # finds nothing
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "modules": self.modules}
 
     def start(self, task: Task, model: nn.Module, lr: float) -> Training:
         more = [name for name, _ in model.named_modules() if re.search(self.modules, name)]
-        return super().start(replace(task, heads=[*task.heads, *more]), model, lr)
+        training = super().start(replace(task, heads=[*task.heads, *more]), model, lr)
+        head = sum(p.numel() for name in task.heads for p in model.get_submodule(name).parameters())
+        in_full = [group["params"] for group in training.optimizer.param_groups if not group.get("adapters")]
+        beside = sum(p.numel() for parameters in in_full for p in parameters) - head
+        return replace(training, parameters=lambda: training.parameters() + beside)
 
 
 _RATES = (1e-3, 3e-3)
@@ -79,7 +83,7 @@ VARIANTS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "without biases": (Parts(r"^(?!.*bias)"), _RATES),
     "linear weights of the blocks alone": (Parts(rf"blocks.*{_LINEARS}"), _RATES),
     "geolora_pl": (GeoLoRA(), (default_lr(),)),
-    "with biases": (GeoLoRA(adapter={"train_bias": "all"}), (default_lr(),)),
+    "with biases": (Beside(adapter={"train_bias": "all"}), (default_lr(),)),
     "with norms": (Beside(modules=r"norm\d?$"), (default_lr(),)),
     "with the patch embedding": (Beside(modules=r"patch_embed\.proj$"), (default_lr(),)),
     "with norms, biases and the patch embedding": (
