@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from benchmarks.peers import comparison, matrix_approximation
+from benchmarks.peers import comparison, epochs, matrix_approximation
 from benchmarks.ranks import ablations, rank_adaptation
 from benchmarks.shared import results
 from benchmarks.shared.methods import METHODS
@@ -70,6 +70,24 @@ def paired() -> str:
     """Differences to LoRA, seed by seed."""
     records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
     return markdown(["method", *LEARNT, "all"], comparison.paired(records, LEARNT))
+
+
+def whole_epochs() -> list[results.Record]:
+    """The runs of whole epochs that are reported."""
+    return epochs.finals(current(read(RESULTS / "epochs.jsonl"), METHODS))
+
+
+def epochs_table() -> str:
+    """Scores after whole epochs, with fresh seeds."""
+    records = whole_epochs()
+    return markdown(epochs.header(records), epochs.rows(records))
+
+
+def epochs_paired() -> str:
+    """Differences to LoRA after whole epochs, seed by seed."""
+    records = whole_epochs()
+    names = list(dict.fromkeys(record["task"] for record in records))
+    return markdown(["method", *names, "all"], comparison.paired(records, names))
 
 
 def rank_adaptation_table() -> str:
@@ -142,6 +160,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "overview": overview,
     "paired": paired,
+    "epochs": epochs_table,
+    "epochs_paired": epochs_paired,
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
     "speed": speed,

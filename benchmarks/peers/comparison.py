@@ -78,20 +78,24 @@ def overview(records: Records, tasks: Sequence[str]) -> list[list[str]]:
 def paired(records: Records, tasks: Sequence[str]) -> list[list[str]]:
     """One row per method: the differences of its scores to LoRA's with the same seed, and their 95% intervals.
 
-    The last column has the mean over all tasks and seeds. Its interval is that of a paired t-test over all pairs, which
-    takes the differences of one task for as independent as those of several.
+    The last column has the mean over all tasks and seeds, for methods that ran on all tasks. Its interval is that of a
+    paired t-test over all pairs, which takes the differences of one task for as independent as those of several.
     """
     found = summaries(records)
     lines = []
     for method in dict.fromkeys(r["method"] for r in records):
-        pairs = [
-            [of_ours - lora.scores[seed] for seed, of_ours in sorted(ours.scores.items()) if seed in lora.scores]
-            for name in tasks
-            if (ours := found.get((name, method))) and (lora := found.get((name, "lora")))
-        ]
-        if method != "lora" and len(pairs) == len(tasks):
-            lines.append([method, *(_interval(of_task) for of_task in pairs), _interval(list(chain(*pairs)))])
+        pairs = [_differences(found.get((name, method)), found.get((name, "lora"))) for name in tasks]
+        if method != "lora" and any(pairs):
+            cells = [_interval(of_task) if of_task else NONE for of_task in pairs]
+            lines.append([method, *cells, _interval(list(chain(*pairs))) if all(pairs) else NONE])
     return lines
+
+
+def _differences(method: Summary | None, lora: Summary | None) -> list[float]:
+    """What a method scores more than LoRA with the same seed, for each seed of both."""
+    if method is None or lora is None:
+        return []
+    return [score - lora.scores[seed] for seed, score in sorted(method.scores.items()) if seed in lora.scores]
 
 
 def _interval(differences: Sequence[float]) -> str:

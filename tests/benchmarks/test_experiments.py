@@ -64,7 +64,11 @@ def test_differences_are_paired_by_seed_and_have_the_interval_of_student():
         ["geolora", "+0.020 (-0.107 to +0.147)", "+0.020 (-0.107 to +0.147)"],
         ["full", "+0.100", "+0.100"],
     ]
-    assert comparison.paired(records, ["a", "b"]) == []
+    assert comparison.paired(records, ["a", "b"]) == [
+        ["geolora", "+0.020 (-0.107 to +0.147)", "-", "-"],
+        ["full", "+0.100", "-", "-"],
+    ]
+    assert comparison.paired(records, ["b"]) == []
 
 
 def test_a_rate_is_alive_only_without_a_gap():
