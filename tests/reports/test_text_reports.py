@@ -397,6 +397,27 @@ def test_a_prediction_that_is_not_a_number_has_no_label(tmp_path):
     assert (first["label"], first["p_cat"]) == ("", "")
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_a_score_that_is_not_a_number_is_left_empty(tmp_path, ending):
+    """A tagger that had diverged ended the prediction in an error of JSON, after all the work."""
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{name}.png")
+    found = [{"tags": ["x", None], "score": float("inf"), "scores": [float("nan"), 0.5]}, {"tags": [], "score": 0.25}]
+    module = Echo([[0.25, 0.75]])
+    module.predict_step = lambda batch, batch_idx: [{"scores": [], **row} for row in found]
+    data, output = UnlabelledImages(str(tmp_path / "in")), tmp_path / f"out{ending}"
+    with pytest.warns(GeoLoRAWarning, match="1 of 2 predictions are not finite"):
+        rows = predict(module, data, output, **QUIET)
+    assert [(row["score"], row["scores"]) for row in rows] == [(None, [None, 0.5]), (0.25, [])]
+    assert rows[0]["tags"] == ["x", None]
+    if ending == ".jsonl":
+        assert [json.loads(line, parse_constant=pytest.fail) for line in output.read_text().splitlines()] == rows
+    else:
+        first = next(csv.DictReader(output.read_text().splitlines()))
+        assert (first["score"], first["scores"]) == ("", "[null, 0.5]")
+
+
 def test_a_text_that_is_a_formula_is_not_run_by_a_spreadsheet(tmp_path):
     """A text to predict began with an equals sign, and a spreadsheet ran it when the CSV file was opened."""
     texts = ["=HYPERLINK(1)", "+1 is more", "@SUM(A1)", "-- a dash", "-1.5", "fine = good", '"=quoted"']
