@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from text_files import attach, write
+from text_files import attach, write, write_rows
 from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.messages import as_sentence
-from geolora_pl.data import LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
+from geolora_pl.data import AnswerFiles, LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 from geolora_pl.tasks.text_models import load_config, token_limits
@@ -466,3 +466,17 @@ def test_a_broken_file_of_a_hub_data_set_is_one_sentence(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3 + '{"text": broken\n')
     with pytest.raises(ValueError, match=r"^dataset='.*', subset=None cannot be loaded: (?!An error occurred)"):
         TextHub(str(tmp_path)).load_splits()
+
+
+@pytest.mark.parametrize(
+    ("answer", "start", "span"),
+    [(" good", 0, [5, 5]), ("bad ", 14, [8, 8]), (" good film is bad ", 0, [5, 8]), ("film ", 6, [6, 6])],
+)
+def test_an_answer_with_spaces_around_it_is_learnt(tmp_path, answer, start, span):
+    """An answer at an end of its context was marked with the space there, and was learnt as no answer at all."""
+    answers = {"text": [answer], "answer_start": [start]}
+    row = {"question": "the film is", "context": " good film is bad ", "answers": answers}
+    file = write_rows(tmp_path / "train.jsonl", [row])
+    data = attach(AnswerFiles(file, val_file=file, max_length=16, stride=2, cache_dir=str(tmp_path / "cache")))
+    train = data.splits["train"][0]
+    assert [train["start_positions"], train["end_positions"]] == span
