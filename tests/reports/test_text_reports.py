@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from text_files import attach, write, write_rows
+from tiny_chat import chat_tokenizer, turns, write_chats
 from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.messages import as_sentence
-from geolora_pl.data import AnswerFiles, LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
+from geolora_pl.data import AnswerFiles, ChatFiles, LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
 from geolora_pl.tasks.text_models import load_config, token_limits
@@ -480,3 +481,14 @@ def test_an_answer_with_spaces_around_it_is_learnt(tmp_path, answer, start, span
     data = attach(AnswerFiles(file, val_file=file, max_length=16, stride=2, cache_dir=str(tmp_path / "cache")))
     train = data.splits["train"][0]
     assert [train["start_positions"], train["end_positions"]] == span
+
+
+def test_token_ids_of_a_tokenizer_whose_end_was_corrected_are_made_again(tmp_path):
+    """The eos_token of a tokenizer was corrected, and conversations still ended with the old one, from the cache."""
+    file = write_chats(tmp_path / "chats.jsonl", [turns("good film", "bad plot")])
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = chat_tokenizer(template + "{% if add_generation_prompt %}<assistant> {% endif %}")
+    for eos in (tokenizer.eos_token, "<end>"):
+        tokenizer.eos_token = eos
+        data = ChatFiles(file, val_file=file, max_length=16, packed=False, cache_dir=str(tmp_path / "cache"))
+        assert attach(data, tokenizer).splits["train"][0]["input_ids"][-1] == tokenizer.eos_token_id
