@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from text_files import attach, write, write_rows
 from tiny_chat import chat_tokenizer, turns, write_chats
-from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model
+from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.messages import as_sentence
-from geolora_pl.data import AnswerFiles, ChatFiles, LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
+from geolora_pl.data import AnswerFiles, ChatFiles, LanguageFiles, Seq2SeqFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
+from geolora_pl.tasks import CausalLM, ImageClassification, Seq2SeqLM, TextClassification
 from geolora_pl.tasks.text_models import load_config, token_limits
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -35,9 +35,9 @@ def texts(tmp_path):
     return write(tmp_path / "train.csv", text=WORDS[:18], label=["yes", "no"] * 9)
 
 
-def task_with(model_name, data, **settings):
+def task_with(model_name, data, kind=TextClassification, **settings):
     """Connect a task with data as a trainer does, and set up the data."""
-    task = TextClassification(model_name, **settings)
+    task = kind(model_name, **settings)
     data.trainer = L.Trainer(enable_checkpointing=False, **QUIET)
     data.trainer.strategy.connect(task)
     data.setup("fit")
@@ -73,6 +73,16 @@ def test_a_token_without_an_embedding_is_refused_before_the_first_step(tmp_path,
         ValueError, match=r"train: the tokenizer gives the id \d+ .* embeddings for the ids 0 to 25 only"
     ):
         task_with(folder, TextFiles(texts, cache_dir=str(tmp_path / "cache")))
+
+
+def test_a_token_of_a_target_without_an_embedding_is_refused_before_the_first_step(tmp_path):
+    """Words that only targets have were added to the tokenizer and not to the model: an IndexError came in some step."""
+    folder = save_tiny_seq2seq(tmp_path / "model")
+    make_tokenizer("t5", words=[*WORDS, "new"]).save_pretrained(folder)
+    file = write(tmp_path / "pairs.csv", text=["good film"] * 4, target=["one", "new"] * 2)
+    data = Seq2SeqFiles(file, val_file=file, max_length=8, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"train: the tokenizer gives the id 26 .* embeddings for the ids 0 to 25 only"):
+        task_with(folder, data, kind=Seq2SeqLM)
 
 
 def test_a_padding_token_without_an_embedding_is_refused(tmp_path):
