@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from text_files import attach, write, write_rows
-from tiny_chat import chat_tokenizer, turns, write_chats
+from tiny_chat import chat_tokenizer, save_tiny_chat, turns, write_chats
 from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
 
 from geolora_pl import AdapterConfig, predict
@@ -502,3 +502,16 @@ def test_token_ids_of_a_tokenizer_whose_end_was_corrected_are_made_again(tmp_pat
         tokenizer.eos_token = eos
         data = ChatFiles(file, val_file=file, max_length=16, packed=False, cache_dir=str(tmp_path / "cache"))
         assert attach(data, tokenizer).splits["train"][0]["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_an_answer_does_not_depend_on_how_long_another_prompt_of_its_batch_is(tmp_path):
+    """Beside a prompt that nearly fills the positions of GPT-2, the answers to short ones ended after a few tokens."""
+    name = save_tiny_chat(tmp_path / "model", "gpt2")
+    file = write_chats(tmp_path / "asked.jsonl", [turns("good film"), turns("good " * 20), turns("one two")])
+    found = []
+    for batch_size in (1, 3):
+        data = ChatFiles(predict_file=file, batch_size=batch_size, cache_dir=str(tmp_path / "cache"))
+        rows = predict(CausalLM(name, max_new_tokens=20), data, **QUIET)
+        found.append([row["generated"] for row in rows])
+    assert found[0] == found[1]
+    assert len(found[0][0].split()) > len(found[0][1].split())
