@@ -515,3 +515,12 @@ def test_an_answer_does_not_depend_on_how_long_another_prompt_of_its_batch_is(tm
         found.append([row["generated"] for row in rows])
     assert found[0] == found[1]
     assert len(found[0][0].split()) > len(found[0][1].split())
+
+
+def test_a_conversation_without_room_for_an_answer_is_refused_before_any_is_answered(tmp_path):
+    """A conversation had as many tokens as GPT-2 has positions: predict ended in an error when its batch came."""
+    name = save_tiny_chat(tmp_path / "model", "gpt2")
+    file = write_chats(tmp_path / "asked.jsonl", [turns("one"), turns("good " * 29)])
+    data = ChatFiles(predict_file=file, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"asked\.jsonl: line 2 has 32 tokens and the model 32 positions, which leaves no"):
+        task_with(name, data, kind=CausalLM)
