@@ -524,3 +524,14 @@ def test_a_conversation_without_room_for_an_answer_is_refused_before_any_is_answ
     data = ChatFiles(predict_file=file, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"asked\.jsonl: line 2 has 32 tokens and the model 32 positions, which leaves no"):
         task_with(name, data, kind=CausalLM)
+
+
+def test_a_search_that_never_stops_early_stays_so_in_a_checkpoint(tmp_path):
+    """A user searched with early_stopping: never, and what was loaded from the checkpoint wrote other texts."""
+    settings = {"num_beams": 3, "early_stopping": "never"}
+    module = Seq2SeqLM(save_tiny_seq2seq(tmp_path / "model"), max_new_tokens=4, generation=settings)
+    file = write(tmp_path / "pairs.csv", text=["good film"] * 4, target=["one", "two"] * 2)
+    data = Seq2SeqFiles(file, val_file=file, max_length=8, cache_dir=str(tmp_path / "cache"))
+    fit(module, data).save_checkpoint(tmp_path / "run.ckpt")
+    loaded = Seq2SeqLM.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.model.generation_config.early_stopping == "never"
