@@ -109,7 +109,7 @@ class TokenClassification(TransformerTask):
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the words of the batch, or zero if there are none."""
         logits, labels = self(batch), batch["labels"]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
         loss: Tensor = losses / (labels != IGNORED).sum().clamp_min(1)
         self.log("train_loss", loss, prog_bar=True)
         return loss

@@ -19,7 +19,7 @@ from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.messages import as_sentence
 from geolora_pl.data import AnswerFiles, ChatFiles, LanguageFiles, Seq2SeqFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.tasks import CausalLM, ImageClassification, Seq2SeqLM, TextClassification
+from geolora_pl.tasks import CausalLM, ImageClassification, Seq2SeqLM, TextClassification, TokenClassification
 from geolora_pl.tasks.text_models import load_config, token_limits
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -535,3 +535,13 @@ def test_a_search_that_never_stops_early_stays_so_in_a_checkpoint(tmp_path):
     fit(module, data).save_checkpoint(tmp_path / "run.ckpt")
     loaded = Seq2SeqLM.load_from_checkpoint(tmp_path / "run.ckpt")
     assert loaded.model.generation_config.early_stopping == "never"
+
+
+def test_the_loss_of_many_words_is_finite_in_16_bits(tmp_path):
+    """With precision 16-true, the losses of a batch of 64,000 words summed up to infinity, and no step was taken."""
+    module = TokenClassification(save_tiny_model(tmp_path / "model"), num_classes=9)
+    module.configure_model()
+    batch = {"input_ids": torch.full((2000, 32), 5), "labels": torch.zeros(2000, 32, dtype=torch.long)}
+    module.log = lambda *_, **__: None
+    with torch.no_grad():
+        assert module.half().training_step(batch).isfinite()
