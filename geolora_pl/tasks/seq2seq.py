@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.functional.text import rouge_score
-from transformers import AutoModelForSeq2SeqLM, GenerationMixin
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
+_MODES = ("num_beams", "do_sample")  # the settings that say in which way a model writes; others are for one of them
 _LENGTHS = ("max_length", "max_new_tokens")  # of which the task's own argument is the one that counts
 
 
@@ -102,7 +103,9 @@ class Seq2SeqLM(TransformerTask):
             )
         try:
             lengths = dict(zip(_LENGTHS, (None, self.max_new_tokens), strict=True))
+            came = config.to_diff_dict()
             unknown = config.update(**self.generation, **lengths)
+            _forget_unsuited(config, came.keys() - self.generation.keys())
             config.validate(strict=True)
         except ValueError as error:
             raise ValueError(f"generation={self.generation!r} does not work: {' '.join(str(error).split())}") from error
@@ -163,6 +166,16 @@ class Seq2SeqLM(TransformerTask):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Return the text that is written for each text."""
         return [{"generated": text} for text in self.write(batch)]
+
+
+def _forget_unsuited(config: GenerationConfig, came: Iterable[str]) -> None:
+    """Set back what came with a model and is for another way of writing, such as with beams, than it has now."""
+    modes, usual = {mode: getattr(config, mode) for mode in _MODES}, GenerationConfig()
+    for name in sorted(set(came).difference(_MODES)):
+        try:
+            GenerationConfig(**modes, **{name: getattr(config, name, None)}).validate(strict=True)
+        except ValueError:
+            setattr(config, name, getattr(usual, name, None))
 
 
 def _numbers(settings: object) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from text_files import attach, write, write_rows
 from tiny_chat import chat_tokenizer, save_tiny_chat, turns, write_chats
 from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
+from transformers import GenerationConfig
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
@@ -545,3 +546,24 @@ def test_the_loss_of_many_words_is_finite_in_16_bits(tmp_path):
     module.log = lambda *_, **__: None
     with torch.no_grad():
         assert module.half().training_step(batch).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        ({"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 1}, (1, None, None)),
+        ({"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 2}, (2, True, 2.0)),
+        ({"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}, None, (4, True, 2.0)),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.9}, {"do_sample": False}, (None, None, None)),
+    ],
+)
+def test_settings_that_came_with_a_model_do_not_forbid_another_way_of_writing(tmp_path, own, given, expected):
+    """BART came with settings of a search of 4 beams, so that num_beams: 1 was refused as if the user had set them."""
+    name = save_tiny_seq2seq(tmp_path / "model", "bart")
+    GenerationConfig(**own, decoder_start_token_id=3, eos_token_id=3, pad_token_id=0).save_pretrained(name)
+    module = Seq2SeqLM(name, max_new_tokens=4, generation=given)
+    module.configure_model()
+    config, usual = module.model.generation_config, GenerationConfig()
+    for name, value in zip(("num_beams", "early_stopping", "length_penalty"), expected, strict=True):
+        assert getattr(config, name) == (getattr(usual, name) if value is None else value)
+    config.save_pretrained(tmp_path / "export")  # which refuses settings that do not go together
