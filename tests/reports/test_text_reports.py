@@ -20,6 +20,7 @@ from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.messages import as_sentence
 from geolora_pl.data import AnswerFiles, ChatFiles, LanguageFiles, Seq2SeqFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
 from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.lightning.export import export
 from geolora_pl.tasks import CausalLM, ImageClassification, Seq2SeqLM, TextClassification, TokenClassification
 from geolora_pl.tasks.text_models import load_config, token_limits
 
@@ -567,3 +568,12 @@ def test_settings_that_came_with_a_model_do_not_forbid_another_way_of_writing(tm
     for name, value in zip(("num_beams", "early_stopping", "length_penalty"), expected, strict=True):
         assert getattr(config, name) == (getattr(usual, name) if value is None else value)
     config.save_pretrained(tmp_path / "export")  # which refuses settings that do not go together
+
+
+def test_an_export_takes_the_configuration_that_fit_takes(tmp_path, model, texts):
+    """The YAML of init names its task alone: fit took it, and export said that there is no such class."""
+    runs = fit(TextClassification(model), TextFiles(texts, val_file=texts, cache_dir=str(tmp_path / "cache")))
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    (tmp_path / "text.yaml").write_text(f"model: {{class_path: TextClassification, init_args: {{model_name: {model}}}}}")
+    export(tmp_path / "run.ckpt", "adapter", tmp_path / "adapter.safetensors", tmp_path / "text.yaml")
+    assert (tmp_path / "adapter.safetensors").is_file()
