@@ -205,6 +205,7 @@ class CausalLM(TransformerTask):
         """
         if "labels" not in batch:
             return [{"generated": text} for text in self._answer(batch)]
+        self._check_isolation()
         losses, learnt = self.token_losses(batch)
         return losses.sum(1) / learnt.sum(1).clamp_min(1)
 
