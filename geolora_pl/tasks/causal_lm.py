@@ -184,7 +184,9 @@ class CausalLM(TransformerTask):
         masks = batch["attention_mask"].bool()
         if room < self.max_new_tokens and len(masks) > 1 and not synced:
             # The longest row leaves less room than the others have, so that each is answered by itself.
-            alone = [{name: tensor[row, mask][None] for name, tensor in batch.items()} for row, mask in enumerate(masks)]
+            alone = [
+                {name: tensor[row, mask][None] for name, tensor in batch.items()} for row, mask in enumerate(masks)
+            ]
             return [text for one in alone for text in self._answer(one)]
         with self.trainer.precision_plugin.forward_context():
             return answer(self.model, self.tokenizer, batch, room, synced=synced)

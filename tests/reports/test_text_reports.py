@@ -18,7 +18,16 @@ from transformers import GenerationConfig
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.cli.messages import as_sentence
-from geolora_pl.data import AnswerFiles, ChatFiles, LanguageFiles, Seq2SeqFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
+from geolora_pl.data import (
+    AnswerFiles,
+    ChatFiles,
+    LanguageFiles,
+    Seq2SeqFiles,
+    TextFiles,
+    TextHub,
+    UnlabelledImages,
+    UnlabelledTexts,
+)
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.lightning.export import export
 from geolora_pl.tasks import CausalLM, ImageClassification, Seq2SeqLM, TextClassification, TokenClassification
@@ -78,12 +87,14 @@ def test_a_token_without_an_embedding_is_refused_before_the_first_step(tmp_path,
 
 
 def test_a_token_of_a_target_without_an_embedding_is_refused_before_the_first_step(tmp_path):
-    """Words that only targets have were added to the tokenizer and not to the model: an IndexError came in some step."""
+    """A word of targets alone was added to the tokenizer and not to the model: an IndexError came in some step."""
     folder = save_tiny_seq2seq(tmp_path / "model")
     make_tokenizer("t5", words=[*WORDS, "new"]).save_pretrained(folder)
     file = write(tmp_path / "pairs.csv", text=["good film"] * 4, target=["one", "new"] * 2)
     data = Seq2SeqFiles(file, val_file=file, max_length=8, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"train: the tokenizer gives the id 26 .* embeddings for the ids 0 to 25 only"):
+    with pytest.raises(
+        ValueError, match=r"train: the tokenizer gives the id 26 .* embeddings for the ids 0 to 25 only"
+    ):
         task_with(folder, data, kind=Seq2SeqLM)
 
 
@@ -524,7 +535,9 @@ def test_a_conversation_without_room_for_an_answer_is_refused_before_any_is_answ
     name = save_tiny_chat(tmp_path / "model", "gpt2")
     file = write_chats(tmp_path / "asked.jsonl", [turns("one"), turns("good " * 29)])
     data = ChatFiles(predict_file=file, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"asked\.jsonl: line 2 has 32 tokens and the model 32 positions, which leaves no"):
+    with pytest.raises(
+        ValueError, match=r"asked\.jsonl: line 2 has 32 tokens and the model 32 positions, which leaves no"
+    ):
         task_with(name, data, kind=CausalLM)
 
 
@@ -574,6 +587,8 @@ def test_an_export_takes_the_configuration_that_fit_takes(tmp_path, model, texts
     """The YAML of init names its task alone: fit took it, and export said that there is no such class."""
     runs = fit(TextClassification(model), TextFiles(texts, val_file=texts, cache_dir=str(tmp_path / "cache")))
     runs.save_checkpoint(tmp_path / "run.ckpt")
-    (tmp_path / "text.yaml").write_text(f"model: {{class_path: TextClassification, init_args: {{model_name: {model}}}}}")
+    (tmp_path / "text.yaml").write_text(
+        f"model: {{class_path: TextClassification, init_args: {{model_name: {model}}}}}"
+    )
     export(tmp_path / "run.ckpt", "adapter", tmp_path / "adapter.safetensors", tmp_path / "text.yaml")
     assert (tmp_path / "adapter.safetensors").is_file()

@@ -90,7 +90,9 @@ def test_a_model_that_sees_the_neighbour_is_refused_by_name(tmp_path):
     assert module.model.training
     trainer(GeoLoRACallback(), max_steps=1).fit(module, chats(tmp_path, packed=False))
     file = write(tmp_path / "texts.csv", text=["one two", "a film"])
-    texts = LanguageFiles(file, val_file=file, test_file=file, isolated=True, max_length=16, cache_dir=tmp_path / "cache")
+    texts = LanguageFiles(
+        file, val_file=file, test_file=file, isolated=True, max_length=16, cache_dir=tmp_path / "cache"
+    )
     with pytest.raises(ValueError, match=r"BloomForCausalLM would see the neighbours .* set packed to false"):
         predict(module, texts, **QUIET)
     asked = chats(tmp_path, predict_file=write_chats(tmp_path / "asked.jsonl", [turns("one")]))
