@@ -8,6 +8,7 @@ import shutil
 import lightning as L
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from text_files import attach, write, write_rows
@@ -17,6 +18,7 @@ from transformers import GenerationConfig
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.dispatch import main
 from geolora_pl.cli.messages import as_sentence
 from geolora_pl.data import (
     AnswerFiles,
@@ -592,3 +594,23 @@ def test_an_export_takes_the_configuration_that_fit_takes(tmp_path, model, texts
     )
     export(tmp_path / "run.ckpt", "adapter", tmp_path / "adapter.safetensors", tmp_path / "text.yaml")
     assert (tmp_path / "adapter.safetensors").is_file()
+
+
+def test_texts_to_predict_have_the_prefix_of_the_texts_in_training(tmp_path, capsys):
+    """A T5 that had learnt behind its prefix got the lines of a file without it, though the configuration has one."""
+    model, lines = save_tiny_seq2seq(tmp_path / "model"), tmp_path / "lines.txt"
+    lines.write_text("good film\nbad plot\n")
+    file = write(tmp_path / "pairs.csv", text=["good film", "bad plot"], target=["one", "two"])
+    settings = {"prefix": "the ", "max_length": 8, "cache_dir": str(tmp_path / "cache")}
+    trained, asked = Seq2SeqFiles(file, val_file=file, **settings), UnlabelledTexts(str(lines), **settings)
+    task_with(model, trained, kind=Seq2SeqLM)
+    task_with(model, asked, kind=Seq2SeqLM)
+    assert asked.splits["predict"]["input_ids"][:] == trained.splits["train"]["input_ids"][:]
+    assert asked.predict_inputs == {"text": ["good film", "bad plot"]}
+    of_training = {"class_path": "Seq2SeqFiles", "init_args": {"train_file": "x.csv", "prefix": "the "}}
+    of_model = {"class_path": "Seq2SeqLM", "init_args": {"model_name": "x"}}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": of_model, "data": of_training}))
+    more = ["--data=UnlabelledTexts", "--data.init_args.file=x.txt", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(["predict", f"--config={tmp_path / 'run.yaml'}", *more])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["prefix"] == "the "
