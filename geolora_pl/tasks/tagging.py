@@ -74,8 +74,12 @@ class TokenClassification(TransformerTask):
         config.num_labels = self.num_classes
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
-        """Return the names of the head."""
+        """Return the names of the head, and of a pooler, which is not called."""
         return head_names(model)
+
+    def new_modules(self) -> Sequence[str]:
+        """Return the names of the head."""
+        return head_names(self.model, pooler=False)
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``, with the tags."""

@@ -32,7 +32,14 @@ from geolora_pl.data import (
 )
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.lightning.export import export
-from geolora_pl.tasks import CausalLM, ImageClassification, Seq2SeqLM, TextClassification, TokenClassification
+from geolora_pl.tasks import (
+    CausalLM,
+    ImageClassification,
+    QuestionAnswering,
+    Seq2SeqLM,
+    TextClassification,
+    TokenClassification,
+)
 from geolora_pl.tasks.text_models import load_config, token_limits
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -614,3 +621,16 @@ def test_texts_to_predict_have_the_prefix_of_the_texts_in_training(tmp_path, cap
     with pytest.raises(SystemExit):
         main(["predict", f"--config={tmp_path / 'run.yaml'}", *more])
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["prefix"] == "the "
+
+
+@pytest.mark.parametrize("kind", [TokenClassification, QuestionAnswering])
+def test_all_that_is_trained_for_tags_and_answers_has_a_gradient(tmp_path, kind):
+    """BigBird makes a pooler for tags that it never calls: it was trained in full, and DDP waited for its gradient."""
+    settings = {"model_type": "big_bird", "vocab_size": 26, "hidden_size": 16, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "intermediate_size": 24, "attention_type": "original_full"}
+    more = {} if kind is QuestionAnswering else {"num_classes": 3}
+    module = kind("tiny", pretrained=False, model_args=settings, **more)
+    module.configure_model()
+    module({"input_ids": torch.full((2, 8), 5)}).square().sum().backward()
+    assert [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert [name for name, p in module.named_parameters() if p.requires_grad and "classifier" in name]
