@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import optim
 
 
@@ -20,7 +21,8 @@ def path_of(name: str) -> str:
     """What the command line is to look up for a name; anything else is returned as it is.
 
     A task or data source is imported, because the command line knows what is imported. An optimizer or schedule of
-    torch is found by its path, for other libraries have some of the same name (``AdamW`` of bitsandbytes).
+    torch is found by its path, for other libraries have some of the same name (``AdamW`` of bitsandbytes). Only
+    ``ReduceLROnPlateau`` is Lightning's, which knows the metric that it waits for.
 
     Args:
         name: A name, or anything else.
@@ -31,6 +33,8 @@ def path_of(name: str) -> str:
     """
     if name in homes():
         getattr(import_module(homes()[name]), name)
+    if name == ReduceLROnPlateau.__name__:
+        return f"{ReduceLROnPlateau.__module__}.{name}"
     for package in (optim, optim.lr_scheduler):
         if name.isidentifier() and isinstance(getattr(package, name, None), type):
             return f"{package.__name__}.{name}"

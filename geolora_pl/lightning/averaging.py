@@ -174,12 +174,13 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         """Let the averaged weights be those of the checkpoint, and the trained ones lie beside them."""
         if self._mean is None or not self._mean.started:
             return
-        averaged = {id(tensor): value for tensor, value in self._mean.values()}
-        trained = {id(tensor): value for tensor, value in self._trained}
+        # What stands in the place of the trained weights is saved as it is: a test may have loaded another checkpoint.
+        others = {id(tensor): value for tensor, value in self._trained or self._mean.values()}
         weights, there = checkpoint["state_dict"], pl_module.state_dict(keep_vars=True)
-        names = [name for name in weights if id(there.get(name)) in averaged]
-        checkpoint[CURRENT] = {name: trained.get(id(there[name]), weights[name]) for name in names}
-        checkpoint["state_dict"] = {**weights, **{name: averaged[id(there[name])] for name in names}}
+        ours = {name: tensor for name, tensor in weights.items() if id(there.get(name)) in others}
+        exchanged = {name: others[id(there[name])] for name in ours}
+        checkpoint[CURRENT] = exchanged if self._trained else ours
+        checkpoint["state_dict"] = weights if self._trained else {**weights, **exchanged}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a fit go on from the weights as they were trained."""

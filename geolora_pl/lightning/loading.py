@@ -102,7 +102,9 @@ def _configured(config: str | Path) -> dict[str, Any]:
     given = {name: model[name] for name in ("init_args", "dict_kwargs") if model.get(name)}
     if any(not isinstance(value, dict) for value in given.values()):
         raise ValueError(f"config={str(config)!r}: model.init_args must be settings by name")
-    return {**given, "class_path": model["class_path"]}
+    class_path = model["class_path"]
+    is_name = class_path in import_module(_TASKS).__all__  # of a task alone, as fit takes it
+    return {**given, "class_path": f"{_TASKS}.{class_path}" if is_name else class_path}
 
 
 def _module_class(class_path: str) -> type[GeoLoRAModule]:

@@ -101,7 +101,7 @@ class PredictionWriter(BasePredictionWriter):
             torch.distributed.all_gather_object(everything, mine)
         if trainer.is_global_zero:
             found = {key: prediction for of_process in everything for key, prediction in of_process.items()}
-            if broken := sum(isinstance(p, Tensor) and not p.isfinite().all() for p in found.values()):
+            if broken := sum(not _is_finite(prediction) for prediction in found.values()):
                 rank_zero_warn(
                     f"{broken} of {len(found)} predictions are not finite, so their label or number is left empty: "
                     "look at the inputs and at the checkpoint",
@@ -159,9 +159,9 @@ def _rows(found: dict[tuple[int, int], Tensor | Row], module: object, data: obje
     rows = []
     for (number, index), prediction in sorted(found.items(), key=lambda item: item[0]):
         row: Row = ({"set": number} if sets > 1 else {}) | {"index": index}
-        row |= {column: values[index] for column, values in inputs.items()}
+        row |= {column: _finite(values[index]) for column, values in inputs.items()}
         if isinstance(prediction, dict):
-            rows.append(row | prediction)
+            rows.append(row | _finite(prediction))
             continue
         if prediction.dim() == 0:
             rows.append(row | {"prediction": _finite(prediction.item())})
@@ -183,8 +183,17 @@ def _found(of_class: dict[str, float | None], multi_label: bool) -> Row:
     return {"label": max(known, key=lambda name: known[name]) if whole else None}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _is_finite(prediction: Tensor | Row) -> bool:
+    return bool(prediction.isfinite().all()) if isinstance(prediction, Tensor) else _finite(prediction) == prediction
+
+
+def _finite(value: Any) -> Any:
+    """A value in which nothing is left of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return {name: _finite(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _names(module: object, data: object) -> Sequence[str]:

@@ -180,9 +180,16 @@ class CausalLM(TransformerTask):
 
     def _answer(self, batch: Batch) -> list[str]:
         """What the model writes; all processes do the same, because a sharded model needs all of them."""
-        room = self._room(batch["input_ids"].shape[1])
+        room, synced = self._room(batch["input_ids"].shape[1]), self.device_mesh is not None
+        masks = batch["attention_mask"].bool()
+        if room < self.max_new_tokens and len(masks) > 1 and not synced:
+            # The longest row leaves less room than the others have, so that each is answered by itself.
+            alone = [
+                {name: tensor[row, mask][None] for name, tensor in batch.items()} for row, mask in enumerate(masks)
+            ]
+            return [text for one in alone for text in self._answer(one)]
         with self.trainer.precision_plugin.forward_context():
-            return answer(self.model, self.tokenizer, batch, room, synced=self.device_mesh is not None)
+            return answer(self.model, self.tokenizer, batch, room, synced=synced)
 
     def _room(self, length: int) -> int:
         """How many tokens may be written after so many."""
@@ -200,6 +207,7 @@ class CausalLM(TransformerTask):
         """
         if "labels" not in batch:
             return [{"generated": text} for text in self._answer(batch)]
+        self._check_isolation()
         losses, learnt = self.token_losses(batch)
         return losses.sum(1) / learnt.sum(1).clamp_min(1)
 

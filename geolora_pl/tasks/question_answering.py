@@ -69,8 +69,12 @@ class QuestionAnswering(TransformerTask):
         config.num_labels = 2
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
-        """Return the names of the head."""
+        """Return the names of the head, and of a pooler, which is not called."""
         return head_names(model)
+
+    def new_modules(self) -> Sequence[str]:
+        """Return the names of the head."""
+        return head_names(self.model, pooler=False)
 
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of questions, and say what is trained in full."""

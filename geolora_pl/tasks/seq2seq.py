@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.functional.text import rouge_score
-from transformers import AutoModelForSeq2SeqLM, GenerationMixin
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
+_MODES = ("num_beams", "do_sample")  # the settings that say in which way a model writes; others are for one of them
+_LENGTHS = ("max_length", "max_new_tokens")  # of which the task's own argument is the one that counts
 
 
 class Seq2SeqLM(TransformerTask):
@@ -58,16 +60,25 @@ class Seq2SeqLM(TransformerTask):
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.max_new_tokens = max_new_tokens
         self.generation = generation or {}
+        for name in _LENGTHS:
+            if name in self.generation:
+                raise ValueError(
+                    f"generation.{name}={self.generation[name]!r} would not count beside max_new_tokens="
+                    f"{max_new_tokens}: set that, and leave it out of generation"
+                )
 
     @classmethod
     def argument_from_checkpoint(cls, name: str, value: Any) -> Any:
-        """Accept numbers for the settings of generation.
+        """Accept numbers for the settings of generation, but for lengths.
 
         Raises:
             ValueError: The checkpoint says more.
         """
-        if name == "generation" and value is not None and value != _numbers(value):
-            raise ValueError("is not a mapping of names to numbers")
+        if name == "generation" and value is not None:
+            kept = _numbers(value)
+            if not isinstance(value, Mapping) or value.keys() - {*kept, *_LENGTHS}:
+                raise ValueError("is not a mapping of names to numbers")
+            value = kept
         return super().argument_from_checkpoint(name, value)
 
     def configure_model(self) -> None:
@@ -91,8 +102,10 @@ class Seq2SeqLM(TransformerTask):
                 f"max_new_tokens={self.max_new_tokens} is more than the {self.max_positions} positions of the model"
             )
         try:
-            lengths = {"max_length": None, "max_new_tokens": self.max_new_tokens}
-            unknown = config.update(**{**self.generation, **lengths})
+            lengths = dict(zip(_LENGTHS, (None, self.max_new_tokens), strict=True))
+            came = config.to_diff_dict()
+            unknown = config.update(**self.generation, **lengths)
+            _forget_unsuited(config, came.keys() - self.generation.keys())
             config.validate(strict=True)
         except ValueError as error:
             raise ValueError(f"generation={self.generation!r} does not work: {' '.join(str(error).split())}") from error
@@ -155,11 +168,27 @@ class Seq2SeqLM(TransformerTask):
         return [{"generated": text} for text in self.write(batch)]
 
 
+def _forget_unsuited(config: GenerationConfig, came: Iterable[str]) -> None:
+    """Set back what came with a model and is for another way of writing, such as with beams, than it has now."""
+    modes, usual = {mode: getattr(config, mode) for mode in _MODES}, GenerationConfig()
+    for name in sorted(set(came).difference(_MODES)):
+        try:
+            GenerationConfig(**modes, **{name: getattr(config, name, None)}).validate(strict=True)
+        except ValueError:
+            setattr(config, name, getattr(usual, name, None))
+
+
 def _numbers(settings: object) -> dict[str, Any]:
-    """The settings that are numbers or lists of numbers; the others name code, places or versions."""
+    """The settings that are numbers or lists of numbers, but for lengths; the others name code, places or versions."""
     if not isinstance(settings, Mapping):
         return {}
-    return {name: value for name, value in settings.items() if name[:1] != "_" and _is_number(value)}
+    known = {name: value for name, value in settings.items() if name[:1] != "_" and name not in _LENGTHS}
+    return {name: value for name, value in known.items() if _is_number(value) or _never_stops(name, value)}
+
+
+def _never_stops(name: str, value: object) -> bool:
+    """Whether it is the one word that is a setting of a search."""
+    return name == "early_stopping" and value == "never"
 
 
 def _is_number(value: object) -> bool:

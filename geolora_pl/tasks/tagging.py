@@ -74,8 +74,12 @@ class TokenClassification(TransformerTask):
         config.num_labels = self.num_classes
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
-        """Return the names of the head."""
+        """Return the names of the head, and of a pooler, which is not called."""
         return head_names(model)
+
+    def new_modules(self) -> Sequence[str]:
+        """Return the names of the head."""
+        return head_names(self.model, pooler=False)
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``, with the tags."""
@@ -109,7 +113,7 @@ class TokenClassification(TransformerTask):
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the words of the batch, or zero if there are none."""
         logits, labels = self(batch), batch["labels"]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
         loss: Tensor = losses / (labels != IGNORED).sum().clamp_min(1)
         self.log("train_loss", loss, prog_bar=True)
         return loss

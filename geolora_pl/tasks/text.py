@@ -122,8 +122,7 @@ class TextClassification(TransformerTask):
 
     def may_be_new(self, model: nn.Module) -> Sequence[str]:
         """Return the names of the head, and of the pooler before it if that is trained."""
-        body = "" if self.train_pooler else f"{model.base_model_prefix}."
-        return [name for name in head_names(model) if not body or not name.startswith(body)]
+        return head_names(model, self.train_pooler)
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer for ``from_pretrained``, with the kind of problem and names of classes."""

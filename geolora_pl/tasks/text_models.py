@@ -236,18 +236,22 @@ def load_model(
     return model, new
 
 
-def head_names(model: nn.Module) -> list[str]:
+def head_names(model: nn.Module, pooler: bool = True) -> list[str]:
     """Return the names of what follows the transformer's blocks: the classifier, and the pooler before it.
 
     A pooler inside the body has pretrained weights, but they are often useless: that of a sentence encoder was never
     trained, and if it were frozen, it would keep what the body learns from the head.
+
+    Args:
+        model: A model with a head.
+        pooler: Whether the pooler inside the body is meant, which is not called where every token has an output.
     """
     prefix = str(model.base_model_prefix)
     after = {name: child for name, child in model.named_children() if name != prefix}
     if not hasattr(model, prefix):  # the body has no name of its own, as in T5ForQuestionAnswering
         after = {name: child for name, child in after.items() if isinstance(child, nn.Linear)}
-    if isinstance(pooler := getattr(getattr(model, prefix, None), "pooler", None), nn.Module):
-        after[f"{prefix}.pooler"] = pooler
+    if pooler and isinstance(inside := getattr(getattr(model, prefix, None), "pooler", None), nn.Module):
+        after[f"{prefix}.pooler"] = inside
     return [name for name, child in after.items() if any(True for _ in child.parameters())]
 
 

@@ -155,6 +155,15 @@ def test_a_name_means_the_class_of_torch_where_another_library_has_one_of_that_n
     assert issubclass(another, torch.optim.Optimizer)  # and is still there
 
 
+def test_the_name_of_the_schedule_that_waits_for_a_plateau_means_the_one_that_knows_its_metric(folder, capfd):
+    """By its name alone it was torch's, which takes no ``monitor``, and with which no fit can work."""
+    scheduler = "--model.init_args.lr_scheduler"
+    config = parsed(capfd, f"{scheduler}=ReduceLROnPlateau", f"{scheduler}.init_args.monitor=val_loss")
+    found = config["model"]["init_args"]["lr_scheduler"]
+    assert found["class_path"] == "lightning.pytorch.cli.ReduceLROnPlateau"
+    assert found["init_args"]["monitor"] == "val_loss"
+
+
 def test_what_was_set_for_another_optimizer_is_dropped_and_said(folder, capfd, caplog):
     config = parsed(capfd, f"{OPTIMIZER}.init_args.lr=0.1", f"{OPTIMIZER}=AdamW")
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3

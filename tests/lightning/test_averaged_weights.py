@@ -159,6 +159,19 @@ def test_a_checkpoint_holds_both_and_a_resumed_run_equals_one_run(tmp_path):
         trainer(GeoLoRACallback(adapter=FULL), max_epochs=4).fit(module, ckpt_path=tmp_path / "end.ckpt")
 
 
+def test_what_is_saved_after_the_fit_is_what_is_in_the_module(tmp_path):
+    """A user tested the best checkpoint and saved it under another name: the file held the last average."""
+    module, runs = fit(tmp_path)
+    trained = module.seen[-1]["head"]
+    runs.test(module, loader(), ckpt_path=tmp_path / "step=4.ckpt", weights_only=True, verbose=False)
+    runs.save_checkpoint(tmp_path / "best.ckpt")
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    tested = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"]
+    assert tested.keys() == best["state_dict"].keys()
+    assert all(torch.equal(tensor, best["state_dict"][name]) for name, tensor in tested.items())
+    assert torch.equal(best["current_model_state"]["head.weight"], trained)
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_test_load_export_and_ranks_take_the_averaged_weights(tmp_path, small):
     torch.manual_seed(0)

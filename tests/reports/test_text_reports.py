@@ -8,17 +8,38 @@ import shutil
 import lightning as L
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from text_files import attach, write
-from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model
+from text_files import attach, write, write_rows
+from tiny_chat import chat_tokenizer, save_tiny_chat, turns, write_chats
+from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
+from transformers import GenerationConfig
 
 from geolora_pl import AdapterConfig, predict
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.cli.dispatch import main
 from geolora_pl.cli.messages import as_sentence
-from geolora_pl.data import LanguageFiles, TextFiles, TextHub, UnlabelledImages, UnlabelledTexts
+from geolora_pl.data import (
+    AnswerFiles,
+    ChatFiles,
+    LanguageFiles,
+    Seq2SeqFiles,
+    TextFiles,
+    TextHub,
+    UnlabelledImages,
+    UnlabelledTexts,
+)
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
+from geolora_pl.lightning.export import export
+from geolora_pl.tasks import (
+    CausalLM,
+    ImageClassification,
+    QuestionAnswering,
+    Seq2SeqLM,
+    TextClassification,
+    TokenClassification,
+)
 from geolora_pl.tasks.text_models import load_config, token_limits
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -34,9 +55,9 @@ def texts(tmp_path):
     return write(tmp_path / "train.csv", text=WORDS[:18], label=["yes", "no"] * 9)
 
 
-def task_with(model_name, data, **settings):
+def task_with(model_name, data, kind=TextClassification, **settings):
     """Connect a task with data as a trainer does, and set up the data."""
-    task = TextClassification(model_name, **settings)
+    task = kind(model_name, **settings)
     data.trainer = L.Trainer(enable_checkpointing=False, **QUIET)
     data.trainer.strategy.connect(task)
     data.setup("fit")
@@ -72,6 +93,18 @@ def test_a_token_without_an_embedding_is_refused_before_the_first_step(tmp_path,
         ValueError, match=r"train: the tokenizer gives the id \d+ .* embeddings for the ids 0 to 25 only"
     ):
         task_with(folder, TextFiles(texts, cache_dir=str(tmp_path / "cache")))
+
+
+def test_a_token_of_a_target_without_an_embedding_is_refused_before_the_first_step(tmp_path):
+    """A word of targets alone was added to the tokenizer and not to the model: an IndexError came in some step."""
+    folder = save_tiny_seq2seq(tmp_path / "model")
+    make_tokenizer("t5", words=[*WORDS, "new"]).save_pretrained(folder)
+    file = write(tmp_path / "pairs.csv", text=["good film"] * 4, target=["one", "new"] * 2)
+    data = Seq2SeqFiles(file, val_file=file, max_length=8, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        ValueError, match=r"train: the tokenizer gives the id 26 .* embeddings for the ids 0 to 25 only"
+    ):
+        task_with(folder, data, kind=Seq2SeqLM)
 
 
 def test_a_padding_token_without_an_embedding_is_refused(tmp_path):
@@ -397,6 +430,27 @@ def test_a_prediction_that_is_not_a_number_has_no_label(tmp_path):
     assert (first["label"], first["p_cat"]) == ("", "")
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_a_score_that_is_not_a_number_is_left_empty(tmp_path, ending):
+    """A tagger that had diverged ended the prediction in an error of JSON, after all the work."""
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{name}.png")
+    found = [{"tags": ["x", None], "score": float("inf"), "scores": [float("nan"), 0.5]}, {"tags": [], "score": 0.25}]
+    module = Echo([[0.25, 0.75]])
+    module.predict_step = lambda batch, batch_idx: [{"scores": [], **row} for row in found]
+    data, output = UnlabelledImages(str(tmp_path / "in")), tmp_path / f"out{ending}"
+    with pytest.warns(GeoLoRAWarning, match="1 of 2 predictions are not finite"):
+        rows = predict(module, data, output, **QUIET)
+    assert [(row["score"], row["scores"]) for row in rows] == [(None, [None, 0.5]), (0.25, [])]
+    assert rows[0]["tags"] == ["x", None]
+    if ending == ".jsonl":
+        assert [json.loads(line, parse_constant=pytest.fail) for line in output.read_text().splitlines()] == rows
+    else:
+        first = next(csv.DictReader(output.read_text().splitlines()))
+        assert (first["score"], first["scores"]) == ("", "[null, 0.5]")
+
+
 def test_a_text_that_is_a_formula_is_not_run_by_a_spreadsheet(tmp_path):
     """A text to predict began with an equals sign, and a spreadsheet ran it when the CSV file was opened."""
     texts = ["=HYPERLINK(1)", "+1 is more", "@SUM(A1)", "-- a dash", "-1.5", "fine = good", '"=quoted"']
@@ -445,3 +499,138 @@ def test_a_broken_file_of_a_hub_data_set_is_one_sentence(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3 + '{"text": broken\n')
     with pytest.raises(ValueError, match=r"^dataset='.*', subset=None cannot be loaded: (?!An error occurred)"):
         TextHub(str(tmp_path)).load_splits()
+
+
+@pytest.mark.parametrize(
+    ("answer", "start", "span"),
+    [(" good", 0, [5, 5]), ("bad ", 14, [8, 8]), (" good film is bad ", 0, [5, 8]), ("film ", 6, [6, 6])],
+)
+def test_an_answer_with_spaces_around_it_is_learnt(tmp_path, answer, start, span):
+    """An answer at an end of its context was marked with the space there, and was learnt as no answer at all."""
+    answers = {"text": [answer], "answer_start": [start]}
+    row = {"question": "the film is", "context": " good film is bad ", "answers": answers}
+    file = write_rows(tmp_path / "train.jsonl", [row])
+    data = attach(AnswerFiles(file, val_file=file, max_length=16, stride=2, cache_dir=str(tmp_path / "cache")))
+    train = data.splits["train"][0]
+    assert [train["start_positions"], train["end_positions"]] == span
+
+
+def test_token_ids_of_a_tokenizer_whose_end_was_corrected_are_made_again(tmp_path):
+    """The eos_token of a tokenizer was corrected, and conversations still ended with the old one, from the cache."""
+    file = write_chats(tmp_path / "chats.jsonl", [turns("good film", "bad plot")])
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = chat_tokenizer(template + "{% if add_generation_prompt %}<assistant> {% endif %}")
+    for eos in (tokenizer.eos_token, "<end>"):
+        tokenizer.eos_token = eos
+        data = ChatFiles(file, val_file=file, max_length=16, packed=False, cache_dir=str(tmp_path / "cache"))
+        assert attach(data, tokenizer).splits["train"][0]["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_an_answer_does_not_depend_on_how_long_another_prompt_of_its_batch_is(tmp_path):
+    """Beside a prompt that nearly fills the positions of GPT-2, the answers to short ones ended after a few tokens."""
+    name = save_tiny_chat(tmp_path / "model", "gpt2")
+    file = write_chats(tmp_path / "asked.jsonl", [turns("good film"), turns("good " * 20), turns("one two")])
+    found = []
+    for batch_size in (1, 3):
+        data = ChatFiles(predict_file=file, batch_size=batch_size, cache_dir=str(tmp_path / "cache"))
+        rows = predict(CausalLM(name, max_new_tokens=20), data, **QUIET)
+        found.append([row["generated"] for row in rows])
+    assert found[0] == found[1]
+    assert len(found[0][0].split()) > len(found[0][1].split())
+
+
+def test_a_conversation_without_room_for_an_answer_is_refused_before_any_is_answered(tmp_path):
+    """A conversation had as many tokens as GPT-2 has positions: predict ended in an error when its batch came."""
+    name = save_tiny_chat(tmp_path / "model", "gpt2")
+    file = write_chats(tmp_path / "asked.jsonl", [turns("one"), turns("good " * 29)])
+    data = ChatFiles(predict_file=file, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        ValueError, match=r"asked\.jsonl: line 2 has 32 tokens and the model 32 positions, which leaves no"
+    ):
+        task_with(name, data, kind=CausalLM)
+
+
+def test_a_search_that_never_stops_early_stays_so_in_a_checkpoint(tmp_path):
+    """A user searched with early_stopping: never, and what was loaded from the checkpoint wrote other texts."""
+    settings = {"num_beams": 3, "early_stopping": "never"}
+    module = Seq2SeqLM(save_tiny_seq2seq(tmp_path / "model"), max_new_tokens=4, generation=settings)
+    file = write(tmp_path / "pairs.csv", text=["good film"] * 4, target=["one", "two"] * 2)
+    data = Seq2SeqFiles(file, val_file=file, max_length=8, cache_dir=str(tmp_path / "cache"))
+    fit(module, data).save_checkpoint(tmp_path / "run.ckpt")
+    loaded = Seq2SeqLM.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.model.generation_config.early_stopping == "never"
+
+
+def test_the_loss_of_many_words_is_finite_in_16_bits(tmp_path):
+    """With precision 16-true, the losses of a batch of 64,000 words summed up to infinity, and no step was taken."""
+    module = TokenClassification(save_tiny_model(tmp_path / "model"), num_classes=9)
+    module.configure_model()
+    batch = {"input_ids": torch.full((2000, 32), 5), "labels": torch.zeros(2000, 32, dtype=torch.long)}
+    module.log = lambda *_, **__: None
+    with torch.no_grad():
+        assert module.half().training_step(batch).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        ({"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 1}, (1, None, None)),
+        ({"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 2}, (2, True, 2.0)),
+        ({"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}, None, (4, True, 2.0)),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.9}, {"do_sample": False}, (None, None, None)),
+    ],
+)
+def test_settings_that_came_with_a_model_do_not_forbid_another_way_of_writing(tmp_path, own, given, expected):
+    """BART came with settings of a search of 4 beams, so that num_beams: 1 was refused as if the user had set them."""
+    name = save_tiny_seq2seq(tmp_path / "model", "bart")
+    GenerationConfig(**own, decoder_start_token_id=3, eos_token_id=3, pad_token_id=0).save_pretrained(name)
+    module = Seq2SeqLM(name, max_new_tokens=4, generation=given)
+    module.configure_model()
+    config, usual = module.model.generation_config, GenerationConfig()
+    for name, value in zip(("num_beams", "early_stopping", "length_penalty"), expected, strict=True):
+        assert getattr(config, name) == (getattr(usual, name) if value is None else value)
+    config.save_pretrained(tmp_path / "export")  # which refuses settings that do not go together
+
+
+def test_an_export_takes_the_configuration_that_fit_takes(tmp_path, model, texts):
+    """The YAML of init names its task alone: fit took it, and export said that there is no such class."""
+    runs = fit(TextClassification(model), TextFiles(texts, val_file=texts, cache_dir=str(tmp_path / "cache")))
+    runs.save_checkpoint(tmp_path / "run.ckpt")
+    (tmp_path / "text.yaml").write_text(
+        f"model: {{class_path: TextClassification, init_args: {{model_name: {model}}}}}"
+    )
+    export(tmp_path / "run.ckpt", "adapter", tmp_path / "adapter.safetensors", tmp_path / "text.yaml")
+    assert (tmp_path / "adapter.safetensors").is_file()
+
+
+def test_texts_to_predict_have_the_prefix_of_the_texts_in_training(tmp_path, capsys):
+    """A T5 that had learnt behind its prefix got the lines of a file without it, though the configuration has one."""
+    model, lines = save_tiny_seq2seq(tmp_path / "model"), tmp_path / "lines.txt"
+    lines.write_text("good film\nbad plot\n")
+    file = write(tmp_path / "pairs.csv", text=["good film", "bad plot"], target=["one", "two"])
+    settings = {"prefix": "the ", "max_length": 8, "cache_dir": str(tmp_path / "cache")}
+    trained, asked = Seq2SeqFiles(file, val_file=file, **settings), UnlabelledTexts(str(lines), **settings)
+    task_with(model, trained, kind=Seq2SeqLM)
+    task_with(model, asked, kind=Seq2SeqLM)
+    assert asked.splits["predict"]["input_ids"][:] == trained.splits["train"]["input_ids"][:]
+    assert asked.predict_inputs == {"text": ["good film", "bad plot"]}
+    of_training = {"class_path": "Seq2SeqFiles", "init_args": {"train_file": "x.csv", "prefix": "the "}}
+    of_model = {"class_path": "Seq2SeqLM", "init_args": {"model_name": "x"}}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": of_model, "data": of_training}))
+    more = ["--data=UnlabelledTexts", "--data.init_args.file=x.txt", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(["predict", f"--config={tmp_path / 'run.yaml'}", *more])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["prefix"] == "the "
+
+
+@pytest.mark.parametrize("kind", [TokenClassification, QuestionAnswering])
+def test_all_that_is_trained_for_tags_and_answers_has_a_gradient(tmp_path, kind):
+    """BigBird makes a pooler for tags that it never calls: it was trained in full, and DDP waited for its gradient."""
+    settings = {"model_type": "big_bird", "vocab_size": 26, "hidden_size": 16, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "intermediate_size": 24, "attention_type": "original_full"}
+    more = {} if kind is QuestionAnswering else {"num_classes": 3}
+    module = kind("tiny", pretrained=False, model_args=settings, **more)
+    module.configure_model()
+    module({"input_ids": torch.full((2, 8), 5)}).square().sum().backward()
+    assert [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert [name for name, p in module.named_parameters() if p.requires_grad and "classifier" in name]

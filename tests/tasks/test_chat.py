@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from exported import settings_of
+from flags import QUIET
 from foreign import trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from processes import in_two_processes, of_two, sharded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from text_files import write_rows
+from text_files import write, write_rows
 from tiny_chat import SIZE, TEMPLATE, chat_tokenizer, save_tiny_chat, turns, write_chats
 from tiny_text import save_tiny_decoder
 from tokenizers.processors import TemplateProcessing
@@ -88,6 +89,14 @@ def test_a_model_that_sees_the_neighbour_is_refused_by_name(tmp_path):
         trainer(GeoLoRACallback(), max_steps=1).fit(module, chats(tmp_path))
     assert module.model.training
     trainer(GeoLoRACallback(), max_steps=1).fit(module, chats(tmp_path, packed=False))
+    file = write(tmp_path / "texts.csv", text=["one two", "a film"])
+    texts = LanguageFiles(
+        file, val_file=file, test_file=file, isolated=True, max_length=16, cache_dir=tmp_path / "cache"
+    )
+    with pytest.raises(ValueError, match=r"BloomForCausalLM would see the neighbours .* set packed to false"):
+        predict(module, texts, **QUIET)
+    asked = chats(tmp_path, predict_file=write_chats(tmp_path / "asked.jsonl", [turns("one")]))
+    assert len(predict(module, asked, **QUIET)) == 1  # which are not packed
 
 
 def test_packed_pairs_and_isolated_texts_do_not_see_their_neighbours(tmp_path):

@@ -122,6 +122,11 @@ def test_mistakes_are_refused(tmp_path, model):
         Seq2SeqLM(model, max_new_tokens=0)
     with pytest.raises(ValueError, match=r"generation=\{'beams': 3\}: GenerationConfig of transformers has no such"):
         Seq2SeqLM(model, generation={"beams": 3}).configure_model()
+    for name in ("max_length", "max_new_tokens"):
+        with pytest.raises(
+            ValueError, match=rf"generation\.{name}=5 would not count beside max_new_tokens=128: set that"
+        ):
+            Seq2SeqLM(model, generation={name: 5}).configure_model()
     with pytest.raises(ValueError, match=r"generation=\{'early_stopping': 'x'\} does not work: "):
         Seq2SeqLM(model, generation={"early_stopping": "x"}).configure_model()
     with pytest.raises(ValueError, match=r"num_return_sequences must be 1, a text for each text"):

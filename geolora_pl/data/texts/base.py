@@ -41,12 +41,14 @@ class TokenDataModule(L.LightningDataModule):
 
     Attributes:
         tasks: The names of the tasks that the batches are for, none for any; a class attribute. Others are refused.
+        token_columns: The columns of token ids, each of which needs an embedding; a class attribute.
 
     Raises:
         ValueError: An argument is out of range.
     """
 
     tasks: ClassVar[frozenset[str]] = frozenset()
+    token_columns: ClassVar[Sequence[str]] = ("input_ids",)
     not_shown: ClassVar[Collection[str]] = ("label",)  # columns that are not written beside the predictions
 
     def __init__(
@@ -116,8 +118,10 @@ class TokenDataModule(L.LightningDataModule):
     def _refuse_unknown_tokens(self, name: str, tokens: datasets.Dataset) -> None:
         """Refuse token ids that the model has no embedding for, which would end in an IndexError in some step."""
         rows = getattr(self._module(), "num_tokens", None)
-        highest = pc.max(pc.list_flatten(tokens.with_format("arrow")[:]["input_ids"], recursive=True)).as_py()
-        if rows is not None and highest is not None and highest >= rows:
+        table = tokens.with_format("arrow")[:]
+        there = [table[column] for column in self.token_columns if column in table.column_names]
+        highest = max(pc.max(pc.list_flatten(ids, recursive=True)).as_py() or 0 for ids in there)
+        if rows is not None and highest >= rows:
             raise ValueError(
                 f"{name}: the tokenizer gives the id {highest} to a token, but the model has embeddings for the ids 0 "
                 f"to {rows - 1} only: give the model its own tokenizer, or resize its embeddings and save it"

@@ -87,6 +87,7 @@ class ChatDataModule(Rows):
             name,
         )
         if name == "predict":
+            self._refuse_without_room(texts, tokens)
             return tokens
         learnt = [any(label != IGNORED for label in labels[1:]) for labels in tokens["labels"]]
         if not all(learnt):
@@ -98,6 +99,16 @@ class ChatDataModule(Rows):
                 raise ValueError(f"max_length={limit} leaves no token of an answer in any conversation: raise it")
             tokens = tokens.select(np.flatnonzero(learnt))
         return pack_apart(tokens, limit) if self.packed else tokens
+
+    def _refuse_without_room(self, texts: datasets.Dataset, tokens: datasets.Dataset) -> None:
+        """Refuse a conversation to answer that fills all positions of the model."""
+        positions = getattr(self._module(), "max_positions", None)
+        for where, length in zip(texts["where"], tokens["length"], strict=True):
+            if positions is not None and length >= positions:
+                raise ValueError(
+                    f"{where} has {length} tokens and the model {positions} positions, which leaves no room for an "
+                    "answer: shorten it"
+                )
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> Sequences:
         """Return the function that pads a batch to its longest sequence."""

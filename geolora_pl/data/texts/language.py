@@ -98,11 +98,10 @@ class LanguageDataModule(Rows):
         """Make sequences of ``input_ids``, with ``labels`` if not every token is learnt."""
         cut = None if self.packed and not (self.pairs and self.isolated) else limit
         encode = encode_pairs if self.pairs else encode_texts
-        ends = (str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))
         tokens = cached(
             texts,
             lambda batch: encode(batch, tokenizer, cut),
-            (encode.__name__, tokenizer_hash(tokenizer), *ends, str(cut)),
+            (encode.__name__, tokenizer_hash(tokenizer), str(cut)),
             self.cache_dir,
             name,
         )

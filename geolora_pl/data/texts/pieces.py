@@ -49,7 +49,7 @@ def encode_questions(
         row["null"] = _null(encoding.ids, tokenizer)
         if known:
             texts, starts = batch["answers"][number], batch["starts"][number]
-            span = _span(begins, ends, starts[0], starts[0] + len(texts[0])) if texts else None
+            span = _span(begins, ends, *_words(texts[0], starts[0])) if texts else None
             row["start_positions"], row["end_positions"] = span or (row["null"], row["null"])
         for name in names:
             columns[name][number].append(row[name])
@@ -85,6 +85,11 @@ def _null(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
     """The first token that stands for the whole sequence, or the first of all."""
     special = next((token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token in ids), None)
     return 0 if special is None else ids.index(special)
+
+
+def _words(text: str, start: int) -> tuple[int, int]:
+    """Where an answer begins and ends without the white space around it, which may be of no token."""
+    return start + len(text) - len(text.lstrip()), start + len(text.rstrip())
 
 
 def _span(begins: Sequence[int], ends: Sequence[int], start: int, end: int) -> tuple[int, int] | None:

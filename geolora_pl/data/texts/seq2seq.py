@@ -32,6 +32,7 @@ class Seq2SeqDataModule(Rows):
     """
 
     tasks = frozenset({"Seq2SeqLM"})
+    token_columns = ("input_ids", "labels")
     not_shown = ("target",)
 
     def __init__(

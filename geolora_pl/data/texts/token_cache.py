@@ -178,4 +178,5 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     state |= {"truncation": None, "padding": None}
     about: list[Any] = [tokenizer.truncation_side, tokenizer.model_input_names, tokenizers.__version__]
     about += [getattr(tokenizer, "split_special_tokens", False), tokenizer.chat_template]
+    about += [tokenizer.special_tokens_map]  # which token ends a text, for one, is not in the state
     return hashlib.sha256(json.dumps([state, about]).encode()).hexdigest()

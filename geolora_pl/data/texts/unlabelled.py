@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from geolora_pl.data.texts.labelled import TextDataModule
 from geolora_pl.data.texts.labels import to_dataset
@@ -23,6 +24,7 @@ class UnlabelledTexts(TextDataModule):
         max_length: Number of tokens that a text is cut to; give the value with which the model was trained.
         num_workers: Number of loader processes, as for :class:`TextDataModule`.
         cache_dir: The folder of the cached token ids, as for :class:`TextDataModule`.
+        prefix: What is put before every text; give the value with which the model was trained.
 
     Raises:
         ValueError: The file is missing, empty, broken or of another kind, or a column does not exist.
@@ -46,9 +48,11 @@ class UnlabelledTexts(TextDataModule):
         max_length: int | None = None,
         num_workers: int | None = None,
         cache_dir: str | None = None,
+        prefix: str = "",
     ) -> None:
         super().__init__(batch_size, max_length, num_workers=num_workers, cache_dir=cache_dir)
         self.file = Path(file)
+        self.prefix = prefix
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
         if self.file.suffix.lower() == ".txt" and pair_column is not None:
             raise ValueError(f"pair_column={pair_column!r} is for a table, but {file} is a file of lines: leave it out")
@@ -80,6 +84,16 @@ class UnlabelledTexts(TextDataModule):
         else:
             table = read_table(self.file, self.text_columns)
         return {"predict": to_dataset(table, self.text_columns, None, {}, self.file)}
+
+    def tokenize(
+        self, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, name: str
+    ) -> datasets.Dataset:
+        """Tokenize the texts with the prefix, which is not written beside the predictions."""
+        if self.prefix:
+            whole = [self.prefix + text for text in texts["text"]]
+            table = texts.with_format("arrow")[:]
+            texts = datasets.Dataset(table.set_column(table.column_names.index("text"), "text", pa.array(whole)))
+        return super().tokenize(texts, tokenizer, limit, name)
 
 
 def _lines(text: str) -> list[str]:
