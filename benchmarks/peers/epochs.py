@@ -17,10 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from math import sqrt
 from statistics import mean, stdev
 
@@ -31,7 +30,7 @@ from benchmarks.shared import forgetting, sweep, tasks
 from benchmarks.shared.methods import METHODS
 from benchmarks.shared.paths import GLUE_FOLDER, RESULTS
 from benchmarks.shared.results import Record
-from benchmarks.shared.summary import best_lr
+from benchmarks.shared.summary import best_lr, summaries
 from benchmarks.shared.sweep import Planned, Sweep
 from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task, held_back
@@ -120,31 +119,32 @@ def finals(records: Sequence[Record]) -> list[Record]:
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:
-    """One row per method: scores with their standard errors, parameters, and what is left of a skill not trained.
+    """One row per method: scores with their standard errors, what they took, and what is left of a skill not trained.
 
     The mean is over the tasks that did not choose this package's defaults, of the methods that ran on all of them.
 
     Args:
         records: From :func:`finals`.
     """
-    names = dict.fromkeys(r["task"] for r in records)
-    by_pair: Mapping[tuple[str, str], list[Record]] = {
-        (name, method): [r for r in records if (r["task"], r["method"]) == (name, method)]
-        for name in names
-        for method in dict.fromkeys(r["method"] for r in records)
-    }
-    fresh = [name for name in names if name not in CHOSEN_BY]
+    found = summaries(records)
+    names = list(dict.fromkeys(r["task"] for r in records))
     lines = []
     for method in dict.fromkeys(r["method"] for r in records):
-        of_tasks = [by_pair[name, method] for name in names]
-        scores = [with_error([r["score"] for r in runs]) for runs in of_tasks]
-        by_seed = [[r["score"] for name in fresh for r in by_pair[name, method] if r["seed"] == seed] for seed in SEEDS]
-        means = [mean(of_seed) for of_seed in by_seed if of_seed and len(of_seed) == len(fresh)]
-        parameters = " / ".join(f"{mean(r['parameters'] for r in runs):,.0f}" if runs else "-" for runs in of_tasks)
-        rates = " / ".join(f"{runs[0]['lr']:g}" if runs else "-" for runs in of_tasks)
-        runs_elsewhere = chain.from_iterable(runs for name, runs in zip(names, of_tasks, strict=True) if name != "stsb")
-        kept = [r["zero_shot"] for r in runs_elsewhere if "zero_shot" in r]
-        lines.append([method, *scores, with_error(means), parameters, rates, f"{mean(kept):.3f}" if kept else "-"])
+        of_tasks = [found.get((name, method)) for name in names]
+        cells = [method, *(with_error(list(s.scores.values()) if s else []) for s in of_tasks)]
+        fresh = [s.scores if s else {} for name, s in zip(names, of_tasks, strict=True) if name not in CHOSEN_BY]
+        seeds = set.intersection(*map(set, fresh)) if fresh else set()
+        cells.append(with_error([mean(scores[seed] for scores in fresh) for seed in sorted(seeds)]))
+        cells.append(" / ".join(f"{s.parameters:,.0f}" if s else comparison.NONE for s in of_tasks))
+        cells.append(" / ".join(f"{s.lr:g}" if s else comparison.NONE for s in of_tasks))
+        for axis in (0, 1):
+            of_lora = [found.get((name, "lora")) for name in names]
+            cells.append(
+                " / ".join(comparison.part_of_lora(*pair, axis) for pair in zip(of_tasks, of_lora, strict=True))
+            )
+        kept = [r["zero_shot"] for r in records if r["method"] == method and r["task"] != "stsb" and "zero_shot" in r]
+        cells.append(f"{mean(kept):.3f}" if kept else comparison.NONE)
+        lines.append(cells)
     return lines
 
 
@@ -152,7 +152,8 @@ def header(records: Sequence[Record]) -> list[str]:
     """Names of the columns of :func:`rows`; a star marks the tasks by which this package's defaults were chosen."""
     names = dict.fromkeys(r["task"] for r in records)
     marked = [f"{name}*" if name in CHOSEN_BY else name for name in names]
-    return ["method", *marked, "mean without *", "parameters", "lr", "STS-B untrained"]
+    took = ["parameters", "lr", "steps to LoRA", "seconds to LoRA"]
+    return ["method", *marked, "mean without *", *took, "STS-B untrained"]
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
@@ -163,7 +164,7 @@ def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
 def with_error(scores: Sequence[float]) -> str:
     """Mean and standard error, as a cell of a table."""
     if not scores:
-        return "-"
+        return comparison.NONE
     middle, error = mean_and_error(scores)
     return f"{middle:.3f}" + (f" ± {error:.3f}" if error else "")
 

@@ -47,7 +47,7 @@ def test_the_learning_rate_is_chosen_on_a_part_of_the_training_set_and_fresh_see
         ("mrpc", 0.3, seed, 18) for seed in epochs.SEEDS
     ]
     assert found == epochs.finals(found)
-    assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "0.920 ± 0.006", "10", "0.3", "0.500"]]
+    assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "0.920 ± 0.006", "10", "0.3", "-", "-", "0.500"]]
     assert epochs.header(found)[1] == "mrpc"
     assert summaries(found)["mrpc", "geolora"].lr == 0.3
     assert comparison.paired(found, ["mrpc"]) == []
@@ -62,7 +62,15 @@ def test_what_is_held_back_is_no_longer_trained_on():
 
 
 def of_task(task, method, score, seed):
-    return {"task": task, "method": method, "score": score, "seed": seed, "parameters": 10, "lr": 0.3}
+    return {
+        "task": task,
+        "method": method,
+        "score": score,
+        "seed": seed,
+        "parameters": 10,
+        "lr": 0.3,
+        "scores": [[10, 2.0, score]],
+    }
 
 
 def test_tasks_that_chose_the_defaults_are_marked_and_left_out_of_the_mean():
@@ -73,6 +81,7 @@ def test_tasks_that_chose_the_defaults_are_marked_and_left_out_of_the_mean():
         ["0.900", "0.400", "0.600", "0.500"],
         ["-", "0.500", "-", "-"],
     ]
+    assert [row[-3:-1] for row in epochs.rows(records)] == [["- / never / -"] * 2, ["- / 1.00 / -"] * 2]
 
 
 def test_images_have_learning_rates_of_their_own_and_no_skill_of_language(monkeypatch):
