@@ -21,15 +21,15 @@ from rich import get_console
 import geolora_pl
 from geolora_pl.cli.called import called
 from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_command
-from geolora_pl.cli.internals import CheckpointAwareCLI, classes_by_name
+from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
-from geolora_pl.cli.names import path_of
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
-from geolora_pl.lightning.internals import leave_out_hp_metric
+from geolora_pl.lightning.internals import classes_by_name, leave_out_hp_metric
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.lightning.names import path_of
 from geolora_pl.lightning.predictions import writer_for
 from geolora_pl.lightning.summary import end_summary, wants_tables
 from geolora_pl.report.printed import print_lines, print_summary

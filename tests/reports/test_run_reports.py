@@ -56,7 +56,7 @@ from geolora_pl.adapters.inject import find_adapters, has_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import Digits
 from geolora_pl.lightning.checkpoint_io import WholeFiles
-from geolora_pl.lightning.loading import _configured
+from geolora_pl.lightning.loading import _configured, build_module
 from geolora_pl.loggers import CSVLogger
 from geolora_pl.report.drawn import drawn_pictures, folder_of_step
 from geolora_pl.report.write import write_report
@@ -778,6 +778,20 @@ def test_an_export_reads_numbers_as_fit_does(tmp_path):
     text = "model: {class_path: small.Small, init_args: {rate: 1e-1, more: {drop: 1e-2}}}  # \u00e9\n"
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     assert _configured(tmp_path / "config.yaml")["init_args"] == {"rate": 0.1, "more": {"drop": 0.01}}
+
+
+def test_an_export_knows_optimizers_and_schedules_by_name_as_fit_does(tmp_path):
+    """A user wrote them by name into the configuration: fit took them, and export did not. Both take torch's AdamW."""
+    another = type("AdamW", (torch.optim.AdamW,), {"__module__": "another"})  # as bitsandbytes has one
+    settings = {
+        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.5}},
+        "lr_scheduler": {"class_path": "ReduceLROnPlateau", "init_args": {"monitor": "val_loss"}},
+    }
+    module = build_module({"class_path": "small.Small", "init_args": settings}, {})
+    optimizer = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW is not another
+    assert optimizer.defaults["lr"] == 0.5
+    assert module.lr_scheduler(optimizer).monitor == "val_loss"
 
 
 # Reports of runs that went wrong
