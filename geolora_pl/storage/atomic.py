@@ -19,6 +19,8 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     several processes may write to one path: the last one that finishes counts. Links in ``path`` are followed, as by
     ``open``.
 
+    Files may be read by whoever may read any other new file in that folder.
+
     A folder is replaced only by one that holds all its files again, so that nothing is deleted which was not made by
     the same work before.
 
@@ -48,7 +50,11 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         yield unfinished
         _refuse_loss(path, unfinished)
+        (room / "usual").touch()
+        mode = (room / "usual").stat().st_mode
         for made in (unfinished, *unfinished.rglob("*")):
+            if made.is_file() and not made.is_symlink():
+                made.chmod(mode)  # safetensors lets nobody else read what it writes
             _flush(made)
         if path.is_dir():  # only a file replaces a file in one step
             path.rename(room / "before")

@@ -64,6 +64,7 @@ from geolora_pl.storage.adapter_file import _checksum, read_adapter
 from geolora_pl.storage.atomic import atomic
 from geolora_pl.storage.checkpoint import read_checkpoint
 from geolora_pl.storage.fingerprint import base_parameters
+from geolora_pl.storage.plain_file import write_weights
 
 BERT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 DIGITS = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
@@ -136,6 +137,20 @@ def test_the_folder_in_which_one_works_is_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is the folder in which you work"):
         export_peft(adapted(), "../work", overwrite=True)
     assert os.listdir(tmp_path) == ["work"]
+
+
+def test_exported_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    """A user exported for a server of another account, which could read the settings but not the weights beside them."""
+    (tmp_path / "beside").touch()
+    model = adapted()
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    export_peft(model, tmp_path / "lora")
+    merge_adapters(model)
+    with atomic(tmp_path / "plain.safetensors") as unfinished:
+        write_weights(model, unfinished)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "beside").stat().st_mode}
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
