@@ -118,6 +118,13 @@ def test_a_class_of_a_name_that_several_have(folder, capfd):
     )
 
 
+def test_a_callback_of_this_package_is_known_by_its_name(folder):
+    """A user wrote GeoLoRAEMAWeightAveraging where Lightning's callbacks go by their names alone, and was refused."""
+    fit("--trainer.callbacks+=GeoLoRAEMAWeightAveraging", "--trainer.callbacks.decay=0.9")
+    (config,) = folder.rglob("lightning_logs/config.yaml")
+    assert "class_path: geolora_pl.GeoLoRAEMAWeightAveraging" in config.read_text()
+
+
 def test_the_nearest_name_of_a_model_is_the_one_that_was_meant(folder):
     """A slip in vit_tiny_patch16_224 was answered by convit_base. The nearest name comes first."""
     with pytest.raises(ValueError, match="similar names are: vit_tiny_patch16_224,"):

@@ -140,7 +140,7 @@ def test_the_folder_in_which_one_works_is_not_replaced(tmp_path, monkeypatch):
 
 
 def test_exported_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
-    """A user exported for a server of another account, which could read the settings but not the weights beside them."""
+    """A user exported for a server of another account, which could read settings, but no weights."""
     (tmp_path / "beside").touch()
     model = adapted()
     save_adapter(model, tmp_path / "adapter.safetensors")
