@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -216,8 +218,20 @@ def _building(found: _Found, base: str | None) -> list[str]:
     if base is not None and _is_of("transformers", found):
         labels = getattr(getattr(found.model, "config", None), "num_labels", 0)
         head = f", num_labels={labels}" if kind.endswith("Classification") else ""
-        return [f"from transformers import {kind}", f'model = {kind}.from_pretrained("{base}"{head})']
+        held = _quantising(found.model)
+        return [f"from transformers import {kind}", f'model = {kind}.from_pretrained("{base}"{head}{held})']
     return ["model = ...  # the base, with the weights that it was trained on"]
+
+
+def _quantising(model: Any) -> str:
+    """The arguments by which a base becomes the codes that were trained on; none where it is plain or stored so."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return ""
+    how = quantizer.quantization_config
+    said = {name: value for name, value in json.loads(how.to_json_string()).items() if not name.startswith("_")}
+    dtype = str(model.config.dtype).removeprefix("torch.")  # of what was quantised
+    return f', dtype="{dtype}", quantization_config={said | {"quant_method": how.quant_method.value}}'
 
 
 def _task_of(found: _Found) -> str | None:

@@ -14,6 +14,7 @@ from tolerance import NETWORK, close, rounding
 from torch import nn
 
 from geolora_pl import AdapterConfig, GeoLoRAWarning, inject_adapters, load_adapter, push_to_hub, save_adapter
+from geolora_pl.adapters.quantised import keep_trainable
 from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.adapter_file import read_adapter
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
@@ -400,3 +401,22 @@ def test_a_run_without_a_checkpoint_is_told_so(hub, tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         push_to_hub(tmp_path, "user/name")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_code_on_the_card_quantises_a_base_of_few_bits(hub, tmp_path, bits):
+    """A user pushes a run on a base of 4 bits: the code on its card loaded the base as it is, which does not fit."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    save_tiny_decoder(tmp_path / "decoder", "llama", hidden_size=64, intermediate_size=96)
+    folder_of(hub, "user/decoder", tmp_path / "decoder")
+    module = CausalLM("user/decoder", quantization={"bits": bits})
+    module.configure_model()
+    model = move(module).model
+    push_to_hub(model, "user/name", base_model="user/decoder")
+    codes = code_of(str(card_of(hub)))
+    assert len(codes) == 3
+    for code in codes:
+        loaded = loaded_by(code)
+        keep_trainable(loaded)  # some CPUs would compute with less digits in PEFT
+        close(logits(loaded, IDS), logits(model, IDS), within=rounding(torch.float32, NETWORK))
