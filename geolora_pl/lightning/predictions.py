@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,7 +36,7 @@ class PredictionWriter(BasePredictionWriter):
     A module with ``multi_label`` gets ``labels``, those of a probability of one half and more; in CSV ``|`` stands
     between them. Label and numbers are empty where they are not finite, which a warning says. The classes are named by
     the module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run
-    as a formula gets an apostrophe before it, and any other list is written as in JSON; JSON lines are exact.
+    as a formula gets an apostrophe before it, and other lists and mappings are as in JSON; JSON lines are exact.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
@@ -150,7 +151,16 @@ def _of_inputs(batch: object) -> Sequence[Any] | None:
     """What is predicted for each input of a batch: a tensor or a mapping; ``None`` for what is neither."""
     if isinstance(batch, Tensor) and batch.dim() in (1, 2):
         return list(batch.detach().float().cpu())
-    return batch if isinstance(batch, list) and all(isinstance(row, dict) for row in batch) else None
+    return _plain(batch) if isinstance(batch, list) and all(isinstance(row, dict) for row in batch) else None
+
+
+def _plain(value: Any) -> Any:
+    """A value with numbers and lists in the place of tensors and arrays, which no file holds."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _rows(found: dict[tuple[int, int], Tensor | Row], module: object, data: object, sets: int) -> list[Row]:
@@ -209,7 +219,7 @@ def _write(rows: list[Row], output: Path) -> None:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             return
         flat = [_flat(row) for row in rows]
-        writer = csv.DictWriter(file, list(flat[0]) if flat else [])
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in flat for column in row)))
         writer.writeheader()
         writer.writerows(flat)
 
@@ -218,18 +228,18 @@ def _flat(row: Row) -> Row:
     probabilities: dict[str, float] = row.get("probabilities", {})
     single = {column: value for column, value in row.items() if column != "probabilities"}
     if isinstance(labels := single.get("labels"), list):
-        single["labels"] = "|".join(labels)
+        single["labels"] = "|".join(map(str, labels))
     return {_harmless(k): _harmless(v) for k, v in (single | {f"p_{n}": p for n, p in probabilities.items()}).items()}
 
 
 def _harmless(cell: Any) -> Any:
     """A cell of a CSV file that no spreadsheet runs: a text that looks like a formula gets an apostrophe before it.
 
-    A list is written as in JSON, which begins with a bracket.
+    A list or a mapping is written as in JSON, which begins with a bracket.
 
     OWASP names the signs; a text that is a number, such as the class -1, is not a formula.
     """
-    if isinstance(cell, list):
+    if isinstance(cell, (list, dict)):
         return json.dumps(cell, ensure_ascii=False)
     if not isinstance(cell, str) or not cell.startswith(_FORMULA):
         return cell
