@@ -80,6 +80,24 @@ class PredictionWriter(BasePredictionWriter):
             if self.output.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
                 raise ValueError(f"output={str(self.output)!r} cannot be written: name a file in a folder of yours")
 
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Refuse at the first batch, and not after the work, what cannot be written.
+
+        Raises:
+            ValueError: ``predict_step`` gives something else than is written.
+        """
+        indices = trainer.predict_loop.epoch_batch_indices[dataloader_idx]
+        if len(indices) == 1:
+            _of_inputs(outputs, len(indices[0]), pl_module)
+
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
@@ -88,13 +106,7 @@ class PredictionWriter(BasePredictionWriter):
         mine: dict[tuple[int, int], Tensor | Row] = {}
         for number, (batches, indices_of_batches) in enumerate(zip(by_set, batch_indices, strict=True)):
             for batch, indices in zip(batches, indices_of_batches, strict=True):
-                of_inputs = _of_inputs(batch)
-                if of_inputs is None or len(of_inputs) != len(indices):
-                    raise ValueError(
-                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes), numbers "
-                        "(batch,) or one mapping per input for the predictions to be written"
-                    )
-                for index, prediction in zip(indices, of_inputs, strict=True):
+                for index, prediction in zip(indices, _of_inputs(batch, len(indices), pl_module), strict=True):
                     mine[number, index] = prediction
         everything = [mine]
         if trainer.world_size > 1:
@@ -147,11 +159,23 @@ def predict(
     return rows
 
 
-def _of_inputs(batch: object) -> Sequence[Any] | None:
-    """What is predicted for each input of a batch: a tensor or a mapping; ``None`` for what is neither."""
+def _of_inputs(batch: object, number: int, module: object) -> Sequence[Any]:
+    """What is predicted for each of a number of inputs: a tensor or a mapping.
+
+    Raises:
+        ValueError: It is neither, or not of so many inputs.
+    """
+    of_inputs: Sequence[Any] = ()
     if isinstance(batch, Tensor) and batch.dim() in (1, 2):
-        return list(batch.detach().float().cpu())
-    return _plain(batch) if isinstance(batch, list) and all(isinstance(row, dict) for row in batch) else None
+        of_inputs = list(batch.detach().float().cpu())
+    elif isinstance(batch, list) and all(isinstance(row, dict) for row in batch):
+        of_inputs = _plain(batch)
+    if len(of_inputs) != number:
+        raise ValueError(
+            f"{type(module).__name__}.predict_step must return probabilities (batch, classes), numbers (batch,) or one "
+            "mapping per input for the predictions to be written"
+        )
+    return of_inputs
 
 
 def _plain(value: Any) -> Any:

@@ -184,6 +184,18 @@ def test_rows_of_a_module_of_ones_own_have_what_it_found(tmp_path):
     assert nothing == {"index": "0", **dict.fromkeys(found, "")}
 
 
+@pytest.mark.parametrize(
+    "found", [{}, torch.ones(2, 2, 2), torch.ones(3, 2), [{}]], ids=["mapping", "cube", "longer", "shorter"]
+)
+def test_what_cannot_be_written_is_refused_at_the_first_batch(found):
+    """A module returned what its model gives, and heard after the last batch that this is not written."""
+    module, calls = L.LightningModule(), []
+    module.predict_step = lambda batch: calls.append(1) or found
+    with pytest.raises(ValueError, match="predict_step must return probabilities"):
+        predict(module, Numbers(), **QUIET)
+    assert len(calls) == 1
+
+
 def test_mistakes_are_refused(tmp_path, image_task, images):
     with pytest.raises(ValueError, match=r"output='p.txt' must end in \.csv or \.jsonl"):
         PredictionWriter("p.txt")
