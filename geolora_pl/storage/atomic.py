@@ -46,7 +46,8 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file and not a folder") from error
     room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    unfinished = room / path.name
+    unfinished = room / "new" / path.name  # where no other name can be the same
+    unfinished.parent.mkdir()
     try:
         yield unfinished
         _refuse_loss(path, unfinished)

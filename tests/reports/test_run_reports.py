@@ -139,6 +139,15 @@ def test_the_folder_in_which_one_works_is_not_replaced(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["work"]
 
 
+@pytest.mark.parametrize("name", ["before", "usual", "new"])
+def test_a_folder_of_any_name_is_written_and_replaced(tmp_path, name):
+    """A user exported twice into a folder called before, and was told that a directory is not empty."""
+    for _ in range(2):
+        export_peft(adapted(), tmp_path / name, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert not (tmp_path / name / "adapter_model.safetensors").stat().st_mode & 0o111
+
+
 def test_exported_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
     """A user exported for a server of another account, which could read settings, but no weights."""
     (tmp_path / "beside").touch()
