@@ -13,6 +13,8 @@ import yaml
 from jsonargparse import ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningCLI
 
+from geolora_pl.lightning.internals import replaced_in_parser
+
 
 @contextmanager
 def before_a_class_is_replaced(call: Callable[[Any, Any], None]) -> Iterator[None]:
@@ -27,31 +29,8 @@ def before_a_class_is_replaced(call: Callable[[Any, Any], None]) -> Iterator[Non
         call(before, value)
         return original(parser, before, value)
 
-    with _replaced("discard_init_args_on_class_path_change", called_first):
+    with replaced_in_parser("discard_init_args_on_class_path_change", called_first):
         yield
-
-
-@contextmanager
-def classes_by_name(path_of: Callable[[str], str]) -> Iterator[None]:
-    """While settings are parsed, say which class is meant where one is looked up by a path or by its name alone.
-
-    Args:
-        path_of: It gets the path or name, and returns what is to be looked up in its place.
-    """
-    original = _typehints.resolve_class_path_by_name
-    with _replaced("resolve_class_path_by_name", lambda base, name: original(base, path_of(name))):
-        yield
-
-
-@contextmanager
-def _replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """For a while, have another function in the place of one of jsonargparse."""
-    original = getattr(_typehints, name)
-    setattr(_typehints, name, function)
-    try:
-        yield
-    finally:
-        setattr(_typehints, name, original)
 
 
 def settings_of(parser: ArgumentParser) -> list[str]:

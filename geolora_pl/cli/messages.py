@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from geolora_pl.adapters.elsewhere import ELSEWHERE, Ours
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
-from geolora_pl.cli.names import homes
 from geolora_pl.lazy import import_class
+from geolora_pl.lightning.names import homes
 from geolora_pl.report.printable import printable
 
 # What is looked for in the words of jsonargparse. Where it finds other words, its own sentence stands as it is.

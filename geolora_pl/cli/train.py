@@ -21,15 +21,15 @@ from rich import get_console
 import geolora_pl
 from geolora_pl.cli.called import called
 from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_command
-from geolora_pl.cli.internals import CheckpointAwareCLI, classes_by_name
+from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
-from geolora_pl.cli.names import path_of
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
-from geolora_pl.lightning.internals import leave_out_hp_metric
+from geolora_pl.lightning.internals import classes_by_name, leave_out_hp_metric
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.lightning.names import path_of
 from geolora_pl.lightning.predictions import writer_for
 from geolora_pl.lightning.summary import end_summary, wants_tables
 from geolora_pl.report.printed import print_lines, print_summary
@@ -43,10 +43,11 @@ class SaveFitConfig(SaveConfigCallback):
     """Save the configuration of a fit beside the run; a later test in the same folder leaves it alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save for ``fit`` only, and over no file but one that an earlier fit has saved."""
+        """Save nothing yet: a fit that is refused leaves the configuration of the run before it alone."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save over no file but one that an earlier fit has saved."""
         folder = trainer.log_dir  # of which all processes must ask
-        if stage != "fit":
-            return
         if folder is None:
             rank_zero_warn(f"{self.config_filename} is not saved: no logger has a folder; set its save_dir")
             return
@@ -61,7 +62,7 @@ class SaveFitConfig(SaveConfigCallback):
             )
             return
         self.parser.dump_header = [*(self.parser.dump_header or []), _SAVED]
-        super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, "fit")
 
 
 def _is_foreign(config: Path) -> bool:

@@ -1,4 +1,6 @@
-"""The only door to private names of Lightning: when an upgrade takes one away, this is the file to change.
+"""The only door of this folder to private names of Lightning and jsonargparse.
+
+When an upgrade takes one away, this is the file to change.
 
 ``tests/project/test_internals.py`` asks for every one of them by its name, and docs/architecture.md says why each is
 needed.
@@ -7,10 +9,12 @@ needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+from jsonargparse import _typehints
 from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
@@ -127,3 +131,26 @@ def precision_of(module: L.LightningModule) -> str | None:
 def is_part_in_fit(module: L.LightningModule, trainer: L.Trainer) -> bool:
     """Whether a module is a part of the one that a trainer fits."""
     return trainer.state.fn is TrainerFn.FITTING and trainer.lightning_module is not module
+
+
+@contextmanager
+def classes_by_name(path_of: Callable[[str], str]) -> Iterator[None]:
+    """While settings are parsed, say which class is meant where one is looked up by a path or by its name alone.
+
+    Args:
+        path_of: It gets the path or name, and returns what is to be looked up in its place.
+    """
+    original = _typehints.resolve_class_path_by_name
+    with replaced_in_parser("resolve_class_path_by_name", lambda base, name: original(base, path_of(name))):
+        yield
+
+
+@contextmanager
+def replaced_in_parser(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """For a while, have another function in the place of one of jsonargparse."""
+    original = getattr(_typehints, name)
+    setattr(_typehints, name, function)
+    try:
+        yield
+    finally:
+        setattr(_typehints, name, original)

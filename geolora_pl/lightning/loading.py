@@ -14,7 +14,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
+from geolora_pl.lightning.internals import classes_by_name
 from geolora_pl.lightning.module import GeoLoRAModule
+from geolora_pl.lightning.names import path_of
 from geolora_pl.storage.checkpoint import loads, read_checkpoint, rule_of
 
 _TASKS = "geolora_pl.tasks"  # the classes that a checkpoint may name by itself
@@ -62,7 +64,8 @@ def build_module(settings: Mapping[str, Any], taken: Mapping[str, Any]) -> GeoLo
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(GeoLoRAModule, "module", fail_untyped=False, required=True, instantiate=False)
     try:
-        parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
+        with classes_by_name(path_of):  # as fit takes them
+            parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
     except ArgumentError as error:
         raise ValueError(f"the configuration of the model: {' '.join(str(error).split())}") from error
     module: GeoLoRAModule = import_class(parsed.class_path)(

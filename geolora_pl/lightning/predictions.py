@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,7 +36,7 @@ class PredictionWriter(BasePredictionWriter):
     A module with ``multi_label`` gets ``labels``, those of a probability of one half and more; in CSV ``|`` stands
     between them. Label and numbers are empty where they are not finite, which a warning says. The classes are named by
     the module's ``class_names``, else by the data's, else by their index. In CSV, a text that a spreadsheet would run
-    as a formula gets an apostrophe before it, and any other list is written as in JSON; JSON lines are exact.
+    as a formula gets an apostrophe before it, and other lists and mappings are as in JSON; JSON lines are exact.
 
     Args:
         output: The file, ``.csv`` or ``.jsonl``, replaced if it is there; ``None`` to keep the rows in memory.
@@ -79,6 +80,24 @@ class PredictionWriter(BasePredictionWriter):
             if self.output.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
                 raise ValueError(f"output={str(self.output)!r} cannot be written: name a file in a folder of yours")
 
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Refuse at the first batch, and not after the work, what cannot be written.
+
+        Raises:
+            ValueError: ``predict_step`` gives something else than is written.
+        """
+        indices = trainer.predict_loop.epoch_batch_indices[dataloader_idx]
+        if len(indices) == 1:
+            _of_inputs(outputs, len(indices[0]), pl_module)
+
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
@@ -87,13 +106,7 @@ class PredictionWriter(BasePredictionWriter):
         mine: dict[tuple[int, int], Tensor | Row] = {}
         for number, (batches, indices_of_batches) in enumerate(zip(by_set, batch_indices, strict=True)):
             for batch, indices in zip(batches, indices_of_batches, strict=True):
-                of_inputs = _of_inputs(batch)
-                if of_inputs is None or len(of_inputs) != len(indices):
-                    raise ValueError(
-                        f"{type(pl_module).__name__}.predict_step must return probabilities (batch, classes), numbers "
-                        "(batch,) or one mapping per input for the predictions to be written"
-                    )
-                for index, prediction in zip(indices, of_inputs, strict=True):
+                for index, prediction in zip(indices, _of_inputs(batch, len(indices), pl_module), strict=True):
                     mine[number, index] = prediction
         everything = [mine]
         if trainer.world_size > 1:
@@ -146,11 +159,32 @@ def predict(
     return rows
 
 
-def _of_inputs(batch: object) -> Sequence[Any] | None:
-    """What is predicted for each input of a batch: a tensor or a mapping; ``None`` for what is neither."""
+def _of_inputs(batch: object, number: int, module: object) -> Sequence[Any]:
+    """What is predicted for each of a number of inputs: a tensor or a mapping.
+
+    Raises:
+        ValueError: It is neither, or not of so many inputs.
+    """
+    of_inputs: Sequence[Any] = ()
     if isinstance(batch, Tensor) and batch.dim() in (1, 2):
-        return list(batch.detach().float().cpu())
-    return batch if isinstance(batch, list) and all(isinstance(row, dict) for row in batch) else None
+        of_inputs = list(batch.detach().float().cpu())
+    elif isinstance(batch, list) and all(isinstance(row, dict) for row in batch):
+        of_inputs = _plain(batch)
+    if len(of_inputs) != number:
+        raise ValueError(
+            f"{type(module).__name__}.predict_step must return probabilities (batch, classes), numbers (batch,) or one "
+            "mapping per input for the predictions to be written"
+        )
+    return of_inputs
+
+
+def _plain(value: Any) -> Any:
+    """A value with numbers and lists in the place of tensors and arrays, which no file holds."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _rows(found: dict[tuple[int, int], Tensor | Row], module: object, data: object, sets: int) -> list[Row]:
@@ -209,7 +243,7 @@ def _write(rows: list[Row], output: Path) -> None:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             return
         flat = [_flat(row) for row in rows]
-        writer = csv.DictWriter(file, list(flat[0]) if flat else [])
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in flat for column in row)))
         writer.writeheader()
         writer.writerows(flat)
 
@@ -218,18 +252,18 @@ def _flat(row: Row) -> Row:
     probabilities: dict[str, float] = row.get("probabilities", {})
     single = {column: value for column, value in row.items() if column != "probabilities"}
     if isinstance(labels := single.get("labels"), list):
-        single["labels"] = "|".join(labels)
+        single["labels"] = "|".join(map(str, labels))
     return {_harmless(k): _harmless(v) for k, v in (single | {f"p_{n}": p for n, p in probabilities.items()}).items()}
 
 
 def _harmless(cell: Any) -> Any:
     """A cell of a CSV file that no spreadsheet runs: a text that looks like a formula gets an apostrophe before it.
 
-    A list is written as in JSON, which begins with a bracket.
+    A list or a mapping is written as in JSON, which begins with a bracket.
 
     OWASP names the signs; a text that is a number, such as the class -1, is not a formula.
     """
-    if isinstance(cell, list):
+    if isinstance(cell, (list, dict)):
         return json.dumps(cell, ensure_ascii=False)
     if not isinstance(cell, str) or not cell.startswith(_FORMULA):
         return cell

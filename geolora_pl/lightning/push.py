@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -209,15 +212,45 @@ def _building(found: _Found, base: str | None) -> list[str]:
     if hasattr(found.module, "save_lora"):
         made = "...  # the base" if base is None else f'DiffusionPipeline.from_pretrained("{base}")'
         return ["from diffusers import DiffusionPipeline", f"pipeline = {made}"]
-    if base is not None and _is_of("timm", found):
-        classes = getattr(found.model, "num_classes", 0)
-        made = f'model = create_model("hf-hub:{base}", pretrained=True, num_classes={classes})'
-        return ["from timm import create_model", made]
-    if base is not None and _is_of("transformers", found):
-        labels = getattr(getattr(found.model, "config", None), "num_labels", 0)
-        head = f", num_labels={labels}" if kind.endswith("Classification") else ""
-        return [f"from transformers import {kind}", f'model = {kind}.from_pretrained("{base}"{head})']
+    if base is not None and (given := _model_args(found)) is not None:
+        if _is_of("timm", found):
+            given = {"num_classes": getattr(found.model, "num_classes", 0), **given}
+            made = f'create_model("hf-hub:{base}", pretrained=True{_arguments(given)})'
+            return ["from timm import create_model", f"model = {made}"]
+        if _is_of("transformers", found):
+            labels = getattr(getattr(found.model, "config", None), "num_labels", 0)
+            head = {"num_labels": labels} if kind.endswith("Classification") else {}
+            made = f'{kind}.from_pretrained("{base}"{_arguments({**head, **given, **_quantising(found.model)})})'
+            return [f"from transformers import {kind}", f"model = {made}"]
     return ["model = ...  # the base, with the weights that it was trained on"]
+
+
+def _arguments(given: Mapping[str, object]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in given.items())
+
+
+def _model_args(found: _Found) -> dict[str, object] | None:
+    """The arguments that made another model of the base; ``None`` where one is a text, which may be private."""
+    settings, prefix = found.run.settings if found.run else {}, "model.init_args.model_args."
+    given = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+    if _is_of("timm", found):  # of others a checkpoint has the whole configuration in the place of these
+        given = getattr(found.module, "model_args", given)
+    # An overlay says what an image must look like, which the weights do not depend on.
+    given = {name: value for name, value in given.items() if not name.startswith("pretrained_cfg_overlay")}
+    single = [each for value in given.values() for each in (value if isinstance(value, (list, tuple)) else [value])]
+    is_public = all(map(str.isidentifier, given)) and all(isinstance(each, (int, float, type(None))) for each in single)
+    return given if is_public else None
+
+
+def _quantising(model: Any) -> dict[str, object]:
+    """The arguments by which a base becomes the codes that were trained on; none where it is plain or stored so."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return {}
+    how = quantizer.quantization_config
+    said = {name: value for name, value in json.loads(how.to_json_string()).items() if not name.startswith("_")}
+    dtype = str(model.config.dtype).removeprefix("torch.")  # of what was quantised
+    return {"dtype": dtype, "quantization_config": said | {"quant_method": how.quant_method.value}}
 
 
 def _task_of(found: _Found) -> str | None:

@@ -19,6 +19,8 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     several processes may write to one path: the last one that finishes counts. Links in ``path`` are followed, as by
     ``open``.
 
+    Files may be read by whoever may read any other new file in that folder.
+
     A folder is replaced only by one that holds all its files again, so that nothing is deleted which was not made by
     the same work before.
 
@@ -44,11 +46,16 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file and not a folder") from error
     room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    unfinished = room / path.name
+    unfinished = room / "new" / path.name  # where no other name can be the same
+    unfinished.parent.mkdir()
     try:
         yield unfinished
         _refuse_loss(path, unfinished)
+        (room / "usual").touch()
+        mode = (room / "usual").stat().st_mode
         for made in (unfinished, *unfinished.rglob("*")):
+            if made.is_file() and not made.is_symlink():
+                made.chmod(mode)  # safetensors lets nobody else read what it writes
             _flush(made)
         if path.is_dir():  # only a file replaces a file in one step
             path.rename(room / "before")

@@ -161,6 +161,41 @@ def test_several_sets_and_a_module_without_names(tmp_path):
     ]  # fmt: skip
 
 
+class Finder(L.LightningModule):
+    """Finds something in some inputs, and says of it what a module has at hand: tensors, lists of them, mappings."""
+
+    def predict_step(self, batch):
+        found = {"score": torch.tensor(0.5), "box": torch.tensor([1, 2]), "labels": [3, 4], "by": {"k": torch.ones(1)}}
+        return [found if number % 2 else {} for number in batch.tolist()]
+
+
+def test_rows_of_a_module_of_ones_own_have_what_it_found(tmp_path):
+    """A module found a box in the second image: predict ended in an error of csv or JSON after all the work."""
+    data = Numbers()
+    data.predict_inputs, data.predict_dataloader = {}, lambda: DataLoader(torch.arange(3), batch_size=2)
+    found = {"score": 0.5, "box": [1, 2], "labels": [3, 4], "by": {"k": [1.0]}}
+    rows = [{"index": 0}, {"index": 1, **found}, {"index": 2}]
+    assert predict(Finder(), data, tmp_path / "p.jsonl", **QUIET) == rows
+    assert [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()] == rows
+    predict(Finder(), data, tmp_path / "p.csv", **QUIET)
+    with (tmp_path / "p.csv").open(newline="") as file:
+        nothing, second, _ = csv.DictReader(file)
+    assert second == {"index": "1", "score": "0.5", "box": "[1, 2]", "labels": "3|4", "by": '{"k": [1.0]}'}
+    assert nothing == {"index": "0", **dict.fromkeys(found, "")}
+
+
+@pytest.mark.parametrize(
+    "found", [{}, torch.ones(2, 2, 2), torch.ones(3, 2), [{}]], ids=["mapping", "cube", "longer", "shorter"]
+)
+def test_what_cannot_be_written_is_refused_at_the_first_batch(found):
+    """A module returned what its model gives, and heard after the last batch that this is not written."""
+    module, calls = L.LightningModule(), []
+    module.predict_step = lambda batch: calls.append(1) or found
+    with pytest.raises(ValueError, match="predict_step must return probabilities"):
+        predict(module, Numbers(), **QUIET)
+    assert len(calls) == 1
+
+
 def test_mistakes_are_refused(tmp_path, image_task, images):
     with pytest.raises(ValueError, match=r"output='p.txt' must end in \.csv or \.jsonl"):
         PredictionWriter("p.txt")

@@ -1,9 +1,11 @@
 import copy
 import io
+import json
 import re
 
 import pytest
 import torch
+import yaml
 from exported import SIZE, fails, move, save
 from hub_server import READER, TOKEN
 from huggingface_hub import ModelCard
@@ -13,7 +15,16 @@ from tiny_text import save_tiny_decoder, save_tiny_model
 from tolerance import NETWORK, close, rounding
 from torch import nn
 
-from geolora_pl import AdapterConfig, GeoLoRAWarning, inject_adapters, load_adapter, push_to_hub, save_adapter
+from geolora_pl import (
+    AdapterConfig,
+    GeoLoRAWarning,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    push_to_hub,
+    save_adapter,
+)
+from geolora_pl.adapters.quantised import keep_trainable
 from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.adapter_file import read_adapter
 from geolora_pl.tasks import CausalLM, ImageClassification, TextClassification
@@ -373,6 +384,48 @@ def test_a_base_of_timm_is_named_where_its_weights_are_those_of_the_hub(hub, tmp
     assert (code in card.text) == (base is not None)
 
 
+def test_the_code_on_the_card_makes_a_base_of_timm_of_the_size_that_was_trained(hub, tmp_path):
+    """A user trains on grey images of another size: the code on the card made the base for those of its pretraining."""
+    name, grey = "test_vit.r160_in1k", {"in_chans": 1, "img_size": 64}
+    pretrained = ImageClassification(name, False, num_classes=5)
+    pretrained.configure_model()
+    merge_adapters(pretrained.model)
+    (tmp_path / "base").mkdir()
+    pretrained.save_model(tmp_path / "base")
+    folder_of(hub, f"timm/{name}", tmp_path / "base")
+    module = ImageClassification(name, model_args=grey, num_classes=2)
+    module.configure_model()
+    path = save(move(module), tmp_path / "last.ckpt", "geolora_pl.tasks.ImageClassification")
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    model = {"class_path": "ImageClassification", "init_args": {"model_name": name, "model_args": grey}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": model}))
+    x = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    for source in (path, module.model):
+        push_to_hub(source, "user/name", run=tmp_path)
+        codes = code_of(str(card_of(hub)))
+        assert len(codes) == 2
+        for code in codes:
+            close(logits(loaded_by(code), x), logits(module.model, x), within=rounding(torch.float32, NETWORK))
+
+
+@pytest.mark.parametrize(("setting", "is_shown"), [("num_hidden_layers: 1", True), ("hidden_act: relu", False)])
+def test_the_code_on_the_card_makes_a_part_of_a_base_where_a_part_was_trained(hub, tmp_path, setting, is_shown):
+    """A user trains the first layer of a base: the code on the card made all layers. A text stays private."""
+    _, run = text_run(hub, tmp_path)
+    name, _, value = setting.partition(": ")
+    module = TextClassification("user/base", num_classes=3, model_args={name: yaml.safe_load(value)})
+    module.configure_model()
+    save(move(module), run / "checkpoints" / "last.ckpt", "geolora_pl.tasks.TextClassification")
+    settings = yaml.safe_load(SETTINGS)
+    settings["model"]["init_args"]["model_args"] = module.model_args
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    push_to_hub(run, "user/name")
+    for code in code_of(str(card_of(hub))):
+        assert value not in code or is_shown
+        if is_shown:
+            close(logits(loaded_by(code), IDS), logits(module.model, IDS), within=rounding(torch.float32, NETWORK))
+
+
 def test_a_base_is_named_by_the_user(hub, model):
     push_to_hub(model, "user/name", base_model="user/base")
     assert card_of(hub).data.base_model == "user/base"
@@ -400,3 +453,22 @@ def test_a_run_without_a_checkpoint_is_told_so(hub, tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         push_to_hub(tmp_path, "user/name")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_code_on_the_card_quantises_a_base_of_few_bits(hub, tmp_path, bits):
+    """A user pushes a run on a base of 4 bits: the code on its card loaded the base as it is, which does not fit."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    save_tiny_decoder(tmp_path / "decoder", "llama", hidden_size=64, intermediate_size=96)
+    folder_of(hub, "user/decoder", tmp_path / "decoder")
+    module = CausalLM("user/decoder", quantization={"bits": bits})
+    module.configure_model()
+    model = move(module).model
+    push_to_hub(model, "user/name", base_model="user/decoder")
+    codes = code_of(str(card_of(hub)))
+    assert len(codes) == 3
+    for code in codes:
+        loaded = loaded_by(code)
+        keep_trainable(loaded)  # some CPUs would compute with less digits in PEFT
+        close(logits(loaded, IDS), logits(model, IDS), within=rounding(torch.float32, NETWORK))

@@ -71,6 +71,18 @@ def test_a_configuration_of_an_earlier_fit_is_replaced(folder):
     assert "max_epochs: 2" in (folder / "run" / "config.yaml").read_text()
 
 
+def test_a_fit_that_is_refused_leaves_the_configuration_of_the_run_alone(folder):
+    """A user went on from a checkpoint with another alpha, which is refused: the run had lost its configuration."""
+    keep = "--trainer.callbacks={class_path: ModelCheckpoint, init_args: {filename: last}}"
+    fit(keep)
+    (config,) = folder.rglob("lightning_logs/config.yaml")
+    before = config.read_text()
+    (last,) = folder.rglob("last.ckpt")
+    with pytest.raises(ValueError, match=r"alpha=2\.0 does not fit the checkpoint"):
+        fit(keep, f"--ckpt_path={last}", "--model.init_args.adapter.alpha=2.0", "--trainer.max_epochs=2")
+    assert config.read_text() == before
+
+
 def test_a_logger_without_a_folder(folder):
     """A logger with save_dir=null ended in an AssertionError without a text. The run goes on, and one line says why."""
     with pytest.warns(UserWarning, match=r"config\.yaml is not saved: no logger has a folder"):
@@ -116,6 +128,13 @@ def test_a_class_of_a_name_that_several_have(folder, capfd):
     assert (
         "is the name of several classes: give the path of one, lightning.pytorch.loggers.CSVLogger or geolora" in said
     )
+
+
+def test_a_callback_of_this_package_is_known_by_its_name(folder):
+    """A user wrote GeoLoRAEMAWeightAveraging where Lightning's callbacks go by their names alone, and was refused."""
+    fit("--trainer.callbacks+=GeoLoRAEMAWeightAveraging", "--trainer.callbacks.decay=0.9")
+    (config,) = folder.rglob("lightning_logs/config.yaml")
+    assert "class_path: geolora_pl.GeoLoRAEMAWeightAveraging" in config.read_text()
 
 
 def test_the_nearest_name_of_a_model_is_the_one_that_was_meant(folder):

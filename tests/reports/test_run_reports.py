@@ -56,7 +56,7 @@ from geolora_pl.adapters.inject import find_adapters, has_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import Digits
 from geolora_pl.lightning.checkpoint_io import WholeFiles
-from geolora_pl.lightning.loading import _configured
+from geolora_pl.lightning.loading import _configured, build_module
 from geolora_pl.loggers import CSVLogger
 from geolora_pl.report.drawn import drawn_pictures, folder_of_step
 from geolora_pl.report.write import write_report
@@ -64,6 +64,7 @@ from geolora_pl.storage.adapter_file import _checksum, read_adapter
 from geolora_pl.storage.atomic import atomic
 from geolora_pl.storage.checkpoint import read_checkpoint
 from geolora_pl.storage.fingerprint import base_parameters
+from geolora_pl.storage.plain_file import write_weights
 
 BERT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 DIGITS = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
@@ -136,6 +137,29 @@ def test_the_folder_in_which_one_works_is_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is the folder in which you work"):
         export_peft(adapted(), "../work", overwrite=True)
     assert os.listdir(tmp_path) == ["work"]
+
+
+@pytest.mark.parametrize("name", ["before", "usual", "new"])
+def test_a_folder_of_any_name_is_written_and_replaced(tmp_path, name):
+    """A user exported twice into a folder called before, and was told that a directory is not empty."""
+    for _ in range(2):
+        export_peft(adapted(), tmp_path / name, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert not (tmp_path / name / "adapter_model.safetensors").stat().st_mode & 0o111
+
+
+def test_exported_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    """A user exported for a server of another account, which could read settings, but no weights."""
+    (tmp_path / "beside").touch()
+    model = adapted()
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    export_peft(model, tmp_path / "lora")
+    merge_adapters(model)
+    with atomic(tmp_path / "plain.safetensors") as unfinished:
+        write_weights(model, unfinished)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "beside").stat().st_mode}
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
@@ -778,6 +802,20 @@ def test_an_export_reads_numbers_as_fit_does(tmp_path):
     text = "model: {class_path: small.Small, init_args: {rate: 1e-1, more: {drop: 1e-2}}}  # \u00e9\n"
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     assert _configured(tmp_path / "config.yaml")["init_args"] == {"rate": 0.1, "more": {"drop": 0.01}}
+
+
+def test_an_export_knows_optimizers_and_schedules_by_name_as_fit_does(tmp_path):
+    """A user wrote them by name into the configuration: fit took them, and export did not. Both take torch's AdamW."""
+    another = type("AdamW", (torch.optim.AdamW,), {"__module__": "another"})  # as bitsandbytes has one
+    settings = {
+        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.5}},
+        "lr_scheduler": {"class_path": "ReduceLROnPlateau", "init_args": {"monitor": "val_loss"}},
+    }
+    module = build_module({"class_path": "small.Small", "init_args": settings}, {})
+    optimizer = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW is not another
+    assert optimizer.defaults["lr"] == 0.5
+    assert module.lr_scheduler(optimizer).monitor == "val_loss"
 
 
 # Reports of runs that went wrong

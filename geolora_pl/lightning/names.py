@@ -12,15 +12,16 @@ from torch import optim
 
 @cache
 def homes() -> Mapping[str, str]:
-    """Every task and data source, and the package that imports it at its first use."""
-    packages = ("geolora_pl.tasks", "geolora_pl.data")  # by their paths, as they stand in the YAML of users
+    """Every task, data source and public class, and the package that imports it at its first use."""
+    # By their paths, as they stand in the YAML of users.
+    packages = ("geolora_pl", "geolora_pl.tasks", "geolora_pl.data")
     return {name: package for package in packages for name in import_module(package).__all__}
 
 
 def path_of(name: str) -> str:
     """What the command line is to look up for a name; anything else is returned as it is.
 
-    A task or data source is imported, because the command line knows what is imported. An optimizer or schedule of
+    A class of this package is imported, because the command line knows what is imported. An optimizer or schedule of
     torch is found by its path, for other libraries have some of the same name (``AdamW`` of bitsandbytes). Only
     ``ReduceLROnPlateau`` is Lightning's, which knows the metric that it waits for.
 
