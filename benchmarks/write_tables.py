@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from benchmarks.peers import comparison, epochs, matrix_approximation
+from benchmarks.peers import comparison, epochs, held_out_gap, learning_rates, matrix_approximation
 from benchmarks.ranks import ablations, rank_adaptation
 from benchmarks.shared import results
 from benchmarks.shared.methods import METHODS
@@ -88,6 +88,19 @@ def epochs_paired() -> str:
     records = whole_epochs()
     names = list(dict.fromkeys(record["task"] for record in records))
     return markdown(["method", *names, "all"], comparison.paired(records, names))
+
+
+def gap_table() -> str:
+    """What full fine-tuning and adapters score on ``held_out`` with parts left out or added."""
+    methods = {name: method for name, (method, _) in held_out_gap.VARIANTS.items()}
+    return markdown(held_out_gap.HEADER, held_out_gap.rows(current(read(RESULTS / "held_out_gap.jsonl"), methods)))
+
+
+def learning_rates_table() -> str:
+    """How wide the range of learning rates is that work."""
+    methods = {name: METHODS[name] for name in learning_rates.METHODS}
+    found = learning_rates.scores(current(read(RESULTS / "epochs.jsonl"), methods))
+    return markdown(learning_rates.HEADER, learning_rates.rows(found))
 
 
 def rank_adaptation_table() -> str:
@@ -162,6 +175,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "paired": paired,
     "epochs": epochs_table,
     "epochs_paired": epochs_paired,
+    "held_out_gap": gap_table,
+    "learning_rates": learning_rates_table,
     "rank_adaptation": rank_adaptation_table,
     "matrix_approximation": matrix_table,
     "speed": speed,

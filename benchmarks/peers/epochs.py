@@ -73,6 +73,11 @@ def cut(name: str, glue: Path) -> Task:
     return held_back(tasks.load(name.removesuffix(_CUT), glue))
 
 
+def chosen_for(name: str) -> str | None:
+    """The task whose learning rates are chosen by the runs of this name, or ``None`` for runs that choose none."""
+    return name.removesuffix(_CUT) if name.endswith(_CUT) else None
+
+
 def steps_of(name: str, glue: Path) -> int:
     """Steps of the whole epochs of a task."""
     task = tasks.load(name, glue)

@@ -25,6 +25,8 @@ from benchmarks.shared.sweep import Sweep
 from benchmarks.shared.tables import table
 
 METHODS = {"geolora": "geolora_pl", "lora": "LoRA r 8", "adalora": "AdaLoRA"}  # with their names in the figure
+HEADER = ("task", "method", "best lr", "score", "range of lr within .03")
+Scores = dict[tuple[str, str], dict[float, float]]  # of a task and a method, by the learning rate
 _LADDER = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 3)]
 _EACH_SIDE = 3  # rates below and above the usual best
 
@@ -40,40 +42,47 @@ def lrs(name: str, method: str) -> list[float]:
     return _LADDER[middle - _EACH_SIDE : middle + _EACH_SIDE + 1]
 
 
-def run(runs: Sweep, names: Sequence[str]) -> dict[tuple[str, str], dict[float, float]]:
-    """The scores by the learning rate, of each task and method."""
-    found = {}
+def run(runs: Sweep, names: Sequence[str]) -> Scores:
+    """Make the runs that are missing, and return all scores of the tasks."""
+    records: list[Record] = []
     for name in names:
         steps = epochs.steps_of(name, runs.glue)
         for method in METHODS:
-            records: list[Record] = runs.make(epochs.choices(name, steps, method, lrs(name, method)))
-            found[name, method] = {record["lr"]: record["score"] for record in records}
-    return found
+            records += runs.make(epochs.choices(name, steps, method, lrs(name, method)))
+    return scores(records)
 
 
-def rows(found: dict[tuple[str, str], dict[float, float]]) -> list[list[str]]:
+def scores(records: Sequence[Record]) -> Scores:
+    """The scores by the learning rate, of each task and method whose rates were all tried.
+
+    Args:
+        records: Runs of whole epochs and those by which their learning rates were chosen, of which these are taken.
+    """
+    found: Scores = {}
+    for record in records:
+        if (name := epochs.chosen_for(record["task"])) is not None:
+            found.setdefault((name, record["method"]), {})[record["lr"]] = record["score"]
+    tried = {pair: all(lr in of_pair for lr in lrs(*pair)) for pair, of_pair in found.items() if pair[1] in METHODS}
+    return {pair: {lr: found[pair][lr] for lr in lrs(*pair)} for pair, all_tried in tried.items() if all_tried}
+
+
+def rows(found: Scores) -> list[list[str]]:
     """One row per task and method: the best learning rate, its score, and the range of those within .03 of it."""
-    return [
-        [
-            task,
-            METHODS[method],
-            f"{max(scores, key=scores.__getitem__):g}",
-            f"{max(scores.values()):.3f}",
-            alive(scores),
-        ]
-        for (task, method), scores in found.items()
-    ]
+    lines = []
+    for (task, method), by_lr in found.items():
+        best = max(by_lr, key=lambda lr: by_lr[lr])
+        lines.append([task, METHODS[method], f"{best:g}", f"{by_lr[best]:.3f}", alive(by_lr)])
+    return lines
 
 
-def draw(found: dict[tuple[str, str], dict[float, float]]) -> None:
+def draw(found: Scores) -> None:
     """Draw the score over the learning rate, as a multiple of the usual best: one panel per task."""
     names = list(dict.fromkeys(task for task, _ in found))
     figure, axes = figures.panels(len(names))
     for ax, name in zip(axes, names, strict=True):
         for method, label in METHODS.items():
-            rates, scores = zip(*found[name, method].items(), strict=True)
-            usual = rates[_EACH_SIDE]
-            ax.plot([lr / usual for lr in rates], scores, marker="o", markersize=3, label=label)
+            rates, of_rates = zip(*found[name, method].items(), strict=True)
+            ax.plot([lr / rates[_EACH_SIDE] for lr in rates], of_rates, marker="o", markersize=3, label=label)
         ax.set(title=name, xlabel="learning rate over the usual best", xscale="log")
     axes[0].set_ylabel("score")
     axes[0].legend(fontsize="small")
@@ -84,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = epochs.make_parser(__doc__, ["mrpc", "rte", "rotated"]).parse_args(arguments)
     found = run(epochs.sweep_of(Path(__file__), args), args.tasks)
     draw(found)
-    Console().print(table(["task", "method", "best lr", "score", "range of lr within .03"], rows(found)))
+    Console().print(table(HEADER, rows(found)))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ def test_learning_rates_span_a_factor_of_a_thousand(tiny_layers):
     for (task, method), scores in found.items():
         assert max(scores) / min(scores) == pytest.approx(1000)
         assert set(epochs.usual_lrs(task)[method]) <= set(scores)
+    half = [run.description() | {"score": 0.5} for run in epochs.choices("mrpc", 6, "lora", epochs.LRS["lora"])]
+    assert learning_rates.scores(half) == {}, "not all rates were tried"
     assert learning_rates.rows(found)[1] == ["mrpc", "LoRA r 8", "0.0001", "0.900", "≥ 100"]
     learning_rates.draw(found)
     assert (tiny_layers / "learning_rates.svg").stat().st_size > 1000
