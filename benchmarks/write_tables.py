@@ -74,7 +74,7 @@ def paired() -> str:
 
 def whole_epochs() -> list[results.Record]:
     """The runs of whole epochs that are reported."""
-    return epochs.finals(current(read(RESULTS / "epochs.jsonl"), METHODS))
+    return epochs.finals(latest(current(read(RESULTS / "epochs.jsonl"), METHODS)))
 
 
 def epochs_table() -> str:
@@ -93,12 +93,14 @@ def epochs_paired() -> str:
 def gap_table() -> str:
     """What full fine-tuning and adapters score on ``held_out`` with parts left out or added."""
     methods = {name: method for name, (method, _) in held_out_gap.VARIANTS.items()}
-    return markdown(held_out_gap.HEADER, held_out_gap.rows(current(read(RESULTS / "held_out_gap.jsonl"), methods)))
+    return markdown(
+        held_out_gap.HEADER, held_out_gap.rows(latest(current(read(RESULTS / "held_out_gap.jsonl"), methods)))
+    )
 
 
 def learning_rates_table() -> str:
     """How wide the range of learning rates is that work."""
-    methods = {name: METHODS[name] for name in learning_rates.METHODS}
+    methods = {name: METHODS[name] for name in learning_rates.LABELS}
     found = learning_rates.scores(current(read(RESULTS / "epochs.jsonl"), methods))
     return markdown(learning_rates.HEADER, learning_rates.rows(found))
 

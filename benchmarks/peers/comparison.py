@@ -45,7 +45,9 @@ def rows(records: Records) -> list[list[str]]:
         cells.append(" / ".join(f"{s.parameters:,.0f}" if s else NONE for s in of_method))
         cells.append(" / ".join(s.alive if s else NONE for s in of_method))
         for axis in (0, 1):
-            parts = [part_of_lora(s, found.get((name, "lora")), axis) for name, s in zip(names, of_method, strict=True)]
+            parts = [
+                _part_of_lora(s, found.get((name, "lora")), axis) for name, s in zip(names, of_method, strict=True)
+            ]
             cells.append(" / ".join(parts))
         lines.append(cells)
     return lines
@@ -104,7 +106,7 @@ def _interval(differences: Sequence[float]) -> str:
     return f"{mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def part_of_lora(method: Summary | None, lora: Summary | None, axis: int) -> str:
+def _part_of_lora(method: Summary | None, lora: Summary | None, axis: int) -> str:
     """When a method reaches LoRA's last score, in steps (axis 0) or seconds (axis 1), as a part of LoRA's run."""
     if method is None or lora is None or not lora.curve:
         return NONE

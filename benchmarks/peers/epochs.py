@@ -119,12 +119,14 @@ def run(runs: Sweep, names: Sequence[str], methods: Sequence[str]) -> list[Recor
 
 
 def finals(records: Sequence[Record]) -> list[Record]:
-    """The runs that are reported, without those by which learning rates were chosen."""
-    return [record for record in records if record["seed"] in SEEDS]
+    """The runs that are reported: those with the learning rate that was chosen last for their task and method."""
+    reported = [record for record in records if record["seed"] in SEEDS]
+    last = {(record["task"], record["method"]): record["lr"] for record in reported}
+    return [record for record in reported if record["lr"] == last[record["task"], record["method"]]]
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:
-    """One row per method: scores with their standard errors, what they took, and what is left of a skill not trained.
+    """One row per method: scores with their standard errors, parameters, and what is left of a skill not trained.
 
     The mean is over the tasks that did not choose this package's defaults, of the methods that ran on all of them.
 
@@ -142,11 +144,6 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
         cells.append(with_error([mean(scores[seed] for scores in fresh) for seed in sorted(seeds)]))
         cells.append(" / ".join(f"{s.parameters:,.0f}" if s else comparison.NONE for s in of_tasks))
         cells.append(" / ".join(f"{s.lr:g}" if s else comparison.NONE for s in of_tasks))
-        for axis in (0, 1):
-            of_lora = [found.get((name, "lora")) for name in names]
-            cells.append(
-                " / ".join(comparison.part_of_lora(*pair, axis) for pair in zip(of_tasks, of_lora, strict=True))
-            )
         kept = [r["zero_shot"] for r in records if r["method"] == method and r["task"] != "stsb" and "zero_shot" in r]
         cells.append(f"{mean(kept):.3f}" if kept else comparison.NONE)
         lines.append(cells)
@@ -157,8 +154,8 @@ def header(records: Sequence[Record]) -> list[str]:
     """Names of the columns of :func:`rows`; a star marks the tasks by which this package's defaults were chosen."""
     names = dict.fromkeys(r["task"] for r in records)
     marked = [f"{name}*" if name in CHOSEN_BY else name for name in names]
-    took = ["parameters", "lr", "steps to LoRA", "seconds to LoRA"]
-    return ["method", *marked, "mean without *", *took, "STS-B untrained"]
+    over = "mean without *" if any(name in CHOSEN_BY for name in names) else "mean"
+    return ["method", *marked, over, "parameters", "lr", "STS-B untrained"]
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
@@ -171,7 +168,7 @@ def with_error(scores: Sequence[float]) -> str:
     if not scores:
         return comparison.NONE
     middle, error = mean_and_error(scores)
-    return f"{middle:.3f}" + (f" ± {error:.3f}" if error else "")
+    return f"{middle:.3f}" + (f" ± {error:.3f}" if len(scores) > 1 else "")
 
 
 def make_parser(description: str | None, names: Sequence[str]) -> ArgumentParser:

@@ -92,7 +92,7 @@ VARIANTS: dict[str, tuple[Method, tuple[float, ...]]] = {
     ),
     "tau 0.1, max_rank 64": (GeoLoRA(adapter={"max_rank": 64}, callback={"tau": 0.1}), (default_lr(),)),
     "LoRA r 8": (LoRA(), (3e-3, 1e-2)),
-    "LoRA r 32": (LoRA({"r": 32, "lora_alpha": 32}), (1e-3, 3e-3)),
+    "LoRA r 32": (LoRA({"r": 32, "lora_alpha": 32}), (1e-3, 3e-3, 1e-2)),
 }
 
 

@@ -24,7 +24,7 @@ from benchmarks.shared.summary import alive
 from benchmarks.shared.sweep import Sweep
 from benchmarks.shared.tables import table
 
-METHODS = {"geolora": "geolora_pl", "lora": "LoRA r 8", "adalora": "AdaLoRA"}  # with their names in the figure
+LABELS = {"geolora": "geolora_pl", "lora": "LoRA r 8", "adalora": "AdaLoRA"}  # of the methods, in the figure
 HEADER = ("task", "method", "best lr", "score", "range of lr within .03")
 Scores = dict[tuple[str, str], dict[float, float]]  # of a task and a method, by the learning rate
 _LADDER = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 3)]
@@ -47,7 +47,7 @@ def run(runs: Sweep, names: Sequence[str]) -> Scores:
     records: list[Record] = []
     for name in names:
         steps = epochs.steps_of(name, runs.glue)
-        for method in METHODS:
+        for method in LABELS:
             records += runs.make(epochs.choices(name, steps, method, lrs(name, method)))
     return scores(records)
 
@@ -62,8 +62,11 @@ def scores(records: Sequence[Record]) -> Scores:
     for record in records:
         if (name := epochs.chosen_for(record["task"])) is not None:
             found.setdefault((name, record["method"]), {})[record["lr"]] = record["score"]
-    tried = {pair: all(lr in of_pair for lr in lrs(*pair)) for pair, of_pair in found.items() if pair[1] in METHODS}
-    return {pair: {lr: found[pair][lr] for lr in lrs(*pair)} for pair, all_tried in tried.items() if all_tried}
+    return {
+        pair: {lr: of_pair[lr] for lr in lrs(*pair)}
+        for pair, of_pair in found.items()
+        if pair[1] in LABELS and set(lrs(*pair)) <= set(of_pair)
+    }
 
 
 def rows(found: Scores) -> list[list[str]]:
@@ -71,7 +74,7 @@ def rows(found: Scores) -> list[list[str]]:
     lines = []
     for (task, method), by_lr in found.items():
         best = max(by_lr, key=lambda lr: by_lr[lr])
-        lines.append([task, METHODS[method], f"{best:g}", f"{by_lr[best]:.3f}", alive(by_lr)])
+        lines.append([task, LABELS[method], f"{best:g}", f"{by_lr[best]:.3f}", alive(by_lr)])
     return lines
 
 
@@ -80,7 +83,7 @@ def draw(found: Scores) -> None:
     names = list(dict.fromkeys(task for task, _ in found))
     figure, axes = figures.panels(len(names))
     for ax, name in zip(axes, names, strict=True):
-        for method, label in METHODS.items():
+        for method, label in LABELS.items():
             rates, of_rates = zip(*found[name, method].items(), strict=True)
             ax.plot([lr / rates[_EACH_SIDE] for lr in rates], of_rates, marker="o", markersize=3, label=label)
         ax.set(title=name, xlabel="learning rate over the usual best", xscale="log")

@@ -3,8 +3,9 @@
     python benchmarks/peers/pareto.py
     python benchmarks/peers/pareto.py --tasks rotated
 
-Runs are those of ``epochs.py``: whole epochs, its seeds, and the learning rates that it chooses for LoRA and for this
-package. They lie in its file, and the figure is ``docs/figures/pareto.svg``.
+Runs are those of ``epochs.py``: whole epochs, its seeds, and the learning rates that it chooses for LoRA of rank 8 and
+for this package's defaults, which all ranks, tolerances and budgets share. They lie in its file, and the figure is
+``docs/figures/pareto.svg``.
 """
 
 from __future__ import annotations
@@ -14,47 +15,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
 
 from rich.console import Console
 
 from benchmarks.peers import epochs
 from benchmarks.shared import figures, tasks
-from benchmarks.shared.methods import METHODS, GeoLoRA, LoRA, Method
+from benchmarks.shared.methods import GeoLoRA, LoRA, Method
 from benchmarks.shared.results import Record
 from benchmarks.shared.sweep import Planned, Sweep
 from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task
 
-RANKS = (1, 2, 4, 8, 16)
-TOLERANCES = (0.1, 0.2, 0.3, 0.5)
-BUDGETS = (1, 2, 4, 8)  # ranks of LoRA with as many parameters
+# What stands on the lines of the figure, by the names in the results; those of one word are runs of ``epochs.py``.
+RANKS = {"lora r 1": 1, "lora r 2": 2, "lora r 4": 4, "lora": 8, "lora r 16": 16}
+TOLERANCES = {"geolora tau 0.1": 0.1, "geolora tau 0.2": 0.2, "geolora": 0.3, "geolora tau 0.5": 0.5}
+BUDGETS = {f"geolora budget {rank}": rank for rank in (1, 2, 4, 8)}  # ranks of LoRA with as many parameters
 BESIDE_BUDGETS = 0.1  # the tolerance, which is so small that the budget decides
+LINES = {"LoRA, rank": RANKS, "geolora_pl, tau": TOLERANCES, "geolora_pl, budget": BUDGETS}
 HEADER = ("task", "method", "score", "adapter parameters")
 
 
-def curves(rank_one: int) -> dict[str, dict[str, Method]]:
-    """The lines of the figure, with the methods on them by their names in the results.
+def methods(rank_one: int) -> dict[str, Method]:
+    """The methods by their names.
 
     Args:
         rank_one: Parameters of LoRA of rank 1.
     """
-    tolerances = {f"geolora tau {tau}": GeoLoRA(callback={"tau": tau}) for tau in TOLERANCES}
-    budgets = {
-        f"geolora budget {rank}": GeoLoRA(callback={"tau": BESIDE_BUDGETS, "budget": rank * rank_one})
-        for rank in BUDGETS
-    }
-    ranks = {f"lora r {rank}": LoRA({"r": rank, "lora_alpha": rank}) for rank in RANKS}
+    budgets = {name: {"tau": BESIDE_BUDGETS, "budget": rank * rank_one} for name, rank in BUDGETS.items()}
     return {
-        line: {_usual_name(method) or name: method for name, method in points.items()}
-        for line, points in {"LoRA, rank": ranks, "geolora_pl, tau": tolerances, "geolora_pl, budget": budgets}.items()
+        **{name: LoRA({"r": rank, "lora_alpha": rank}) for name, rank in RANKS.items()},
+        **{name: GeoLoRA(callback={"tau": tau}) for name, tau in TOLERANCES.items()},
+        **{name: GeoLoRA(callback=settings) for name, settings in budgets.items()},
     }
-
-
-def _usual_name(method: Method) -> str | None:
-    """The name of a method whose runs ``epochs.py`` makes."""
-    return next((name for name in ("lora", "geolora") if METHODS[name].settings() == method.settings()), None)
 
 
 def rank_one(task: Task) -> int:
@@ -68,11 +62,10 @@ def run(runs: Sweep, names: Sequence[str]) -> list[Record]:
     records = []
     for name in names:
         usual = {r["method"]: r for r in epochs.run(runs, [name], ["lora", "geolora"])}
-        methods = {k: v for points in curves(rank_one(tasks.load(name, runs.glue))).values() for k, v in points.items()}
         records += runs.make(
             [
                 Planned(name, usual[family]["steps"], point, method, usual[family]["lr"], seed, epochs.whole)
-                for point, method in methods.items()
+                for point, method in methods(rank_one(tasks.load(name, runs.glue))).items()
                 for family in [point.partition(" ")[0]]
                 for seed in epochs.SEEDS
             ]
@@ -89,18 +82,13 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     ]
 
 
-def draw(records: Sequence[Record], lines: Mapping[str, Mapping[str, Method]]) -> None:
-    """Draw the score over the parameters: one panel per task, means of the seeds with their standard errors.
-
-    Args:
-        records: The runs.
-        lines: Names of the methods on each line.
-    """
+def draw(records: Sequence[Record]) -> None:
+    """Draw the score over the parameters: one panel per task, means of the seeds with their standard errors."""
     by_task = _by("task", records)
     figure, axes = figures.panels(len(by_task))
     for ax, (task, of_task) in zip(axes, by_task.items(), strict=True):
         runs = _by("method", of_task)
-        for line, names in lines.items():
+        for line, names in LINES.items():
             points = sorted(
                 (mean(r["parameters"] for r in runs[name]), *epochs.mean_and_error([r["score"] for r in runs[name]]))
                 for name in names
@@ -123,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = epochs.make_parser(__doc__, ["mrpc", "cola"])
     args = parser.parse_args(arguments)
     records = run(epochs.sweep_of(Path(__file__), args), args.tasks)
-    draw(records, curves(1))
+    draw(records)
     Console().print(table(HEADER, rows(records)))
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.peers import comparison, epochs, learning_rates, pareto
 from benchmarks.shared import figures
+from benchmarks.shared.methods import METHODS
 from benchmarks.shared.summary import summaries
 from benchmarks.shared.task import Samples, Task, held_back
 
@@ -47,7 +48,7 @@ def test_the_learning_rate_is_chosen_on_a_part_of_the_training_set_and_fresh_see
         ("mrpc", 0.3, seed, 18) for seed in epochs.SEEDS
     ]
     assert found == epochs.finals(found)
-    assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "0.920 ± 0.006", "10", "0.3", "-", "-", "0.500"]]
+    assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "0.920 ± 0.006", "10", "0.3", "0.500"]]
     assert epochs.header(found)[1] == "mrpc"
     assert summaries(found)["mrpc", "geolora"].lr == 0.3
     assert comparison.paired(found, ["mrpc"]) == []
@@ -81,7 +82,16 @@ def test_tasks_that_chose_the_defaults_are_marked_and_left_out_of_the_mean():
         ["0.900", "0.400", "0.600", "0.500"],
         ["-", "0.500", "-", "-"],
     ]
-    assert [row[-3:-1] for row in epochs.rows(records)] == [["- / never / -"] * 2, ["- / 1.00 / -"] * 2]
+
+
+def test_the_runs_that_are_reported_have_the_rate_that_was_chosen_last():
+    first, last = (of_task("mrpc", "lora", 0.8, 11) | {"lr": lr} for lr in (0.001, 0.003))
+    choice = of_task("mrpc", "lora", 0.9, 0)
+    assert epochs.finals([choice, first, last]) == [last]
+
+
+def test_equal_scores_have_an_error_of_zero_and_a_single_one_has_none():
+    assert (epochs.with_error([0.5, 0.5]), epochs.with_error([0.5])) == ("0.500 ± 0.000", "0.500")
 
 
 def test_images_have_learning_rates_of_their_own_and_no_skill_of_language(monkeypatch):
@@ -119,8 +129,10 @@ def test_the_picture_of_scores_against_parameters_has_thirteen_points_and_the_us
     assert of_budget == {"geolora budget 1": 8, "geolora budget 2": 16, "geolora budget 4": 32, "geolora budget 8": 64}
     assert {run.lr for run in runs.planned if run.name.startswith("lora r")} == {epochs.LRS["lora"][0]}
     names = {run.name for run in runs.planned}
-    assert not names & {"lora r 8", "geolora tau 0.3"}, "these are the usual runs"
-    pareto.draw(records, pareto.curves(1))
+    assert {"lora", "geolora"} < names
+    for name in ("lora", "geolora"):
+        assert pareto.methods(8)[name].settings() == METHODS[name].settings(), "a run of epochs.py is not made again"
+    pareto.draw(records)
     assert (tiny_layers / "pareto.svg").stat().st_size > 1000
 
 
