@@ -53,7 +53,7 @@ def run(runs: Sweep, names: Sequence[str]) -> Scores:
 
 
 def scores(records: Sequence[Record]) -> Scores:
-    """The scores by the learning rate, of each task and method whose rates were all tried.
+    """The scores by the learning rate, of each task on which all rates of all methods were tried.
 
     Args:
         records: Runs of whole epochs and those by which their learning rates were chosen, of which these are taken.
@@ -62,11 +62,9 @@ def scores(records: Sequence[Record]) -> Scores:
     for record in records:
         if (name := epochs.chosen_for(record["task"])) is not None:
             found.setdefault((name, record["method"]), {})[record["lr"]] = record["score"]
-    return {
-        pair: {lr: of_pair[lr] for lr in lrs(*pair)}
-        for pair, of_pair in found.items()
-        if pair[1] in LABELS and set(lrs(*pair)) <= set(of_pair)
-    }
+    names = dict.fromkeys(name for name, _ in found)
+    whole = [name for name in names if all(set(lrs(name, m)) <= set(found.get((name, m), {})) for m in LABELS)]
+    return {(name, m): {lr: found[name, m][lr] for lr in lrs(name, m)} for name in whole for m in LABELS}
 
 
 def rows(found: Scores) -> list[list[str]]:
