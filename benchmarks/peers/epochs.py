@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ from rich.console import Console
 from benchmarks.peers import comparison
 from benchmarks.shared import forgetting, sweep, tasks
 from benchmarks.shared.methods import METHODS
-from benchmarks.shared.paths import GLUE_FOLDER, RESULTS
+from benchmarks.shared.paths import RESULTS
 from benchmarks.shared.results import Record
 from benchmarks.shared.summary import best_lr, summaries
 from benchmarks.shared.sweep import Planned, Sweep
@@ -38,6 +37,7 @@ from benchmarks.shared.task import Task, held_back
 EPOCHS = {"mrpc": 3, "rte": 5, "cola": 3, "held_out": 30, "rotated": 30, "stsb": 3, "sst2": 1, "digits": 30}
 CHOSEN_BY = ("stsb", "sst2", "digits")  # tasks by which this package's defaults were chosen
 SEEDS = (11, 12, 13)
+OUTPUT = RESULTS / "epochs.jsonl"
 LRS: dict[str, tuple[float, ...]] = {
     "geolora": (0.1, 0.3, 1.0),
     "lora": (1e-3, 3e-3, 1e-2),
@@ -171,31 +171,11 @@ def with_error(scores: Sequence[float]) -> str:
     return f"{middle:.3f}" + (f" ± {error:.3f}" if len(scores) > 1 else "")
 
 
-def make_parser(description: str | None, names: Sequence[str]) -> ArgumentParser:
-    """A parser of the arguments that all commands for whole epochs take.
-
-    Args:
-        description: What the command does.
-        names: Default of ``--tasks``.
-    """
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(names))
-    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
-    parser.add_argument("--glue", type=Path, default=GLUE_FOLDER, help="folder of GLUE in the official layout")
-    parser.add_argument("--output", type=Path, default=RESULTS / "epochs.jsonl")
-    return parser
-
-
-def sweep_of(script: Path, args: Namespace) -> Sweep:
-    """The sweep that arguments from :func:`make_parser` ask a script for."""
-    return Sweep(args.output, sweep.command(script, args), args.jobs, args.glue)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, list(EPOCHS))
+    parser = sweep.parser_of_runs(__doc__, list(EPOCHS), OUTPUT)
     parser.add_argument("--methods", nargs="+", choices=LRS, default=list(LRS))
     args = parser.parse_args(arguments)
-    records = finals(run(sweep_of(Path(__file__), args), args.tasks, args.methods))
+    records = finals(run(sweep.sweep_of(Path(__file__), args), args.tasks, args.methods))
     for columns, lines in (
         (header(records), rows(records)),
         (["method", *args.tasks, "all"], comparison.paired(records, args.tasks)),

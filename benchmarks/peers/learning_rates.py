@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from benchmarks.peers import epochs
-from benchmarks.shared import figures
+from benchmarks.shared import figures, sweep
 from benchmarks.shared.results import Record
 from benchmarks.shared.summary import alive
 from benchmarks.shared.sweep import Sweep
@@ -91,8 +91,8 @@ def draw(found: Scores) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = epochs.make_parser(__doc__, ["mrpc", "rte", "rotated"]).parse_args(arguments)
-    found = run(epochs.sweep_of(Path(__file__), args), args.tasks)
+    args = sweep.parser_of_runs(__doc__, ["mrpc", "rte", "rotated"], epochs.OUTPUT).parse_args(arguments)
+    found = run(sweep.sweep_of(Path(__file__), args), args.tasks)
     draw(found)
     Console().print(table(HEADER, rows(found)))
 

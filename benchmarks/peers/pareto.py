@@ -16,14 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from where this script lies
 
 from collections.abc import Sequence
-from statistics import mean
 
 from rich.console import Console
 
 from benchmarks.peers import epochs
-from benchmarks.shared import figures, tasks
+from benchmarks.shared import figures, sweep, tasks
 from benchmarks.shared.methods import GeoLoRA, LoRA, Method
 from benchmarks.shared.results import Record
+from benchmarks.shared.summary import summaries
 from benchmarks.shared.sweep import Planned, Sweep
 from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task
@@ -76,41 +76,32 @@ def run(runs: Sweep, names: Sequence[str]) -> list[Record]:
 def rows(records: Sequence[Record]) -> list[list[str]]:
     """One row per task and method."""
     return [
-        [task, method, epochs.with_error([r["score"] for r in runs]), f"{mean(r['parameters'] for r in runs):,.0f}"]
-        for task, of_task in _by("task", records).items()
-        for method, runs in _by("method", of_task).items()
+        [task, method, epochs.with_error(list(runs.scores.values())), f"{runs.parameters:,.0f}"]
+        for (task, method), runs in summaries(records).items()
     ]
 
 
 def draw(records: Sequence[Record]) -> None:
     """Draw the score over the parameters: one panel per task, means of the seeds with their standard errors."""
-    by_task = _by("task", records)
-    figure, axes = figures.panels(len(by_task))
-    for ax, (task, of_task) in zip(axes, by_task.items(), strict=True):
-        runs = _by("method", of_task)
+    found = summaries(records)
+    drawn = list(dict.fromkeys(task for task, _ in found))
+    figure, axes = figures.panels(len(drawn))
+    for ax, task in zip(axes, drawn, strict=True):
         for line, names in LINES.items():
-            points = sorted(
-                (mean(r["parameters"] for r in runs[name]), *epochs.mean_and_error([r["score"] for r in runs[name]]))
-                for name in names
-                if name in runs
+            runs = sorted((found[task, name] for name in names), key=lambda of_method: of_method.parameters)
+            scores, errors = zip(*(epochs.mean_and_error(list(r.scores.values())) for r in runs), strict=True)
+            ax.errorbar(
+                [r.parameters for r in runs], scores, yerr=errors, marker="o", markersize=3, capsize=2, label=line
             )
-            if points:
-                ax.errorbar(*zip(*((x, y) for x, y, _ in points), strict=True), yerr=[e for *_, e in points],
-                            marker="o", markersize=3, capsize=2, label=line)  # fmt: skip
         ax.set(title=task, xlabel="adapter parameters", xscale="log")
     axes[0].set_ylabel("score")
     axes[0].legend(fontsize="small")
     figures.save(figure, "pareto")
 
 
-def _by(key: str, records: Sequence[Record]) -> dict[str, list[Record]]:
-    return {value: [r for r in records if r[key] == value] for value in dict.fromkeys(r[key] for r in records)}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = epochs.make_parser(__doc__, ["mrpc", "cola"])
-    args = parser.parse_args(arguments)
-    records = run(epochs.sweep_of(Path(__file__), args), args.tasks)
+    args = sweep.parser_of_runs(__doc__, ["mrpc", "cola"], epochs.OUTPUT).parse_args(arguments)
+    records = run(sweep.sweep_of(Path(__file__), args), args.tasks)
     draw(records)
     Console().print(table(HEADER, rows(records)))
 

@@ -180,10 +180,22 @@ def make_parser(description: str | None, names: Sequence[str], output: Path) -> 
         names: Default of ``--tasks``.
         output: Default of ``--output``, the file of results.
     """
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=(*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS), default=list(names))
+    parser = parser_of_runs(description, names, output)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of each task's own")
+    return parser
+
+
+def parser_of_runs(description: str | None, names: Sequence[str], output: Path) -> ArgumentParser:
+    """A parser of the arguments of :func:`sweep_of`, and of the tasks.
+
+    Args:
+        description: What the command does.
+        names: Default of ``--tasks``.
+        output: Default of ``--output``, the file of results.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=(*tasks.IMAGE_TASKS, *tasks.TEXT_TASKS), default=list(names))
     parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
     parser.add_argument("--glue", type=Path, default=GLUE_FOLDER, help="folder of GLUE in the official layout")
     parser.add_argument("--output", type=Path, default=output)
@@ -201,7 +213,17 @@ def start(script: Path, args: Namespace) -> tuple[Sweep, dict[str, int]]:
         name: tasks.load(name, args.glue).steps for name in args.tasks
     }  # this also pretrains held_out's model, once
     steps = {name: args.steps or of_task for name, of_task in loaded.items()}
-    return Sweep(args.output, command(script, args), args.jobs, args.glue), steps
+    return sweep_of(script, args), steps
+
+
+def sweep_of(script: Path, args: Namespace) -> Sweep:
+    """The sweep that was asked for.
+
+    Args:
+        script: The script that was started, for the record.
+        args: Arguments from :func:`parser_of_runs` or :func:`make_parser`.
+    """
+    return Sweep(args.output, command(script, args), args.jobs, args.glue)
 
 
 def command(script: Path, args: Namespace) -> str:
