@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
@@ -93,22 +92,8 @@ class StepWatch:
         self._register()
 
     def _register(self) -> None:
-        """Hook into all optimizers, since a hook on a single one would come too late for its first step."""
-        reference = weakref.ref(self)
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-            watch = reference()
-            return None if watch is None else watch.before_step(optimizer, args, kwargs)
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (watch := reference()) is not None:
-                outermost = not watch.nesting.inner
-                watch.nesting.leave(optimizer)
-                if outermost:
-                    watch.restore_lr()
-
-        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
-        self._finalizer = weakref.finalize(self, _remove, *hooks)
+        _watches[id(self)] = weakref.ref(self)
+        self._finalizer = weakref.finalize(self, _watches.pop, id(self), None)
 
     def close(self) -> None:
         """Stop watching."""
@@ -204,6 +189,13 @@ class StepWatch:
             return loss
 
         return args[:1], {**kwargs, "closure": seen_closure}
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Give the groups back their learning rates when the outermost call of ``step`` ends."""
+        outermost = not self.nesting.inner
+        self.nesting.leave(optimizer)
+        if outermost:
+            self.restore_lr()
 
     def _look(self, optimizer: Optimizer) -> None:
         """See the gradients; if that is an error, there is no step, after which learning rates would be restored."""
@@ -323,9 +315,29 @@ class StepWatch:
             )
 
 
-def _remove(*hooks: RemovableHandle) -> None:
-    for hook in hooks:
-        hook.remove()
+# The watches that are there, by identity. Torch is given hooks of all optimizers, since a hook on a single one would
+# come too late for its first step. They stay for good: to add or remove one while torch goes through them, as when the
+# garbage collector takes an integrator, would end the step of any model in a RuntimeError.
+_watches: dict[int, weakref.ref[StepWatch]] = {}
+
+
+def _watching() -> list[StepWatch]:
+    return [watch for reference in list(_watches.values()) if (watch := reference()) is not None]
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for watch in _watching():
+        args, kwargs = watch.before_step(optimizer, args, kwargs) or (args, kwargs)
+    return args, kwargs
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for watch in _watching():
+        watch.after_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
 
 
 def _warn(message: str) -> None:
