@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geolora_pl.data.texts.sampler import ShuffledSampler
-from geolora_pl.tasks.text_metrics import make_metrics
+from geolora_pl.tasks.metrics import make_metrics
 
 Batch = dict[str, Tensor]
 

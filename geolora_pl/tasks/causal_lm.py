@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
 
 from geolora_pl.tasks.answers import answer, encode_asked, end_at, show_answers, start_answers
 from geolora_pl.tasks.chat_template import read_template, template_from_checkpoint
+from geolora_pl.tasks.metrics import Mean, Perplexity
 from geolora_pl.tasks.packing import check_isolation
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
@@ -102,7 +102,7 @@ class CausalLM(TransformerTask):
     def setup(self, stage: str) -> None:
         """Make the metrics, loss and perplexity per set of texts."""
         super().setup(stage)
-        self.make_split_metrics(lambda: nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()}))
+        self.make_split_metrics(lambda: nn.ModuleDict({"loss": Mean(), "perplexity": Perplexity()}))
 
     def on_fit_start(self) -> None:
         """Refuse a model that sees the neighbours of a text, and prompts that are too long."""
@@ -210,21 +210,3 @@ class CausalLM(TransformerTask):
         self._check_isolation()
         losses, learnt = self.token_losses(batch)
         return losses.sum(1) / learnt.sum(1).clamp_min(1)
-
-
-class Perplexity(MeanMetric):
-    """The exponential of a weighted mean of losses in nats.
-
-    The perplexity of torchmetrics uses probabilities, which underflow to zero in float32 for very unlikely tokens.
-
-    Example:
-        >>> import torch
-        >>> perplexity = Perplexity()
-        >>> perplexity.update(torch.tensor([0.0, 2.0, 7.0]), torch.tensor([1, 1, 0]))
-        >>> round(perplexity.compute().item(), 4)
-        2.7183
-    """
-
-    def compute(self) -> Tensor:
-        """Return the exponential of the mean."""
-        return super().compute().exp()

@@ -36,7 +36,7 @@ from geolora_pl.tasks.classes import (
 )
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
 from geolora_pl.tasks.internals import save_config_for_hf
-from geolora_pl.tasks.text_metrics import check_metrics, for_metrics, make_metrics, usual_metrics
+from geolora_pl.tasks.metrics import check_metrics, for_metrics, make_metrics, usual_metrics
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
 
+from geolora_pl.tasks.metrics import Mean
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
@@ -83,7 +83,7 @@ class QuestionAnswering(TransformerTask):
         if self.unanswerable is None:
             self.unanswerable = bool(getattr(data, "unanswerable", False))
             self.hparams["unanswerable"] = self.unanswerable
-        self.make_split_metrics(lambda: nn.ModuleDict({name: MeanMetric() for name in _METRICS}))
+        self.make_split_metrics(lambda: nn.ModuleDict({name: Mean() for name in _METRICS}))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (pieces, length, 2) for the first and the last token of the answer."""

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 
+from geolora_pl.tasks.metrics import Mean
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -120,7 +120,7 @@ class Seq2SeqLM(TransformerTask):
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of texts."""
         super().setup(stage)
-        self.make_split_metrics(lambda: nn.ModuleDict({name: MeanMetric() for name in ("loss", *_ROUGE)}))
+        self.make_split_metrics(lambda: nn.ModuleDict({name: Mean() for name in ("loss", *_ROUGE)}))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, target length, vocabulary) of the tokens of targets, by those before them."""

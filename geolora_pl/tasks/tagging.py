@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
 
 from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_num_classes
+from geolora_pl.tasks.metrics import Mean
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
@@ -98,7 +99,7 @@ class TokenClassification(TransformerTask):
     def _make_metrics(self) -> nn.ModuleDict:
         assert self.num_classes is not None
         made: dict[str, Metric] = {
-            "loss": MeanMetric(),
+            "loss": Mean(),
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED),
         }
         if self.class_names is not None and name_entities(self.class_names):

@@ -22,7 +22,7 @@ from geolora_pl.tasks.classes import (
     settle_num_classes,
 )
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
-from geolora_pl.tasks.text_metrics import check_metrics, for_metrics, make_metrics, usual_metrics
+from geolora_pl.tasks.metrics import check_metrics, for_metrics, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import Batch, TransformerTask, logged_name
 

@@ -6,6 +6,7 @@ import re
 import datasets
 import pytest
 import torch
+from diverged import validation_loss
 from flags import QUIET
 from foreign import trainer
 from text_files import attach, write
@@ -235,6 +236,11 @@ def test_every_token_counts_once_whatever_the_batches(tmp_path, pairs, batch_siz
     assert scores.shape == (12,)
     learnt = torch.tensor([len(ids(completion)) + 1 for completion in COMPLETIONS])
     assert (scores * learnt).sum() / count == pytest.approx(total / count, rel=rounding(torch.float32, NETWORK))
+
+
+def test_the_loss_of_a_model_that_has_diverged_is_nan(tmp_path, pairs):
+    """It was the mean of the other losses, or of none, with a warning of torchmetrics."""
+    assert validation_loss(CausalLM(save_tiny_decoder(tmp_path / "model", "llama")), of_pairs(pairs, tmp_path)).isnan()
 
 
 def test_a_batch_without_a_learnt_token_changes_nothing(tmp_path):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from command_line import from_fit_to_export
+from diverged import validation_loss
 from exported import move, save
 from flags import QUIET
 from foreign import trainer
@@ -99,6 +100,11 @@ def test_a_data_set_of_the_hub_has_its_own_columns(tmp_path):
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "hub" / "train.parquet")
     of_hub = Seq2SeqHub(str(tmp_path / "hub"), text_column="article", target_column="highlights")
     assert of_hub.load_splits()["train"][0] == {"text": "good film", "target": "good"}
+
+
+def test_the_loss_of_a_model_that_has_diverged_is_nan(tmp_path, model):
+    """It was the mean of the other losses, or of none, with a warning of torchmetrics."""
+    assert validation_loss(Seq2SeqLM(model), data(tmp_path)).isnan()
 
 
 def test_mistakes_are_refused(tmp_path, model):

