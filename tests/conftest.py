@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Set by tools/test_matrix.py: what is tested holds for every number of threads and every seed.
-THREADS, SEED = (
-    int(os.environ.get(f"GEOLORA_TEST_{name}", default)) for name, default in (("THREADS", 1), ("SEED", 0))
+# Set by tools/test_matrix.py: what is tested holds for every number of threads and every seed, and wherever the garbage
+# collector comes, after so many new objects.
+THREADS, SEED, GARBAGE = (
+    int(os.environ.get(f"GEOLORA_TEST_{name}", default))
+    for name, default in (("THREADS", 1), ("SEED", 0), ("GARBAGE", gc.get_threshold()[0]))
 )
 torch.set_num_threads(THREADS)
 
@@ -31,6 +33,7 @@ settings.load_profile("deterministic")
 def pytest_collection_finish():
     """From now on there is garbage, and none of it is what was imported."""
     gc.freeze()
+    gc.set_threshold(GARBAGE)
     gc.enable()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LEAST = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 HASH = {"PYTHONHASHSEED": "random"}
+GARBAGE = {"GEOLORA_TEST_GARBAGE": "30"}  # the garbage collector comes after so few new objects
 AS_IT_IS: dict[
     str, str
 ] = {}  # environment variables of a cell; BUSY is the number of processes that keep the cores busy
@@ -53,9 +54,10 @@ CELLS = {
     "hash": HASH,
     "order_1": order(1),
     "order_2": order(2),
+    "garbage": GARBAGE,
     "busy": {"BUSY": "2"},
     "least": {**LEAST, **seed(1), **order(1)},  # this and the next are what CI runs
-    "crowded": {**threads(2), **seed(2), **HASH, "BUSY": "1"},
+    "crowded": {**threads(2), **seed(2), **HASH, **GARBAGE, "BUSY": "1"},
 }
 
 
