@@ -395,7 +395,7 @@ def _tokenize(file, cache, barrier, results):
     original = PreTrainedTokenizerBase.__call__
 
     def together(self, *args, **kwargs):
-        barrier.wait(30)  # both are in the middle of it
+        barrier.wait(280)  # both are in the middle of it
         return original(self, *args, **kwargs)
 
     PreTrainedTokenizerBase.__call__ = together
@@ -413,7 +413,7 @@ def test_two_processes_that_meet_at_an_empty_cache_both_have_the_whole_data(tmp_
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=280) for _ in processes]
     for process in processes:
         process.join()
     assert len(list((tmp_path / "cache").iterdir())) == 1

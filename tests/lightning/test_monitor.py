@@ -272,12 +272,13 @@ def test_a_resumed_run_knows_the_ranks_before_it(tmp_path):
 def test_the_clock_counts_what_was_done():
     clock = DeviceClock(torch.device("cpu"))
     assert (clock.last(), clock.total()) == (None, 0.0)
+    start = time.perf_counter()
     for _ in range(2):
         began = clock.now()
         time.sleep(0.01)
         clock.add(began)
-    assert 0.01 <= clock.last() < 1
-    assert clock.total() >= 0.02
+    passed = time.perf_counter() - start
+    assert 0.01 <= clock.last() < clock.total() <= passed
 
 
 def test_on_a_gpu_the_clock_waits_only_when_it_is_read(monkeypatch):

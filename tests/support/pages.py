@@ -23,7 +23,7 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
     """What the page's shell calls, as bash understands it: loops are run and variables filled in."""
     stubs = [f'{name}() {{ printf "%s\\n" $(($# + 1)) {name} "$@" >>calls; }}' for name in PROGRAMS]
     script = "\n".join([*stubs, *blocks(page, "bash")])
-    subprocess.run(["bash", "-euc", script], cwd=folder, check=True, timeout=60)
+    subprocess.run(["bash", "-euc", script], cwd=folder, check=True, timeout=280)
     words = (folder / "calls").read_text().splitlines()
     calls = []
     while words:
