@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from benchmarks.peers import comparison, epochs, held_out_gap, learning_rates, matrix_approximation
+from benchmarks.peers import comparison, epochs, held_out_gap, learning_rates, matrix_approximation, pareto
 from benchmarks.ranks import ablations, rank_adaptation
 from benchmarks.shared import results
 from benchmarks.shared.methods import METHODS
@@ -32,7 +32,6 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs"
 IN_SHORT = {"minilm": "BERT of 22M, 32 x 64 tokens", "vit_tiny": "ViT-tiny, 4 images"}
 LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all methods are near chance after 200 steps
 NAMES = {
-    "geolora": "geolora_pl",
     "defaults": "geolora_pl, max_rank 16",
     "room": "geolora_pl, rank 6, max_rank 64",
     "lora": "LoRA r 8 (PEFT)",
@@ -44,6 +43,9 @@ NAMES = {
     "full": "full fine-tuning",
     "head": "head only",
     "bound": "frozen, no adapters",
+    **{point: f"LoRA r {rank} (PEFT)" for point, rank in pareto.RANKS.items()},
+    **{point: point.replace("geolora ", "geolora_pl, ") for point in (*pareto.TOLERANCES, *pareto.BUDGETS)},
+    "geolora": "geolora_pl",
 }
 
 
@@ -88,6 +90,12 @@ def epochs_paired() -> str:
     records = whole_epochs()
     names = list(dict.fromkeys(record["task"] for record in records))
     return markdown(["method", *names, "all"], comparison.paired(records, names))
+
+
+def pareto_table() -> str:
+    """Scores and parameters of several ranks, tolerances and budgets."""
+    records = pareto.finals(read(RESULTS / "epochs.jsonl"))
+    return markdown(pareto.header(records), pareto.rows(records))
 
 
 def gap_table() -> str:
@@ -177,6 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paired": paired,
     "epochs": epochs_table,
     "epochs_paired": epochs_paired,
+    "pareto": pareto_table,
     "held_out_gap": gap_table,
     "learning_rates": learning_rates_table,
     "rank_adaptation": rank_adaptation_table,

@@ -23,7 +23,7 @@ from benchmarks.peers import epochs
 from benchmarks.shared import figures, sweep, tasks
 from benchmarks.shared.methods import GeoLoRA, LoRA, Method
 from benchmarks.shared.results import Record
-from benchmarks.shared.summary import summaries
+from benchmarks.shared.summary import Summary, latest, summaries
 from benchmarks.shared.sweep import Planned, Sweep
 from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task
@@ -34,7 +34,7 @@ TOLERANCES = {"geolora tau 0.1": 0.1, "geolora tau 0.2": 0.2, "geolora": 0.3, "g
 BUDGETS = {f"geolora budget {rank}": rank for rank in (1, 2, 4, 8)}  # ranks of LoRA with as many parameters
 BESIDE_BUDGETS = 0.1  # the tolerance, which is so small that the budget decides
 LINES = {"LoRA, rank": RANKS, "geolora_pl, tau": TOLERANCES, "geolora_pl, budget": BUDGETS}
-HEADER = ("task", "method", "score", "adapter parameters")
+POINTS = [point for line in LINES.values() for point in line]
 
 
 def methods(rank_one: int) -> dict[str, Method]:
@@ -73,12 +73,30 @@ def run(runs: Sweep, names: Sequence[str]) -> list[Record]:
     return records
 
 
+def finals(records: Sequence[Record]) -> list[Record]:
+    """The runs that are reported: those of tasks on which every point was measured."""
+    found = epochs.finals(latest([r for r in records if r["method"] in POINTS]))
+    missing = {(task, point) for task in {r["task"] for r in found} for point in POINTS} - summaries(found).keys()
+    return [r for r in found if r["task"] not in {task for task, _ in missing}]
+
+
+def header(records: Sequence[Record]) -> list[str]:
+    """The columns of :func:`rows`: the tasks."""
+    return ["method", *dict.fromkeys(r["task"] for r in records)]
+
+
 def rows(records: Sequence[Record]) -> list[list[str]]:
-    """One row per task and method."""
-    return [
-        [task, method, epochs.with_error(list(runs.scores.values())), f"{runs.parameters:,.0f}"]
-        for (task, method), runs in summaries(records).items()
-    ]
+    """One row per point: on each task the score with its standard error, and the adapter parameters.
+
+    Args:
+        records: From :func:`finals`.
+    """
+    found = summaries(records)
+
+    def cell(run: Summary) -> str:
+        return f"{epochs.with_error(list(run.scores.values()))} with {run.parameters:,.0f}"
+
+    return [[point, *(cell(found[task, point]) for task in header(records)[1:])] for point in POINTS]
 
 
 def draw(records: Sequence[Record]) -> None:
@@ -101,9 +119,9 @@ def draw(records: Sequence[Record]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = sweep.parser_of_runs(__doc__, ["mrpc", "cola"], epochs.OUTPUT).parse_args(arguments)
-    records = run(sweep.sweep_of(Path(__file__), args), args.tasks)
+    records = finals(run(sweep.sweep_of(Path(__file__), args), args.tasks))
     draw(records)
-    Console().print(table(HEADER, rows(records)))
+    Console().print(table(header(records), rows(records)))
 
 
 if __name__ == "__main__":
