@@ -282,6 +282,7 @@ def apply(model: nn.Module, state: AdapterState) -> None:
         p = layer.probes  # which stay zero until the first retraction
         layer.U[:, p : p + r], layer.S[:r, :r], layer.V[:, p : p + r] = U.to(layer.U), S.to(layer.U), V.to(layer.U)
         layer.rank = r
+        layer.rule = None  # that of an earlier fit would cut these when they are saved
     write(model, {**state.trained, **state.buffers})
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters, load_adapter, save_adapter
 from geolora_pl.adapters.inject import find_adapters, has_adapters
-from geolora_pl.storage.adapter_file import _checksum
+from geolora_pl.storage.adapter_file import _checksum, read_adapter
 from geolora_pl.storage.atomic import atomic
 
 CONFIG = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2.0"], modules_to_save=["3"], alpha=2.0)
@@ -405,3 +405,15 @@ def test_what_was_trained_is_trained_again_in_a_model_with_adapters(tmp_path):
     save_adapter(second, tmp_path / "second.safetensors")
     load_adapter(third, tmp_path / "second.safetensors")
     assert torch.equal(third[1].weight, first[1].weight)
+
+
+def test_what_is_loaded_is_not_cut_to_the_budget_of_an_earlier_fit_when_it_is_saved_again(file, tmp_path):
+    """A user trained to a budget, and later loaded a larger adapter into that model. Saved again, it was smaller."""
+    model, again = base(), tmp_path / "again.safetensors"
+    inject_adapters(model, CONFIG)
+    train(model, budget=29)
+    load_adapter(model, file)
+    save_adapter(model, again)
+    assert read_adapter(file).factors["0"].S.shape[0] > 1
+    assert load_file(again).keys() == load_file(file).keys()
+    assert all(torch.equal(tensor, load_file(again)[name]) for name, tensor in load_file(file).items())
