@@ -313,7 +313,7 @@ def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], li
     trained = {id(parameters[name]) for name in state.trained}
     # All names are needed, because PEFT keeps one copy per module for modules that share a weight.
     owners = {
-        name: name.rpartition(".")[0]
+        name: _owner(name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in trained
     }
@@ -332,4 +332,9 @@ def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], li
             if found in outside:
                 raise ValueError(f"{name} was trained, and PEFT would take {found}, which has an adapter, for it")
             saved.add(found)
-    return sorted(saved), [name for name in state.trained if name.rpartition(".")[0] not in saved]
+    return sorted(saved), [name for name in state.trained if _owner(name) not in saved]
+
+
+def _owner(name: str) -> str:
+    """The module of a parameter; of one that a parametrization computes with, the module that it computes for."""
+    return name.rpartition(".")[0].partition(".parametrizations.")[0]

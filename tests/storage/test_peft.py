@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_text import FAMILIES
 from tolerance import EXACT, NETWORK, close, is_orthonormal, rounding
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
 from transformers import ViTForImageClassification as HFViT
 from transformers.pytorch_utils import Conv1D
@@ -156,6 +157,21 @@ def test_a_head_that_peft_has_trained_apart_from_the_embedding_is_not_written_in
     )
     import_peft(model := build(), tmp_path)
     close(logits(model, IDS), logits(theirs, IDS), within=EXACT)
+
+
+def test_a_head_with_a_parametrized_weight_arrives(tmp_path):
+    """A user trained a head with weight norm. The export named a part of it that PEFT could not wrap."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), parametrizations.weight_norm(nn.Linear(8, 3))).double()
+
+    model, x = adapt(build(), ["1"], target_modules=["0"]), torch.randn(4, 6).double()
+    export_peft(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"] == ["1"]
+    close(PeftModel.from_pretrained(build(), tmp_path / "lora")(x), model(x), within=EXACT)
+    import_peft(fresh := build(), tmp_path / "lora")
+    close(fresh(x), model(x), within=EXACT)
 
 
 class Codes(nn.Linear):
