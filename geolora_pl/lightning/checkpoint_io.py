@@ -48,7 +48,8 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             OSError: It cannot be written; the target is as it was.
         """
-        if self._describe is not None and "callbacks" not in checkpoint:
+        # A process that was forked also writes here, to send its weights back: those are no checkpoint.
+        if self._describe is not None and "state_dict" in checkpoint and "callbacks" not in checkpoint:
             self._describe(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)

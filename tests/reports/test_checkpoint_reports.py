@@ -237,6 +237,16 @@ def test_a_checkpoint_of_weights_alone_is_like_the_others(tmp_path, small):
     assert torch.equal(plain.model(x), module.model(x))
 
 
+def test_a_forked_process_sends_its_weights_back_as_they_are(tmp_path):
+    """It writes them as a file of Lightning's, which is no checkpoint and is described by nothing."""
+    module = Small()
+    module.configure_model()
+    start = module.model[4].weight.clone()
+    moves = GeoLoRACallback(adapt_every=2, small_checkpoints=True)
+    trainer(moves, devices=1, strategy="ddp_fork", default_root_dir=tmp_path).fit(module, loader())
+    assert not torch.equal(module.model[4].weight, start)
+
+
 def test_a_file_from_a_checkpoint_keeps_to_the_budget_of_the_run_in_python_as_well(tmp_path):
     """Between two retractions an update has more directions: those that the export left out were in save_adapter."""
     module = Small()
