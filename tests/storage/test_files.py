@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import struct
 
@@ -341,6 +342,15 @@ def test_an_error_while_writing_leaves_nothing_and_what_was_there(tmp_path):
             assert (target / "old").read_text() == "new"
         assert list(tmp_path.iterdir()) == [target]
         shutil.rmtree(target)
+
+
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path, letter):
+    """A user's checkpoints had all metrics in their names. They could not be written, for the folder beside them."""
+    path = tmp_path / (letter * (os.pathconf(tmp_path, "PC_NAME_MAX") // len(letter.encode())))
+    with atomic(path) as unfinished:
+        unfinished.write_text("whole")
+    assert path.read_text() == "whole"
 
 
 def test_a_folder_replaces_no_file_and_a_path_through_a_file_is_refused(tmp_path):
