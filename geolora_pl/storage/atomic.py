@@ -47,9 +47,8 @@ def atomic(path: str | Path, *, overwrite: bool = True, follow: bool = True) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file and not a folder") from error
-    room = Path(
-        tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent)
-    )  # a name may be as long as names can be
+    # The name of the file may be as long as names can be.
+    room = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
     unfinished = room / "new" / path.name  # where no other name can be the same
     unfinished.parent.mkdir()
     try:
