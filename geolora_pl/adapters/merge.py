@@ -74,6 +74,7 @@ class MergedAdapters:
                 layer.base.weight = weight
         with unwrapped(self._model) as plain:
             for name, layer in self._layers.items():
+                layer.train(plain.get_submodule(name).training)  # the mode may have changed in the meantime
                 plain.set_submodule(name, layer)
         self._layers, self._weights = {}, []
 

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.storage.adapter_state import base_buffers
 from geolora_pl.storage.checkpoint import CURRENT
 from geolora_pl.training.averaging import RunningMean
+from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
 
 class GeoLoRAEMAWeightAveraging(L.Callback):
@@ -66,6 +67,8 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         self.use_buffers = use_buffers
         self._mean: RunningMean | None = None  # of the fit that is under way, or of the last one
         self._trained: list[tuple[Tensor, Tensor]] = []  # what the averaged weights stand in the place of
+        self._parameters: list[nn.Parameter] = []  # of the module
+        self._required = 0  # how many of them required gradients at the last step
         self._latest_step = 0
         self._restored: dict[str, Any] | None = None  # from a checkpoint, until the fit starts
 
@@ -91,8 +94,22 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        integrator = _follower(trainer).integrator
-        assert integrator is not None, "GeoLoRACallback makes it in on_fit_start"
+        integrator = _integrator_of(trainer)
+        self._parameters = list(pl_module.parameters())
+        self._required = self._count_of_required()
+        self._mean = RunningMean(integrator, self._places(integrator, pl_module))
+        if self._restored is not None:
+            self._latest_step = self._restored["latest_step"]
+            self._mean.load_state_dict(self._restored["mean"])
+            self._restored = None
+
+    def _count_of_required(self) -> int:
+        return sum(parameter.requires_grad for parameter in self._parameters)
+
+    def _places(
+        self, integrator: RankAdaptiveIntegrator, pl_module: L.LightningModule
+    ) -> dict[str, tuple[nn.Module, str]]:
+        """What is averaged beside the adapters, by name, as a module and the name of its parameter or buffer."""
         factors = {id(getattr(layer, name)) for layer in integrator.adapters.values() for name in FACTORS}
         tensors: dict[str, Tensor] = {
             name: p for name, p in pl_module.named_parameters() if p.requires_grad and id(p) not in factors
@@ -104,11 +121,16 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
             for module in pl_module.modules()
             for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         }
-        self._mean = RunningMean(integrator, {name: places[id(tensor)] for name, tensor in tensors.items()})
-        if self._restored is not None:
-            self._latest_step = self._restored["latest_step"]
-            self._mean.load_state_dict(self._restored["mean"])
-            self._restored = None
+        return {name: places[id(tensor)] for name, tensor in tensors.items()}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Average from now on what a callback has thawed."""
+        if self._required != (required := self._count_of_required()):
+            self._required = required
+            assert self._mean is not None, "made in on_train_start"
+            self._mean.take_in(self._places(_integrator_of(trainer), pl_module))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,6 +208,12 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
         """Let a fit go on from the weights as they were trained."""
         if trainer.state.fn is TrainerFn.FITTING and CURRENT in checkpoint:
             pl_module.load_state_dict(checkpoint[CURRENT], strict=False)
+
+
+def _integrator_of(trainer: L.Trainer) -> RankAdaptiveIntegrator:
+    integrator = _follower(trainer).integrator
+    assert integrator is not None, "GeoLoRACallback makes it in on_fit_start"
+    return integrator
 
 
 def _follower(trainer: L.Trainer) -> GeoLoRACallback:

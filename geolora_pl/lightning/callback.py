@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -150,7 +151,9 @@ class GeoLoRACallback(L.Callback):
             check_trainer(trainer)
             fit_bar(trainer.progress_bar_callback)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFiles):  # and not the user's own
-            trainer.strategy.checkpoint_io = WholeFiles(pl_module, resumes=stage == "fit")
+            trainer.strategy.checkpoint_io = WholeFiles(
+                pl_module, partial(self._describe, pl_module=pl_module), resumes=stage == "fit"
+            )
         if not has_adapters(pl_module):
             check_launcher(trainer, pl_module)
             if is_overridden("configure_model", pl_module):
@@ -294,6 +297,9 @@ class GeoLoRACallback(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what the weights do not tell, keep to plain values, and leave the base out, if asked to."""
+        self._describe(checkpoint, pl_module)
+
+    def _describe(self, checkpoint: dict[str, Any], pl_module: L.LightningModule) -> None:
         describe_adapters(checkpoint, pl_module)
         if self.small_checkpoints or quantised_names(pl_module):  # which could not be loaded
             shrink(checkpoint, pl_module, self._run.base_of(pl_module) if self._run else describe_base(pl_module))

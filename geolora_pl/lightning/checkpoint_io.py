@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,35 @@ class WholeFiles(TorchCheckpointIO):
 
     Args:
         module: The module from which a small checkpoint that is loaded gets its base.
+        describe: Called with a checkpoint that holds weights alone, of which Lightning asks no callback, before it is
+            written.
         resumes: Whether a fit goes on from a checkpoint that is loaded, which takes more than its weights.
     """
 
-    def __init__(self, module: nn.Module, resumes: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, describe: Callable[[dict[str, Any]], None] | None = None, resumes: bool = False
+    ) -> None:
         self._module = module
+        self._describe = describe
         self._resumes = resumes
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
+        A link in its place is replaced, as by Lightning: ``last.ckpt`` may be one to the best checkpoint.
+
         Raises:
             OSError: It cannot be written; the target is as it was.
         """
+        # A process that was forked also writes here, to send its weights back: those are no checkpoint.
+        if self._describe is not None and "state_dict" in checkpoint and "callbacks" not in checkpoint:
+            self._describe(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         try:
-            with atomic(target) as unfinished, unfinished.open("wb") as file:
+            with atomic(target, follow=False) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # Torch's own writer tells of a full disk by a RuntimeError, alone or on the way out of an OSError.

@@ -10,8 +10,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import distributed as dist
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.lightning.internals import (
@@ -19,6 +22,7 @@ from geolora_pl.lightning.internals import (
     DataLoaderIterDataFetcher,
     Stateful,
     before_each_epoch,
+    begins_loaders_later,
     collect_random_states,
     data_of_fit,
     set_random_states,
@@ -113,6 +117,26 @@ def _say_what_persistent_workers_do(loaders: Iterable[Any]) -> None:
         )
 
 
+def _say_what_begins_later(loaders: CombinedLoader, seen: int) -> None:
+    """Warn of a loader that was begun after others, or again, from a random state that is not known any more."""
+    if not begins_loaders_later(loaders):
+        return
+    later = [length for each in loaders.flattened if (length := sized_len(each)) is not None and length < seen]
+    if later and not all(map(_is_drawn_alone, loaders.flattened)):
+        rank_zero_warn(
+            f"a data loader of {min(later)} batches had ended in the epoch in whose middle this run is resumed, and "
+            "what began then took its order from the random numbers of the training: this resumed run is exact only "
+            "if each of your loaders has a generator of its own (DataLoader(..., generator=torch.Generator()))",
+            category=GeoLoRAWarning,
+        )
+
+
+def _is_drawn_alone(loader: Any) -> bool:
+    """Whether the order of a data loader does not depend on how many random numbers are drawn elsewhere."""
+    is_fixed = isinstance(getattr(loader, "sampler", None), SequentialSampler | DistributedSampler)
+    return bool(generators_of([loader])) or (is_fixed and not getattr(loader, "num_workers", 0))
+
+
 class TrainingPosition:
     """Remembers the random states of each process, and replays an epoch up to the batch that comes next.
 
@@ -121,7 +145,8 @@ class TrainingPosition:
     for every data loader whose order follows from the random state (a ``generator`` of the loader or of its sampler
     included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
     a checkpoint was saved comes again, and Lightning goes on with a validation. Persistent workers carry their random
-    numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed. A loader
+    numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed. So it is
+    where a loader of several has been begun in the middle of the epoch and has no generator of its own. A loader
     with a ``state_dict`` of its own is left to itself, and so is a module that takes its batches itself
     (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
     """
@@ -177,6 +202,7 @@ class TrainingPosition:
             )
         elif seen and not keeps_its_own_state:
             _say_what_was_not_seen(seen, before, self._batches)
+            _say_what_begins_later(loaders, seen)
             self._warn_again = _leave_out(seen, fetcher)
         if now is not None:
             _say_what_persistent_workers_do(loaders.flattened)

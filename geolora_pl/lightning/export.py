@@ -49,21 +49,22 @@ def export(
     if not overwrite:
         refuse_existing(output)
     # Lightning takes seconds to import, and the command ranks, which shares the file of this one, does without it.
-    from geolora_pl.lightning.loading import load_module
+    from geolora_pl.lightning.loading import load_module, model_of
 
     module = load_module(ckpt_path, config)
+    model = model_of(module)
     if format == "adapter":
-        save_adapter(module.model, output)
+        save_adapter(model, output)
         return f"{output}: load it with load_adapter(model, {str(output)!r})"
     if format == "peft":
-        rank = export_peft(module.model, output, compact=compact, overwrite=overwrite)
+        rank = export_peft(model, output, compact=compact, overwrite=overwrite)
         return f"{output}: {server_rank(rank)}"
     if format == "diffusers":
         with atomic(output, overwrite=overwrite) as unfinished:
             unfinished.mkdir()
             rank = _saver_of_loras(module)(unfinished, compact)
         return f"{output}: of rank {rank}; load it with pipeline.load_lora_weights({str(output)!r})"
-    merged = MergedAdapters(module.model)
+    merged = MergedAdapters(model)
     with unwrapped(module), atomic(output, overwrite=overwrite) as unfinished:
         unfinished.mkdir()
         module.save_model(unfinished)

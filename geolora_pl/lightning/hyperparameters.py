@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,12 @@ def from_checkpoint(
     """
     taken: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    takes = _taker(module_class, of_package=configured)
     for name, value in checkpoint.get(_LEFT_OUT, {}).items():
-        refused[name] = f"is {value}, which is not a plain value"
-    names = _argument_names(module_class, of_package=configured)
+        if takes(name):
+            refused[name] = f"is {value}, which is not a plain value"
     for name, value in hyperparameters_of(checkpoint).items():
-        if name in _CODE or (names is not None and name not in names):
+        if name in _CODE or not takes(name):
             continue  # such as Lightning's own notes on the class and on what makes it
         if configured and name in module_class.locating_arguments:
             continue
@@ -202,17 +203,31 @@ def _entries(value: object, key: str = "") -> Iterable[tuple[str, object]]:
             yield from _entries(inner, key)
 
 
-def _argument_names(module_class: type, of_package: bool) -> set[str] | None:
-    """The names of the arguments of a class that are values, those that it hands on to its bases included.
+def _taker(module_class: type, of_package: bool) -> Callable[[str], bool]:
+    """Say whether a class takes an argument that is a value.
 
-    ``None`` stands for any name: a class of the user's that takes ``**kwargs`` may read them itself.
+    A constructor hands on to that of its base what it takes as ``**kwargs``, and may read it itself. One without them
+    gives its base values of its own, which a checkpoint holds as well.
+
+    Args:
+        module_class: The class.
+        of_package: Whether only arguments count that classes of this package have.
     """
-    names: set[str] = set()
+    ours: set[str] = set()
+    taken: set[str] = set()
+    hands_on, takes_any = True, False
     for base in module_class.__mro__:
         package = base.__module__.partition(".")[0]
-        if "__init__" in vars(base) and (package == "geolora_pl" if of_package else package not in _FOREIGN):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            if package != "geolora_pl" and any(p.kind is p.VAR_KEYWORD for p in parameters):
-                return None
-            names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return names - {"self"}
+        if "__init__" not in vars(base) or package in _FOREIGN:
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {"self"}
+        if package == "geolora_pl":
+            ours |= names
+        if hands_on:
+            taken |= names
+            hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            takes_any |= hands_on and package != "geolora_pl"
+    if of_package:
+        return (taken & ours).__contains__
+    return lambda name: name in taken or (takes_any and name not in ours)

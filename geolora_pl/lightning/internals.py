@@ -83,6 +83,11 @@ def data_of_fit(trainer: L.Trainer) -> tuple[CombinedLoader, DataFetcher]:
     return loaders, fetcher
 
 
+def begins_loaders_later(loaders: CombinedLoader) -> bool:
+    """Whether some of several data loaders may be begun, or begun again, in the middle of an epoch."""
+    return loaders._mode in ("max_size_cycle", "sequential")
+
+
 def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[[], None]:
     """Call a function just before Lightning makes the iterator of an epoch, after all hooks at its start.
 

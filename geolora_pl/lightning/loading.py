@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
 
-from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.internals import classes_by_name
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.names import path_of
-from geolora_pl.storage.checkpoint import loads, read_checkpoint, rule_of
+from geolora_pl.storage.checkpoint import loads, read_checkpoint
 
 _TASKS = "geolora_pl.tasks"  # the classes that a checkpoint may name by itself
 
@@ -46,10 +48,21 @@ def load_module(path: str | Path, config: str | Path | None = None) -> GeoLoRAMo
             taken, _ = from_checkpoint(module_class, checkpoint, configured=True)
             module = build_module(settings, taken)
             module.restore(checkpoint)
-    for layer in find_adapters(module).values():
-        layer.rule = rule_of(checkpoint)
     module.eval()
     return module
+
+
+def model_of(module: GeoLoRAModule) -> nn.Module:
+    """The model of a module, which others load; a warning names what was trained beside it, in the module itself."""
+    within = {id(parameter) for parameter in module.model.parameters()}
+    if beside := [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in within]:
+        warnings.warn(
+            f"{beside[0]} was trained beside the model of {type(module).__name__} ({len(beside)} such parameters) and "
+            "is left out: put what the model needs into what build_model returns",
+            GeoLoRAWarning,
+            stacklevel=3,
+        )
+    return module.model
 
 
 def build_module(settings: Mapping[str, Any], taken: Mapping[str, Any]) -> GeoLoRAModule:
@@ -68,8 +81,9 @@ def build_module(settings: Mapping[str, Any], taken: Mapping[str, Any]) -> GeoLo
             parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
     except ArgumentError as error:
         raise ValueError(f"the configuration of the model: {' '.join(str(error).split())}") from error
+    init_args = vars(parsed.init_args) if "init_args" in parsed else {}  # a class without arguments has none
     module: GeoLoRAModule = import_class(parsed.class_path)(
-        **{**vars(parsed.init_args), **(settings.get("dict_kwargs") or {}), **taken}
+        **{**init_args, **(settings.get("dict_kwargs") or {}), **taken}
     )
     return module
 

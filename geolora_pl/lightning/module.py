@@ -20,7 +20,7 @@ from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
 from geolora_pl.lightning.internals import callbacks_of_fit, is_part_in_fit, restricted_classmethod, run_length
-from geolora_pl.storage.checkpoint import complete, loads, read_checkpoint
+from geolora_pl.storage.checkpoint import complete, follow_rule, loads, read_checkpoint
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.training.groups import parameter_groups
 from geolora_pl.training.optim import RiemannianAdam
@@ -277,6 +277,7 @@ class GeoLoRAModule(L.LightningModule):
         self.configure_model()
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading if strict is None else strict)
+        follow_rule(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose adapters are not those of this module, and complete a small one.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning as L
 import numpy as np
@@ -92,11 +93,23 @@ class PredictionWriter(BasePredictionWriter):
         """Refuse at the first batch, and not after the work, what cannot be written.
 
         Raises:
-            ValueError: ``predict_step`` gives something else than is written.
+            ValueError: ``predict_step`` gives something else than is written, or the names are not those of its
+                classes.
         """
-        indices = trainer.predict_loop.epoch_batch_indices[dataloader_idx]
-        if len(indices) == 1:
-            _of_inputs(outputs, len(indices[0]), pl_module)
+        batches = trainer.predict_loop.epoch_batch_indices
+        if len(indices := batches[dataloader_idx]) > 1:
+            return
+        predictions = _of_inputs(outputs, len(indices[0]), pl_module)
+        found = {(dataloader_idx, index): each for index, each in zip(indices[0], predictions, strict=True)}
+        rows = _rows(found, pl_module, getattr(trainer, "datamodule", None), len(batches))
+        if self.output is not None:
+            try:
+                _write_rows(rows, io.StringIO(), self.output.suffix)
+            except TypeError as error:
+                raise ValueError(
+                    f"{type(pl_module).__name__}.predict_step must return what JSON holds, such as texts, numbers and "
+                    f"lists, for output={str(self.output)!r}: {error}"
+                ) from error
 
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
@@ -238,14 +251,18 @@ def _write(rows: list[Row], output: Path) -> None:
     # The name of a file may hold bytes that are not text; they are written as escapes, such as \\udce9.
     settings: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with atomic(output) as unfinished, unfinished.open("w", **settings) as file:
-        if output.suffix == ".jsonl":
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            return
-        flat = [_flat(row) for row in rows]
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in flat for column in row)))
-        writer.writeheader()
-        writer.writerows(flat)
+        _write_rows(rows, file, output.suffix)
+
+
+def _write_rows(rows: list[Row], file: TextIO, suffix: str) -> None:
+    if suffix == ".jsonl":
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        return
+    flat = [_flat(row) for row in rows]
+    writer = csv.DictWriter(file, list(dict.fromkeys(column for row in flat for column in row)))
+    writer.writeheader()
+    writer.writerows(flat)
 
 
 def _flat(row: Row) -> Row:

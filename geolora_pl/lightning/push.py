@@ -139,13 +139,14 @@ def _read(source: nn.Module | str | Path, run: str | Path | None, config: str | 
     if not zipfile.is_zipfile(file):
         return _Found(read_adapter(file), run=of_run)
     # Lightning takes seconds to import, and a model or an adapter file is pushed without it.
-    from geolora_pl.lightning.loading import load_module
+    from geolora_pl.lightning.loading import load_module, model_of
 
     module = load_module(file, config)
+    model = model_of(module)
     step = read_checkpoint(file, mmap=True).get("global_step")  # of a strange file perhaps no number
     return _Found(
-        capture(module.model),
-        module.model,
+        capture(model),
+        model,
         module,
         of_run or _run_around(file),
         step if isinstance(step, int) else None,

@@ -16,6 +16,7 @@ from geolora_pl.lightning.internals import batches_that_stepped
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run_record import RunRecord
 from geolora_pl.storage.checkpoint import describe_base
+from geolora_pl.storage.fingerprint import trained_names
 from geolora_pl.training.divergence import DivergenceGuard, OnDivergence
 from geolora_pl.training.following import run_state, take_up
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
@@ -57,6 +58,7 @@ class Run:
         self._record: RunRecord | None = None
         self._last = math.inf
         self._hook: RemovableHandle | None = None
+        self._trained = set(trained_names(module))
         self._base: dict[str, Any] | None = None
 
     @property
@@ -118,10 +120,16 @@ class Run:
         return True
 
     def base_of(self, module: L.LightningModule) -> dict[str, Any]:
-        """What a small checkpoint says of the base of a module; for the module of this fit it is worked out once."""
+        """What a small checkpoint says of the base of a module.
+
+        For the module of this fit it is worked out once, and again where a callback trains more weights from then on.
+        Those that it freezes have been trained, too.
+        """
         if module is not self.module:
             return describe_base(module)
-        self._base = self._base or describe_base(module)
+        self._trained.update(trained_names(module))
+        if self._base is None or len(self._base["trained"]) < len(self._trained):
+            self._base = describe_base(module, self._trained)
         return self._base
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, revision: str | None = N
 
     The whole file is checked before the model is touched. A plain model gets the adapters of the file, and what was
     trained with them becomes trainable again; existing adapters keep their own dropout, ``max_rank`` and number of
-    probes. Load the file before the optimizer is made, because the optimizer's state does not follow the new values.
+    probes. Load the file before optimizer and integrator are made, because their state does not follow the new values.
 
     A checkpoint of a run is taken as well, which is how a LightningModule that got its adapters from the callback comes
     back from one: its ``load_from_checkpoint`` knows nothing of adapters. All weights are those of the checkpoint then.

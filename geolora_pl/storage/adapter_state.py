@@ -18,7 +18,7 @@ from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import decompose, without_probes
 from geolora_pl.math.precision import exact_products
 from geolora_pl.math.ranks import RankRule, ranks_by_tau, ranks_of_each_by_budget, resolution
-from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, refuse_frozen, trained_names
 
 
 class Factors(NamedTuple):
@@ -153,11 +153,12 @@ def capture(model: nn.Module) -> AdapterState:
         model: A model with adapters.
 
     Raises:
-        ValueError: The model has no adapters, or they differ in ``alpha``, ``dropout`` or ``probes``.
+        ValueError: The model has no adapters, they differ in ``alpha``, ``dropout`` or ``probes``, or all is frozen.
     """
     adapters = find_adapters(model)
     if not adapters:
         raise ValueError("the model holds no adapters: there is nothing to save; inject_adapters(model) first")
+    refuse_frozen(model)
     kinds = {(layer.scaling, getattr(layer.dropout, "p", 0.0), layer.probes) for layer in adapters.values()}
     if len(kinds) > 1:
         raise ValueError(f"the adapters differ in (alpha, dropout, probes), {sorted(kinds)}: give all of them the same")
@@ -281,6 +282,7 @@ def apply(model: nn.Module, state: AdapterState) -> None:
         p = layer.probes  # which stay zero until the first retraction
         layer.U[:, p : p + r], layer.S[:r, :r], layer.V[:, p : p + r] = U.to(layer.U), S.to(layer.U), V.to(layer.U)
         layer.rank = r
+        layer.rule = None  # that of an earlier fit would cut these when they are saved
     write(model, {**state.trained, **state.buffers})
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
+def atomic(path: str | Path, *, overwrite: bool = True, follow: bool = True) -> Iterator[Path]:
     """Yield a name in the same folder; the file or folder that is made under it becomes ``path`` at the end.
 
     The new file or folder is flushed to the disk before it is renamed. After an error it is deleted, and what was at
     ``path`` is still there. It is made in a hidden folder of its own, with a name that no other process has, so that
     several processes may write to one path: the last one that finishes counts. Links in ``path`` are followed, as by
-    ``open``.
+    ``open``, unless ``follow`` says otherwise of the last one.
 
     Files may be read by whoever may read any other new file in that folder.
 
@@ -27,6 +27,7 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     Args:
         path: The path of the finished file or folder; missing folders above it are made.
         overwrite: Whether to replace an existing file or folder.
+        follow: Whether a link at ``path`` itself stays, and what it leads to is replaced; or else the link is replaced.
 
     Raises:
         ValueError: Something exists at ``path`` and may not be replaced, or a folder above it is a file.
@@ -40,12 +41,14 @@ def atomic(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     if not overwrite:
         refuse_existing(path)
-    path = Path(path).resolve()
+    path = Path(path)
+    path = path.resolve() if follow else path.parent.resolve() / path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file and not a folder") from error
-    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    # The name of the file may be as long as names can be.
+    room = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
     unfinished = room / "new" / path.name  # where no other name can be the same
     unfinished.parent.mkdir()
     try:

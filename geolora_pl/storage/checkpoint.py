@@ -24,7 +24,7 @@ from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.adapters.wrappers import plain_name, unwrapped, wrapper_names
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.storage.adapter_state import adapted_names, config_of
-from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, trained_names
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, refuse_frozen, trained_names
 
 _BROKEN = (EOFError, RuntimeError, ValueError, LookupError, zipfile.BadZipFile)
 _MARK = "geolora_base"  # the key, in a small checkpoint, of what describes the base that it leaves out
@@ -145,6 +145,18 @@ def rule_of(checkpoint: Mapping[str, Any]) -> RankRule | None:
         except (KeyError, TypeError, ValueError):  # of another callback, or of an older version
             continue
     return None
+
+
+def follow_rule(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Let files that are written of a module choose the ranks as the run of its checkpoint does.
+
+    Args:
+        checkpoint: The checkpoint, whose weights may lie between two retractions.
+        module: The module that they have been loaded into.
+    """
+    rule = rule_of(checkpoint)
+    for layer in find_adapters(module).values():
+        layer.rule = rule
 
 
 def _load(file: Path | BinaryIO, mmap: bool) -> object:
@@ -310,15 +322,26 @@ def _load_into(model: nn.Module, checkpoint: dict[str, Any], config: AdapterConf
             parameter.requires_grad_(required)
         raise
     model.load_state_dict(weights)
+    follow_rule(checkpoint, model)
 
 
 def _shape(value: object) -> torch.Size | None:
     return value.shape if isinstance(value, torch.Tensor) else None
 
 
-def describe_base(module: nn.Module) -> dict[str, Any]:
-    """What a small checkpoint stores about the base: its hash, and the names of what else is trained."""
-    trained = trained_names(module)
+def describe_base(module: nn.Module, earlier: Collection[str] | None = None) -> dict[str, Any]:
+    """What a small checkpoint stores about the base: its hash, and the names of what else is trained.
+
+    Args:
+        module: With adapters.
+        earlier: The names of what else has been trained, and may be frozen by now; ``None`` if that is not known.
+
+    Raises:
+        ValueError: That is not known, and the module is frozen as a whole.
+    """
+    if earlier is None:
+        refuse_frozen(module)
+    trained = sorted({*trained_names(module), *(earlier or ())})
     return {"hash": base_hash(module, trained), "trained": trained}
 
 

@@ -42,6 +42,20 @@ def trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in base_parameters(model).items() if parameter.requires_grad]
 
 
+def refuse_frozen(model: nn.Module) -> None:
+    """Refuse a model with adapters that was frozen as a whole: nothing tells any more what was trained beside them.
+
+    Raises:
+        ValueError: Nothing in it requires gradients.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing in the model requires gradients, not even its adapters, so that a head which was trained beside "
+            "them would be left out: save or export it before freeze() or requires_grad_(False), or call "
+            "requires_grad_(True) on what was trained first"
+        )
+
+
 def base_hash(model: nn.Module, trained: Collection[str]) -> str:
     """SHA-256 of the base weights, with or without adapters around them, in all precisions that they may be loaded in.
 

@@ -101,9 +101,14 @@ class AdapterLibrary:
         """Put an adapter into the model instead of the one in use; ``None`` leaves the base alone.
 
         Raises:
-            ValueError: There is no adapter of that name.
+            ValueError: There is no adapter of that name, or the one in use is no longer in the model, as after a merge.
         """
         state = None if name is None else self._get(name)
+        if self.in_use is not None and not has_adapters(self.model):
+            raise ValueError(
+                f"{self.in_use} is in use, but the model holds no adapters: it was merged into the base, which would "
+                "stay beneath the next one; unmerge it (MergedAdapters) first, or make a new library on a new base"
+            )
         if self._of_base:
             write(self.model, self._of_base)
         if self.in_use is not None:

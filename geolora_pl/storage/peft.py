@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from geolora_pl.adapters.kinds import GeoLoRAConv1D, GeoLoRAConv2d, GeoLoRAEmbed
 from geolora_pl.adapters.names import alternation, ancestors, matcher
 from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.wrappers import unwrapped
+from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.math.decomposition import svd
 from geolora_pl.math.precision import exact_products
 from geolora_pl.storage.adapter_state import (
@@ -60,7 +62,8 @@ def export_peft(model: nn.Module, out_dir: str | Path, *, compact: bool = False,
     scaling is 1. This is also correct in a loader that does not support ``rank_pattern``. Pending increments are folded
     in, at the ranks that the integrator would choose. Linear layers, ``Conv1D``, convolutions and embeddings are
     written, each as PEFT holds it. Trained modules are stored like ``modules_to_save`` of PEFT, and
-    trained biases as with ``bias="all"``; most servers support neither.
+    trained biases as with ``bias="all"``; most servers support neither. A warning names a buffer outside of them that
+    has changed.
 
     Args:
         model: A model with adapters. It must be the model into which PEFT will load them, not a module around it;
@@ -144,6 +147,13 @@ def _as_lora(model: nn.Module, compact: bool, state: AdapterState) -> Lora:
     for name in biases:
         owner = name.rpartition(".")[0]
         tensors[f"{owner}.base_layer.bias" if owner in kept else name] = state.trained[name]
+    if lost := [name for name in state.buffers if name not in tensors]:
+        warnings.warn(
+            f"{lost[0]} is a buffer that has changed since the model got its adapters ({len(lost)} such), and a LoRA "
+            "of PEFT does not hold it: if the outputs depend on it, merge instead, or use save_adapter",
+            GeoLoRAWarning,
+            stacklevel=4,
+        )
     kinds = [type(adapters[name]) for name in kept]
     config = {
         "peft_type": "LORA",
@@ -303,7 +313,7 @@ def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], li
     trained = {id(parameters[name]) for name in state.trained}
     # All names are needed, because PEFT keeps one copy per module for modules that share a weight.
     owners = {
-        name: name.rpartition(".")[0]
+        name: _owner(name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in trained
     }
@@ -322,4 +332,9 @@ def _split_trained(model: nn.Module, state: AdapterState) -> tuple[list[str], li
             if found in outside:
                 raise ValueError(f"{name} was trained, and PEFT would take {found}, which has an adapter, for it")
             saved.add(found)
-    return sorted(saved), [name for name in state.trained if name.rpartition(".")[0] not in saved]
+    return sorted(saved), [name for name in state.trained if _owner(name) not in saved]
+
+
+def _owner(name: str) -> str:
+    """The module of a parameter; of one that a parametrization computes with, the module that it computes for."""
+    return name.rpartition(".")[0].partition(".parametrizations.")[0]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from geolora_pl.adapters.inject import has_adapters
-from geolora_pl.adapters.names import first_meant
+from geolora_pl.adapters.names import ancestors, first_meant
+from geolora_pl.adapters.registry import adapter_class_of
 from geolora_pl.adapters.wrappers import unwrapped
 from geolora_pl.math.decomposition import svd_of_product
 from geolora_pl.math.precision import working_dtype
@@ -41,7 +42,9 @@ _OTHER_KINDS = (
     "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
+    "kasa_config",
     "monteclora_config",
+    "velora_config",
     "megatron_config",
 )
 _LARGEST = 10_000_000  # bytes of a configuration, which has a line per layer
@@ -99,6 +102,7 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
     config, tensors = read_lora(folder)
     sides, others = sides_of(tensors)
     parameters, buffers = dict(model.named_parameters()), base_buffers(model)
+    _refuse_untied(others, config, model, folder)
     others = _by_first_name(others, model, folder)
     _refuse_misfits(others, {**buffers, **parameters}, folder)
     modules = dict(model.named_modules())
@@ -109,7 +113,10 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
             raise ValueError(
                 f"{folder}: {name} is not a linear layer of the model: take the base that it was trained on"
             )
-        max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *layer.weight.shape)
+        kind = adapter_class_of(layer)
+        assert kind is not None, "linear layers have an adapter"
+        # Not of the weight, which may be codes of another shape.
+        max_ranks[name] = min(max(max_rank, pair["A"].shape[0]), *kind.matrix_shape(layer))
     if not sides:
         raise ValueError(f"{folder} holds no LoRA of a linear layer")
     factors = factors_of(sides, config, folder)
@@ -189,6 +196,24 @@ def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
         if not torch.equal(found.setdefault(names.get(name, name), tensor), tensor):
             raise ValueError(f"{folder}: {names[name]} has two values but is one weight in the model: untie it")
     return found
+
+
+def _refuse_untied(tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module, folder: Path) -> None:
+    """Refuse a module that PEFT has trained as a copy of its own, where the model has one weight for it and another."""
+    saved = config.get("modules_to_save")
+    copied = tuple(map(str, saved)) if isinstance(saved, list) else ()
+    of_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        of_parameter.setdefault(id(parameter), []).append(name)
+    for names in of_parameter.values():
+        alone = [
+            name for name in names if name in tensors and any(module.endswith(copied) for module in ancestors(name))
+        ]
+        if alone and (others := [name for name in names if name not in tensors]):
+            raise ValueError(
+                f"{folder}: {alone[0]} was trained apart from {others[0]}, which is the same weight in the model: "
+                f"untie them first (model.{alone[0]} = nn.Parameter(model.{alone[0]}.clone()))"
+            )
 
 
 def factors_of(

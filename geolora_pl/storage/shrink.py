@@ -102,7 +102,7 @@ def shrink(
     for key, tensor in loras.items():
         kept[f"{PREFIX}{key}"] = tensor.to(sides[key.rpartition(".lora_")[0]]["A"].dtype)
     if len(names) < len(sides):  # PEFT is not to look for those of rank 0; an expression means whole names
-        settings["target_modules"] = alternation(names)
+        settings |= {"target_modules": alternation(names), "layers_to_transform": None, "layers_pattern": None}
     write_folder(Path(output), {**config, **settings, "use_rslora": False}, fit_to_write(kept), overwrite)
     return said
 

@@ -51,6 +51,12 @@ class RunningMean:
         """What else is averaged, as it is now."""
         return ((name, getattr(module, attribute)) for name, (module, attribute) in self._places.items())
 
+    def take_in(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """Average these as well, which have been as they are now since the mean was begun; those known go on."""
+        new = {name: place for name, place in places.items() if name not in self._places}
+        self._places |= new
+        self._entries |= {n: _wide(getattr(module, attribute)).clone() for n, (module, attribute) in new.items()}
+
     def _restart(self) -> None:
         """Forget the mean: the next state begins it."""
         self._updates = 0

@@ -166,6 +166,7 @@ class DivergenceGuard:
         self._level: Level | None = None
         self._good: _Then | None = None
         self._latest: _Then | None = None
+        self._trained = self._count_of_trained()
 
     def start(self) -> None:
         """Call before the first step, with everything in its place: take the state at the start for a good one."""
@@ -182,6 +183,7 @@ class DivergenceGuard:
         Returns:
             Whether the run went back.
         """
+        self._take_in_what_is_new()
         self._batches += 1
         if loss is not None:
             self._losses.append(loss)
@@ -205,6 +207,22 @@ class DivergenceGuard:
         if self._goes_back:
             self._latest = _Then(Snapshot.take(*self._where), self._level)
         return False
+
+    def _count_of_trained(self) -> int:
+        _, optimizer, _ = self._where
+        return sum(len(group["params"]) for group in optimizer.param_groups)
+
+    def _take_in_what_is_new(self) -> None:
+        """Complete the copies, where a callback has thawed weights and given them to the optimizer."""
+        if self._good is None or self._latest is None or self._trained == self._count_of_trained():
+            return
+        self._trained = self._count_of_trained()
+        model, optimizer, _ = self._where
+        good, latest = (
+            then._replace(snapshot=then.snapshot.completed(model, optimizer)) for then in (self._good, self._latest)
+        )
+        self._latest = good if self._latest is self._good else latest
+        self._good = good
 
     def _mean(self) -> Mean | None:
         """The mean of the losses since the last judgement, over all processes; ``None`` if there are too few."""

@@ -37,6 +37,11 @@ class Snapshot(NamedTuple):
         tensors = {name: tensor.detach().clone() for name, tensor in _changing(model, optimizer)}
         return cls(tensors, _copies(optimizer.state_dict()["state"]), integrator.state_dict())
 
+    def completed(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
+        """The same state, and what the optimizer has come to train since then as it is now."""
+        new = {n: tensor.detach().clone() for n, tensor in _changing(model, optimizer) if n not in self.tensors}
+        return self._replace(tensors={**self.tensors, **new})
+
     @torch.no_grad()
     def put_back(self, model: nn.Module, optimizer: Optimizer, integrator: RankAdaptiveIntegrator) -> None:
         """Write this state over the present one, and halve all further steps; learning rates stay as scheduled."""

@@ -100,3 +100,14 @@ def test_every_kind_of_layer_is_merged_and_comes_back(base, x):
         close(model(x), expected, NETWORK)
     assert model[0] is layer
     assert torch.equal(layer.base.weight, weight)
+
+
+def test_the_mode_that_was_set_while_the_adapters_were_merged_stays():
+    """A user merged a model in training and evaluated it. Unmerged, its adapters dropped inputs in the evaluation."""
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4))
+    inject_adapters(model, AdapterConfig(dropout=0.5))
+    for mode in (False, True):
+        model.train(not mode)
+        with MergedAdapters(model):
+            model.train(mode)
+        assert all(module.training == mode for module in model.modules())

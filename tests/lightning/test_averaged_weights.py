@@ -58,7 +58,7 @@ def averaged(states, decay=DECAY):
     return mean
 
 
-def fit(folder=None, ckpt_path=None, seed=0, averaging=None, first=False, module=None, **settings):
+def fit(folder=None, ckpt_path=None, seed=0, averaging=None, first=False, module=None, more=(), **settings):
     L.seed_everything(seed, verbose=False)
     averaging = averaging or GeoLoRAEMAWeightAveraging(DECAY)
     # At tau=0 and full rank the mean of the updates is the mean of the weights.
@@ -66,7 +66,7 @@ def fit(folder=None, ckpt_path=None, seed=0, averaging=None, first=False, module
     callbacks = [averaging, callback] if first else [callback, averaging]
     saved = [ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)] if folder else []
     module = module or Watched()
-    runs = trainer(*callbacks, *saved, **{"max_epochs": 3, **settings})
+    runs = trainer(*callbacks, *more, *saved, **{"max_epochs": 3, **settings})
     runs.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, runs
 
@@ -86,6 +86,21 @@ def test_validations_and_the_fitted_module_have_the_mean_of_the_weights(first):
         assert_near(found, averaged(module.seen[: 3 * (number + 1)]))
     assert_near(module.plain(), averaged(module.seen))
     assert module.body[-1].num_batches_tracked == 18
+
+
+class Thaws(L.Callback):
+    """Trains a layer of the base from the second epoch on."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            module.body[0].base.requires_grad_(True)
+
+
+def test_weights_that_a_callback_thaws_are_averaged_from_then_on():
+    """A user's callback thawed a layer. Its weights were not averaged, unlike those that were always trained."""
+    module, runs = fit(more=[Thaws()])
+    assert runs.global_step == len(module.seen)
+    assert_near(module.plain(), averaged(module.seen))
 
 
 def test_training_goes_on_as_without_the_callback():

@@ -17,7 +17,7 @@ from tiny_text import save_tiny_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from geolora_pl import GeoLoRAModule
+from geolora_pl import AdapterConfig, GeoLoRAModule
 from geolora_pl.cli.dispatch import main
 from geolora_pl.lightning.checkpoint_io import WholeFiles, forget_other_files
 from geolora_pl.lightning.loading import load_module
@@ -273,6 +273,33 @@ def test_a_class_of_the_users_gets_values_and_no_classes(tmp_path):
     with pytest.raises(ValueError, match=r"layer of the checkpoint.*has class_path='evil.Evil', which names code"):
         Own.load_from_checkpoint(path)
     assert Own.load_from_checkpoint(path, layer="mine").layer == "mine"
+
+
+class Fixed(Own):
+    def __init__(self, depth=1):
+        super().__init__(width=6 * depth, adapter=AdapterConfig(max_rank=2, alpha=2.0))
+
+
+class Settled(Fixed):
+    def __init__(self):
+        super().__init__(depth=2)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_class_of_the_users_that_gives_its_base_values_of_its_own_is_loaded(tmp_path, monkeypatch, settled):
+    """A user's constructor took no **kwargs. No checkpoint was loaded, for it was given what its base had taken."""
+    kind, given = (Settled, {}) if settled else (Fixed, {"depth": 3})
+    module = kind(**given)
+    module.configure_model()
+    path = save(module, tmp_path / "own.ckpt")
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Settled=Settled, Fixed=Fixed))
+    monkeypatch.setattr(kind, "__module__", "mine")
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": f"mine.{kind.__name__}", "init_args": given}})
+    )
+    for loaded in (kind.load_from_checkpoint(path), load_module(path, tmp_path / "c.yaml")):
+        assert loaded.width == module.width
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in module.state_dict().items())
 
 
 def test_the_door_has_no_way_round(tmp_path):

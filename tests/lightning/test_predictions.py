@@ -196,6 +196,23 @@ def test_what_cannot_be_written_is_refused_at_the_first_batch(found):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (torch.ones(2, 3), r"class_names=\['even', 'odd'\] must name the 3 classes"),
+        ([{"seen": {1, 2}}] * 2, r"must return what JSON holds, .* for output='.*p\.jsonl': .*set"),
+    ],
+    ids=["classes", "set"],
+)
+def test_names_and_values_that_cannot_be_written_are_refused_at_the_first_batch(tmp_path, found, message):
+    """A user's data named two classes of a model of three: all predictions were made, and then they were lost."""
+    module, calls = L.LightningModule(), []
+    module.predict_step = lambda batch: calls.append(1) or found
+    with pytest.raises(ValueError, match=message):
+        predict(module, Numbers(), tmp_path / "p.jsonl", **QUIET)
+    assert len(calls) == 1
+
+
 def test_mistakes_are_refused(tmp_path, image_task, images):
     with pytest.raises(ValueError, match=r"output='p.txt' must end in \.csv or \.jsonl"):
         PredictionWriter("p.txt")

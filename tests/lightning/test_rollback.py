@@ -113,6 +113,34 @@ def test_raise_saves_nothing_after_the_loss_was_judged(tmp_path):
     assert max(int(path.stem.removeprefix("step=")) for path in tmp_path.iterdir()) == 24
 
 
+class Thaws(L.Callback):
+    """Trains a layer of the base from the fourth epoch on."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 3:
+            layer = module.body[0].base.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": list(layer.parameters())})
+
+
+class ExplodesThawed(Explodes):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step in self.at:
+            self.body[0].base.weight.data *= self.by
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_a_run_goes_back_also_where_a_callback_has_thawed_weights_since():
+    """A user's run diverged when a part of the base had been thawed, and ended in a KeyError in place of going back."""
+    with rose():
+        module, callback, _ = run(ExplodesThawed(), more=[Thaws()])
+    assert last_loss(module) < 0.5
+    assert callback.integrator.rollbacks == 1
+    assert module.body[0].base.weight.abs().max() < 2
+
+
 def test_a_run_that_diverges_again_and_again_ends(monkeypatch):
     monkeypatch.setattr(divergence, "MOST_ROLLBACKS", 1)
     with pytest.raises(RuntimeError, match=r"diverged again after 1 rollbacks.* on_divergence='ignore'"), rose():

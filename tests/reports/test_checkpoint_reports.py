@@ -6,7 +6,9 @@ import http.server
 import io
 import os
 import threading
+from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from foreign import ADAPTER, Foreign, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small
 
-from geolora_pl import GeoLoRACallback
+from geolora_pl import GeoLoRACallback, load_adapter, save_adapter
+from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.lightning.hyperparameters import keep_plain
+from geolora_pl.storage.adapter_file import read_adapter
 from geolora_pl.storage.checkpoint import read_checkpoint
 from geolora_pl.tasks import ImageClassification
 
@@ -165,3 +169,94 @@ def test_no_value_makes_a_checkpoint_that_cannot_be_loaded(tmp_path, value):
     read = read_checkpoint(tmp_path / "last.ckpt")
     assert read["hyper_parameters"].pop("width") == 3
     assert read["hyper_parameters"] or "value" in read["geolora_left_out"]
+
+
+# What a run leaves in its folder
+
+
+class Scored(Foreign):
+    """Its first checkpoint is the best."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.tensor(1.0 + abs(self.current_epoch - 1)))
+
+
+def test_a_last_checkpoint_that_was_a_link_to_the_best_does_not_replace_the_best(tmp_path):
+    """A run with save_last="link" was resumed and became no better: its last weights came in the place of the best."""
+    best = tmp_path / "epoch=1.ckpt"
+    for epochs, path in ((2, None), (3, tmp_path / "last.ckpt")):
+        files = ModelCheckpoint(tmp_path, monitor="val_loss", save_last="link", filename="{epoch}")
+        trainer(callback(), files, max_epochs=epochs).fit(Scored(), loader(), loader(), ckpt_path=path)
+        assert files.best_model_path == str(best)
+        assert (tmp_path / "last.ckpt").is_symlink() == (epochs == 2)
+    assert torch.load(best, weights_only=True)["global_step"] == 12
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 18
+
+
+class Moving(L.Callback):
+    """Trains a frozen normalisation from the second epoch on, and the head in the first alone."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            module.model[4].requires_grad_(False)
+            norm = module.model[3].requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": list(norm.parameters()), "lr": 0.1})
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_small_checkpoint_holds_what_a_callback_begins_to_train_later(tmp_path, every):
+    """A callback of a user's thawed a part of the base after the first checkpoint. It was in none of the later ones."""
+    module = Small(lr_scheduler=torch.optim.lr_scheduler.ConstantLR)
+    files = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", every_n_epochs=every)
+    moves = GeoLoRACallback(adapt_every=2, small_checkpoints=True)
+    trainer(moves, Moving(), files, max_epochs=2).fit(module, loader())
+    untrained = Small()
+    untrained.configure_model()
+    assert not torch.equal(module.model[3].weight, untrained.model[3].weight)
+    loaded = Small.load_from_checkpoint(tmp_path / "epoch=1.ckpt").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in module.state_dict().items())
+
+
+class Rooted(Small):
+    def __init__(self, root=Path("data"), **kwargs):
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_checkpoint_of_weights_alone_is_like_the_others(tmp_path, small):
+    """Lightning asks no callback of such a checkpoint: a path among the arguments made it one that nothing loads."""
+    module = Rooted()
+    files = ModelCheckpoint(tmp_path, save_weights_only=True, filename="last")
+    trainer(GeoLoRACallback(adapt_every=2, small_checkpoints=small), files).fit(module, loader())
+    assert ("model.3.weight" in read_checkpoint(tmp_path / "last.ckpt")["state_dict"]) != small
+    x = torch.randn(3, 10)
+    assert torch.equal(Rooted.load_from_checkpoint(tmp_path / "last.ckpt").model(x), module.model(x))
+    plain = Rooted()
+    plain.model = plain.build_model()
+    load_adapter(plain, tmp_path / "last.ckpt")
+    assert torch.equal(plain.model(x), module.model(x))
+
+
+def test_a_forked_process_sends_its_weights_back_as_they_are(tmp_path):
+    """It writes them as a file of Lightning's, which is no checkpoint and is described by nothing."""
+    module = Small()
+    module.configure_model()
+    start = module.model[4].weight.clone()
+    moves = GeoLoRACallback(adapt_every=2, small_checkpoints=True)
+    trainer(moves, devices=1, strategy="ddp_fork", default_root_dir=tmp_path).fit(module, loader())
+    assert not torch.equal(module.model[4].weight, start)
+
+
+def test_a_file_from_a_checkpoint_keeps_to_the_budget_of_the_run_in_python_as_well(tmp_path):
+    """Between two retractions an update has more directions: those that the export left out were in save_adapter."""
+    module = Small()
+    files = ModelCheckpoint(tmp_path, every_n_train_steps=5, filename="a")
+    trainer(GeoLoRACallback(tau=0.0, budget=60, adapt_every=3), files).fit(module, loader())
+    plain = Small()
+    plain.model = plain.build_model()
+    load_adapter(plain, tmp_path / "a.ckpt")
+    for loaded in (plain, Small.load_from_checkpoint(tmp_path / "a.ckpt")):
+        assert any(layer.K[:, layer.probes :].any() for layer in find_adapters(loaded).values())
+        save_adapter(loaded, tmp_path / "a.safetensors")
+        factors = read_adapter(tmp_path / "a.safetensors").factors.values()
+        assert 0 < sum(len(S) * (len(U) + len(V)) for U, S, V in factors) <= 60

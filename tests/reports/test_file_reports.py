@@ -33,6 +33,7 @@ from geolora_pl import (
     save_adapter,
 )
 from geolora_pl.adapters.inject import find_adapters
+from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.lightning.export import export
 from geolora_pl.storage.spectra import checkpoint_spectra
 from geolora_pl.tasks import ImageClassification, TextClassification
@@ -321,6 +322,54 @@ def test_adapters_with_and_without_a_changed_buffer_are_switched_and_added(tmp_p
     library.combine("both", {"still": 0.5, "moving": 0.5})
     library.use("both")
     assert base.codebook.tolist() == [0.5] * 3
+
+
+def test_a_lora_without_a_buffer_that_has_changed_says_so(tmp_path):
+    """A user's codebook moved in training, was in no LoRA, and nobody said it."""
+    model = nn.Sequential(Masked())
+    model[0].norm = nn.Identity()
+    inject_adapters(model)
+    export_peft(model, tmp_path / "still")
+    model(torch.randn(4, 8))
+    with pytest.warns(GeoLoRAWarning, match=r"^0\.codebook is a buffer that has changed .*merge instead"):
+        export_peft(model, tmp_path / "moved")
+
+
+# What else was trained
+
+
+def test_a_model_that_was_frozen_is_not_written_without_its_head(tmp_path):
+    """A user called freeze() before the export. The head was left out, for nothing said that it was trained."""
+    model = Net(norm=False)
+    inject_adapters(model, CONFIG)
+    model.requires_grad_(False)
+    for write in (save_adapter, export_peft):
+        with pytest.raises(ValueError, match=r"nothing in the model requires gradients.* before freeze\(\)"):
+            write(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+class Beside(Small):
+    """Its loss has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.temperature.square()
+
+
+@pytest.mark.parametrize("form", ["adapter", "peft", "merged"])
+def test_what_was_trained_beside_the_model_is_named_where_an_export_leaves_it_out(form, tmp_path):
+    """A user's module trained a part of its own beside self.model. The exports went without it, and said nothing."""
+    callbacks = GeoLoRACallback(adapt_every=2)
+    runs = trainer(callbacks)
+    runs.fit(Beside(), loader())
+    runs.save_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "c.yaml").write_text(f"model: {__name__}.Beside\n")
+    with pytest.warns(GeoLoRAWarning, match="temperature was trained beside the model of Beside"):
+        export(tmp_path / "last.ckpt", form, tmp_path / "out", config=tmp_path / "c.yaml")
 
 
 # The weights of merged models

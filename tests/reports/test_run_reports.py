@@ -262,6 +262,38 @@ def test_persistent_workers_are_said_to_be_no_exact_resume(tmp_path):
         losses(Working(validated=False), ckpt_path=tmp_path / "step=1.ckpt", epochs=1)
 
 
+class Several(Recorded):
+    """Beside its data it takes others, of which there are fewer, so that they come several times in an epoch."""
+
+    def __init__(self, own):
+        super().__init__(validated=False)
+        self.own = own
+
+    def train_dataloader(self):
+        generators = [torch.Generator().manual_seed(seed) if self.own else None for seed in (1, 2)]
+        sizes = (8 * BATCHES, 16)
+        return [
+            DataLoader(Noisy(size), 8, shuffle=True, generator=generator)
+            for size, generator in zip(sizes, generators, strict=True)
+        ]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([torch.cat(parts) for parts in zip(*batch, strict=True)], batch_idx)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_of_several_loaders_one_that_is_begun_again_needs_a_generator_of_its_own(tmp_path, own):
+    """A user's second loader was shorter and went round. Resumed, it went on in another order, and nobody said it."""
+    saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = losses(Several(own), saved)
+    for step in (2, 3):
+        said = pytest.warns(GeoLoRAWarning, match=r"a data loader of 2 batches had ended .* a generator of its own")
+        with said if step > 2 and not own else contextlib.nullcontext():
+            resumed = losses(Several(own), ckpt_path=tmp_path / f"step={step}.ckpt")
+        if own or step == 2:
+            assert resumed == {place: loss for i, (place, loss) in enumerate(whole.items()) if i >= step}
+
+
 @pytest.mark.parametrize("augment", [None, {"hflip": 0.5}])
 def test_augmented_images_have_no_persistent_workers(augment):
     """The package's own images with augmentation and workers were not resumed exactly. Their workers begin afresh."""

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import struct
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from geolora_pl import AdapterConfig, RankAdaptiveIntegrator, inject_adapters, load_adapter, save_adapter
 from geolora_pl.adapters.inject import find_adapters, has_adapters
-from geolora_pl.storage.adapter_file import _checksum
+from geolora_pl.storage.adapter_file import _checksum, read_adapter
 from geolora_pl.storage.atomic import atomic
 
 CONFIG = AdapterConfig(init_rank=2, max_rank=4, target_modules=["0", "2.0"], modules_to_save=["3"], alpha=2.0)
@@ -343,6 +344,15 @@ def test_an_error_while_writing_leaves_nothing_and_what_was_there(tmp_path):
         shutil.rmtree(target)
 
 
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path, letter):
+    """A user's checkpoints had all metrics in their names. They could not be written, for the folder beside them."""
+    path = tmp_path / (letter * (os.pathconf(tmp_path, "PC_NAME_MAX") // len(letter.encode())))
+    with atomic(path) as unfinished:
+        unfinished.write_text("whole")
+    assert path.read_text() == "whole"
+
+
 def test_a_folder_replaces_no_file_and_a_path_through_a_file_is_refused(tmp_path):
     (tmp_path / "x").write_text("file")
     with pytest.raises(ValueError, match="is a file, but a folder must be written"), atomic(tmp_path / "x") as path:
@@ -405,3 +415,15 @@ def test_what_was_trained_is_trained_again_in_a_model_with_adapters(tmp_path):
     save_adapter(second, tmp_path / "second.safetensors")
     load_adapter(third, tmp_path / "second.safetensors")
     assert torch.equal(third[1].weight, first[1].weight)
+
+
+def test_what_is_loaded_is_not_cut_to_the_budget_of_an_earlier_fit_when_it_is_saved_again(file, tmp_path):
+    """A user trained to a budget, and later loaded a larger adapter into that model. Saved again, it was smaller."""
+    model, again = base(), tmp_path / "again.safetensors"
+    inject_adapters(model, CONFIG)
+    train(model, budget=29)
+    load_adapter(model, file)
+    save_adapter(model, again)
+    assert read_adapter(file).factors["0"].S.shape[0] > 1
+    assert load_file(again).keys() == load_file(file).keys()
+    assert all(torch.equal(tensor, load_file(again)[name]) for name, tensor in load_file(file).items())

@@ -3,7 +3,15 @@ import torch
 from tolerance import NETWORK, close, rounding
 from torch import nn
 
-from geolora_pl import AdapterConfig, AdapterLibrary, inject_adapters, load_adapter, save_adapter
+from geolora_pl import (
+    AdapterConfig,
+    AdapterLibrary,
+    MergedAdapters,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from geolora_pl.adapters.inject import find_adapters, has_adapters
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
@@ -168,3 +176,19 @@ def test_mistakes_are_refused_and_change_nothing(three, tmp_path):
             act()
         assert library.names == ["a", "b", "c"]
         assert torch.equal(library.model(X), models["a"](X))
+
+
+def test_no_adapter_is_put_on_a_base_that_another_was_merged_into(three):
+    """A user merged the adapter in use, for speed, and went on to the next. The model then computed with both."""
+    models, library = three
+    library.use("a")
+    merged = MergedAdapters(library.model)
+    for name in ("b", "a", None):
+        with pytest.raises(ValueError, match="a is in use, but the model holds no adapters: it was merged"):
+            library.use(name)
+    merged.unmerge()
+    library.use("b")
+    assert torch.equal(library.model(X), models["b"](X))
+    merge_adapters(library.model)
+    with pytest.raises(ValueError, match="b is in use, but"):
+        library.remove("b")

@@ -5,11 +5,12 @@ import os
 import pytest
 import timm
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_text import FAMILIES
 from tolerance import EXACT, NETWORK, close, is_orthonormal, rounding
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
 from transformers import ViTForImageClassification as HFViT
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +28,7 @@ from geolora_pl.adapters.inject import find_adapters
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 IDS = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+TIED = AutoConfig.for_model("llama", **FAMILIES["llama"], tie_word_embeddings=True)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
 
 
@@ -133,6 +135,67 @@ def test_a_trained_head_that_shares_its_weight_with_the_embedding_arrives(tmp_pa
         fresh = build()
         act(fresh)
         close(logits(fresh, IDS), logits(model, IDS), within=EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")  # which is the point
+def test_a_head_that_peft_has_trained_apart_from_the_embedding_is_not_written_into_it(tmp_path):
+    """A user trained lm_head of a tied model with PEFT, which trains a copy. Here the embedding changed with it."""
+
+    def build():
+        torch.manual_seed(5)
+        return AutoModelForCausalLM.from_config(TIED).double().eval()
+
+    theirs = peft_model(build, tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    refuses(tmp_path, r"lm_head\.weight was trained apart from model\.embed_tokens\.weight, .*untie them", build())
+    model = build()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    import_peft(model, tmp_path)
+    close(logits(model, IDS), logits(theirs, IDS), within=EXACT)
+
+    theirs = peft_model(
+        build, tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True
+    )
+    import_peft(model := build(), tmp_path)
+    close(logits(model, IDS), logits(theirs, IDS), within=EXACT)
+
+
+def test_a_head_with_a_parametrized_weight_arrives(tmp_path):
+    """A user trained a head with weight norm. The export named a part of it that PEFT could not wrap."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), parametrizations.weight_norm(nn.Linear(8, 3))).double()
+
+    model, x = adapt(build(), ["1"], target_modules=["0"]), torch.randn(4, 6).double()
+    export_peft(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"] == ["1"]
+    close(PeftModel.from_pretrained(build(), tmp_path / "lora")(x), model(x), within=EXACT)
+    import_peft(fresh := build(), tmp_path / "lora")
+    close(fresh(x), model(x), within=EXACT)
+
+
+class Codes(nn.Linear):
+    """A linear layer whose weight is packed, as those of bitsandbytes are."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.plain = self.weight.detach()
+        self.weight = nn.Parameter(torch.zeros(self.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.plain, self.bias)
+
+
+def test_a_lora_becomes_a_start_on_packed_weights(tmp_path):
+    """A user loaded a LoRA on a base of 4 bits. Its ranks were to be no larger than the packed weight is wide, 1."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    packed = nn.Sequential(Codes(8, 6))
+    packed[0].plain, packed[0].bias = base[0].weight.detach(), base[0].bias
+    theirs = peft_model(lambda: copy.deepcopy(base), tmp_path, r=4, target_modules=["0"])
+    import_peft(packed, tmp_path, max_rank=32)
+    assert packed[0].max_rank == 6
+    close(packed(x), theirs(x), within=NETWORK)
 
 
 def test_two_values_for_one_weight_are_refused(tmp_path):
@@ -306,6 +369,7 @@ def test_linear_layers_beside_conv1d_are_exported(tmp_path):
     [
         ({"use_dora": True}, "use_dora=True, which is more than a plain LoRA"),
         ({"lora_bias": True}, "lora_bias=True"),
+        ({"kasa_config": KasaConfig()}, "kasa_config=.* which is more than a plain LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which also changed the base weights"),
     ],
 )

@@ -113,6 +113,33 @@ def test_a_lora_keeps_the_best_of_each_layer_and_peft_loads_it(lora, tmp_path, h
     assert all(side.dtype == torch.float64 for side in sides)
 
 
+class Blocks(nn.Module):
+    """Layers with numbers, as those of a language model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(6, 6)}) for _ in range(3)).double()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer["fc"](x))
+        return x
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_lora_on_chosen_blocks_is_loaded_where_one_of_them_loses_its_adapter(tmp_path, compact):
+    """A user had chosen blocks by layers_to_transform. PEFT takes no such choice beside the whole names of layers."""
+    chosen = LoraConfig(r=2, target_modules=["fc"], layers_to_transform=[0, 2], layers_pattern="layers")
+    model = get_peft_model(Blocks(), chosen)
+    with torch.no_grad():
+        model.base_model.model.layers[2]["fc"].lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "lora")
+    shrink(tmp_path / "lora", tmp_path / "small", tau=0.0, compact=compact)
+    x = torch.randn(4, 6).double()
+    close(PeftModel.from_pretrained(Blocks(), tmp_path / "small")(x), model(x))
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_the_trained_bias_of_a_layer_that_loses_its_adapter_stays(tmp_path, compact):
     """A user trained with bias="all": PEFT finds the bias of each layer, also where no adapter is left."""
