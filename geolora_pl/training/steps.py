@@ -35,9 +35,9 @@ def check_on_nonfinite(value: str) -> None:
 class StepWatch:
     """Sees the steps of every torch optimizer that holds an adapter, from the first one on, without being told.
 
-    A step with a gradient that is not finite, or whose square is not, is skipped whole: the gradients of all the
-    optimizer's parameters are set to ``None`` just before it. A step that never happens, as when a gradient scaler
-    skips it, is not counted.
+    An adapter has one watch, the one that was made last. A step with a gradient that is not finite, or whose square is
+    not, is skipped whole: the gradients of all the optimizer's parameters are set to ``None`` just before it. A step
+    that never happens, as when a gradient scaler skips it, is not counted.
 
     The host has to wait for the device to know that. On a GPU an optimizer that can leave out a step by itself
     (:class:`~geolora_pl.RiemannianAdam`) gets a tensor instead that tells it to, and :meth:`settle` finds out later how
@@ -53,6 +53,7 @@ class StepWatch:
         nesting: Knows whether a step goes on inside of another.
         coefficients_alone: Whether steps are to move S alone, and not the bases.
         every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
+        replaced: Whether it was closed because a later one watches its adapters.
         squares: The squared norm of each gradient of the last step, on its device; ``None`` before the first step, and
             where a process holds parts of gradients only.
 
@@ -72,7 +73,12 @@ class StepWatch:
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         check_on_nonfinite(on_nonfinite)
-        self.adapters = adapters
+        self.replaced = False
+        self.adapters: Mapping[str, GeoLoRALayer] = adapters
+        for watch in _watching():
+            if not set(adapters.values()).isdisjoint(watch.adapters.values()):
+                watch.close()  # of a run that was broken off: it would have a say in the steps of this one
+                watch.replaced = True
         self._binding = binding
         self.on_nonfinite = on_nonfinite
         self.coefficients_alone = False
@@ -99,6 +105,7 @@ class StepWatch:
         """Stop watching."""
         self._finalizer()
         self.restore_lr()
+        self.nesting = Nesting()  # the frames of a step that an exception has ended hold much in memory
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
@@ -183,8 +190,13 @@ class StepWatch:
             self._look(optimizer)
             return None
 
+        before = self.new_steps, self._new_skips, self.skipped_steps, dict(self.decay), list(self._unsettled)
+
         def seen_closure() -> Any:
             loss = closure()
+            # An optimizer may call it several times in a step, and only its last gradients count.
+            self.new_steps, self._new_skips, self.skipped_steps, decay, unsettled = before
+            self.decay, self._unsettled = dict(decay), list(unsettled)
             self._look(optimizer)
             return loss
 
@@ -192,9 +204,7 @@ class StepWatch:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Give the groups back their learning rates when the outermost call of ``step`` ends."""
-        outermost = not self.nesting.inner
-        self.nesting.leave(optimizer)
-        if outermost:
+        if self.nesting.leave(optimizer):
             self.restore_lr()
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -224,6 +234,8 @@ class StepWatch:
         held = {p: values for p in parameters if (values := _values(p)).numel()}
         squares = _squares(list(held.values())) if held else torch.zeros(0)
         self.squares = None if any(is_sharded(p) for p in parameters) else squares
+        if self.squares is not None and (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            self.squares = squares / scale**2  # a gradient scaler leaves the division to a fused optimizer
         broken_on_device = None
         if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
             broken_on_device = (~squares.isfinite().all()).to(torch.float32)
