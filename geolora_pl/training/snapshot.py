@@ -47,10 +47,14 @@ class Snapshot(NamedTuple):
             now = optimizer.state.get(parameter, {})
             moments |= {number: {k: _like(now.get(k, parameter), v) for k, v in moments.get(number, {}).items()}}
 
+        state, groups = optimizer.state, optimizer.param_groups
+
         def write() -> None:  # which waits for no other process
             for tensor, value in values:
                 tensor.copy_(value)
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            state.update(optimizer.state)
+            optimizer.state, optimizer.param_groups = state, groups  # which a wrapper may share, and its scheduler
             optimizer.zero_grad()  # gradients that still accumulate belong to other weights
 
         finish(write)
