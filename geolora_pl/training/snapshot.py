@@ -57,8 +57,10 @@ class Snapshot(NamedTuple):
             optimizer.state, optimizer.param_groups = state, groups  # which a wrapper may share, and its scheduler
             optimizer.zero_grad()  # gradients that still accumulate belong to other weights
 
-        finish(write)
-        integrator.go_back(self.integrator)
+        try:
+            finish(write)
+        finally:  # ranks and counters belong to the factors, also where an interrupt is let through
+            integrator.go_back(self.integrator)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything for a checkpoint, with sharded tensors whole; every process must call this."""
