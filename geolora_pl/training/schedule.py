@@ -53,7 +53,7 @@ def warmup_cosine(
 
     marked = [group.get("adapters", False) for group in optimizer.param_groups]
     slow = [mark or not any(marked) for mark in marked]
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", deepcopy(group["lr"]))  # which torch asks for where a schedule does not begin at zero
+    for group in optimizer.param_groups:  # torch asks for this where a schedule does not begin at zero
+        group.setdefault("initial_lr", deepcopy(group["lr"]))
     factors = [schedule(warmup, WARMUP_POWER) if s else schedule(head_warmup, 1) for s in slow]
     return LambdaLR(optimizer, factors, last_epoch=taken - 1)

@@ -190,13 +190,16 @@ class StepWatch:
             self._look(optimizer)
             return None
 
-        before = self.new_steps, self._new_skips, self.skipped_steps, dict(self.decay), list(self._unsettled)
+        before: tuple[Any, ...] | None = None
 
         def seen_closure() -> Any:
+            nonlocal before
             loss = closure()
-            # An optimizer may call it several times in a step, and only its last gradients count.
-            self.new_steps, self._new_skips, self.skipped_steps, decay, unsettled = before
-            self.decay, self._unsettled = dict(decay), list(unsettled)
+            if (
+                before is not None
+            ):  # an optimizer may call it several times in a step, and only its last gradients count
+                self.new_steps, self._new_skips, self.skipped_steps, self.decay, self._unsettled = before
+            before = self.new_steps, self._new_skips, self.skipped_steps, dict(self.decay), list(self._unsettled)
             self._look(optimizer)
             return loss
 
