@@ -21,6 +21,7 @@ from geolora_pl.lightning.internals import (
     before_each_epoch,
     collect_random_states,
     data_of_fit,
+    leave_finished_epoch,
     set_random_states,
     set_sampler_epoch,
     validates_after_this_batch,
@@ -140,6 +141,7 @@ class TrainingPosition:
     def train_starts(self, trainer: L.Trainer) -> None:
         """Call when the data loaders are there: go to the batch that comes next."""
         self.close()
+        leave_finished_epoch(trainer)
         self._trainer = trainer
         self._generators = generators_of(data_of_fit(trainer)[0].flattened)
         self._stop_watching = before_each_epoch(trainer, self._epoch_begins)

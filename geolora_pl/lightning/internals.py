@@ -83,6 +83,20 @@ def data_of_fit(trainer: L.Trainer) -> tuple[CombinedLoader, DataFetcher]:
     return loaders, fetcher
 
 
+def leave_finished_epoch(trainer: L.Trainer) -> None:
+    """Let a fit that is resumed from the end of an epoch begin with the next one.
+
+    With ``max_steps`` Lightning takes every epoch of a checkpoint for an unfinished one, ends it once more without a
+    batch, and counts it twice.
+    """
+    fit_loop = trainer.fit_loop
+    epoch: Any = fit_loop.epoch_progress.current
+    if fit_loop.restarting and epoch.ready == epoch.started == epoch.processed:
+        fit_loop.epoch_loop.restarting = False
+        fit_loop._restarting = False  # the setter is what asks for max_steps
+        fit_loop.reset()
+
+
 def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[[], None]:
     """Call a function just before Lightning makes the iterator of an epoch, after all hooks at its start.
 

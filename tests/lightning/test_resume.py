@@ -55,6 +55,16 @@ AT_THE_END = {
         "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
         "val_check_interval": 2,
     },
+    # Lightning counted the epoch that had ended twice: a run ended an epoch early, or saw its data in another order.
+    "after the epoch, with max_steps": {
+        "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+        "max_steps": 15,
+        "max_epochs": -1,
+    },
+    "after the epoch, with both limits": {
+        "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+        "max_steps": 100,
+    },
 }
 
 
