@@ -81,6 +81,37 @@ def test_a_resumed_run_equals_one_run(tmp_path, settings, adapt_every):
         assert_same(resumed, whole)
 
 
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
+@pytest.mark.parametrize("automatic", [True, False])
+def test_ranks_may_change_as_long_as_in_one_run(tmp_path, automatic):
+    """A user resumes from the end of the epoch with which `adapt_until` ends: ranks changed for one more step."""
+
+    class Stepping(Recorded):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if not automatic:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    def again(**more):
+        module = Stepping()
+        callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=1, adapt_until=0.5)
+        L.seed_everything(more.pop("seed", 0), verbose=False)
+        saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=BATCHES)
+        runs = trainer(callback, saved, max_epochs=2)
+        runs.fit(module, **more)
+        return module, callback, runs
+
+    whole = again()
+    assert_same(again(seed=1, ckpt_path=tmp_path / f"step={BATCHES}.ckpt", weights_only=True), whole)
+
+
 def test_with_workers_and_accumulation(tmp_path):
     def again(*arguments, **more):
         settings = {"accumulate_grad_batches": 2, "checkpoint": {"every_n_train_steps": 4}, "max_epochs": 2}
