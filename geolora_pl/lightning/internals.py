@@ -91,7 +91,8 @@ def leave_finished_epoch(trainer: L.Trainer) -> None:
     """
     fit_loop = trainer.fit_loop
     epoch: Any = fit_loop.epoch_progress.current
-    if fit_loop.restarting and epoch.ready == epoch.started == epoch.processed:
+    finished = epoch.ready == epoch.started == epoch.processed
+    if fit_loop.restarting and finished and not fit_loop.restarted_mid_epoch:  # a case that Lightning knows
         fit_loop.epoch_loop.restarting = False
         fit_loop._restarting = False  # the setter is what asks for max_steps
         fit_loop.reset()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from geolora_pl.lightning.exact_resume import TrainingPosition
+from geolora_pl.lightning.internals import batches_that_stepped
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.run_record import RunRecord
 from geolora_pl.storage.checkpoint import describe_base
@@ -74,7 +75,8 @@ class Run:
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self.monitor.saw_step(optimizer)
-            self.integrator.rank_changes = self._batches_before(trainer) < adapting
+            batch = batches_that_stepped(trainer)
+            self.integrator.rank_changes = batch < adapting
             began = self.monitor.clock.now()
             if self.integrator.step(optimizer):
                 self.monitor.clock.add(began)
@@ -84,14 +86,6 @@ class Run:
         self._last = last
         # A wrapper need not call hooks, but the optimizer inside of it does.
         self._hook = self.integrator.innermost(self.optimizer).register_step_post_hook(after_step)
-
-    def _batches_before(self, trainer: L.Trainer) -> int:
-        """How many batches had ended in a step before this one.
-
-        Lightning's own count of them, which loggers get as the step, is one less in some runs that were resumed.
-        """
-        automatic = self.module.automatic_optimization
-        return trainer.global_step if automatic else trainer.fit_loop.total_batch_idx
 
     def keep_record(self, trainer: L.Trainer) -> None:
         """Write what identifies the fit into its folder, now and when it ends."""
