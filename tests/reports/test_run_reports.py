@@ -262,6 +262,29 @@ def test_persistent_workers_are_said_to_be_no_exact_resume(tmp_path):
         losses(Working(validated=False), ckpt_path=tmp_path / "step=1.ckpt", epochs=1)
 
 
+@pytest.mark.parametrize("what", ["reload_dataloaders_every_n_epochs=1", "ReduceLROnPlateau"])
+def test_what_lightning_does_otherwise_in_a_resumed_run_is_said(tmp_path, what):
+    """A user resumes such runs and compares them with one run: data or learning rates differed, without a word."""
+
+    class Waits(Recorded):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            if what != "ReduceLROnPlateau":
+                return optimizer
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "train_loss"}}
+
+    def fit(**resumed):
+        reload = int(what != "ReduceLROnPlateau")
+        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+        runs = trainer(GeoLoRACallback(adapter=ADAPTER), saved, reload_dataloaders_every_n_epochs=reload)
+        runs.fit(Waits(validated=False), **resumed)
+
+    fit()
+    with pytest.warns(GeoLoRAWarning, match=f"^{what}: .* for an exact one$"):
+        fit(ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+
+
 @pytest.mark.parametrize("augment", [None, {"hflip": 0.5}])
 def test_augmented_images_have_no_persistent_workers(augment):
     """The package's own images with augmentation and workers were not resumed exactly. Their workers begin afresh."""
