@@ -104,8 +104,15 @@ def _say_what_was_not_seen(seen: int, before: int | None, now: int | None) -> No
         )
 
 
-def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any]) -> None:
+def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int) -> None:
     """Warn of what keeps a resumed run from being as one run would have been, and is in no checkpoint."""
+    if lost := seen % trainer.accumulate_grad_batches:
+        rank_zero_warn(
+            f"the checkpoint was saved between two optimizer steps, and the gradients of {lost} accumulated batches "
+            "are not in it, so that the next step is smaller: validate and save after a multiple of "
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} batches for an exact run",
+            category=GeoLoRAWarning,
+        )
     if any(getattr(loader, "persistent_workers", False) for loader in loaders):
         rank_zero_warn(
             "persistent_workers=True: the random numbers of the workers go on from epoch to epoch and are in no "
@@ -137,7 +144,8 @@ class TrainingPosition:
     included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
     a checkpoint was saved comes again, and Lightning goes on with a validation. Persistent workers carry their random
     numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed, as is what
-    Lightning does otherwise with loaders that are made again and with ``ReduceLROnPlateau``. A loader
+    Lightning does otherwise with loaders that are made again and with ``ReduceLROnPlateau``, and that gradients which
+    were accumulated are lost. A loader
     with a ``state_dict`` of its own is left to itself, and so is a module that takes its batches itself
     (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
     """
@@ -196,7 +204,7 @@ class TrainingPosition:
             _say_what_was_not_seen(seen, before, self._batches)
             self._warn_again = _leave_out(seen, fetcher)
         if now is not None:
-            _say_what_is_not_exact(trainer, loaders.flattened)
+            _say_what_is_not_exact(trainer, loaders.flattened, seen)
             if seen or self._epoch_start is None:
                 self._set_random_state(now)
             assert fetcher.iterator is not None, "Lightning or the lines above have made it"

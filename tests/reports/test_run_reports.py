@@ -285,6 +285,23 @@ def test_what_lightning_does_otherwise_in_a_resumed_run_is_said(tmp_path, what):
         fit(ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
 
 
+def test_accumulated_gradients_that_a_checkpoint_does_not_hold_are_said(tmp_path):
+    """A user validates and saves every 3 batches and accumulates 2: a resumed run took a step with one of them."""
+    settings = {"val_check_interval": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "max_epochs": 1}
+
+    def fit(**resumed):
+        saved = ModelCheckpoint(tmp_path, "{step}", save_on_train_epoch_end=False, save_top_k=-1)
+        trainer(GeoLoRACallback(adapter=ADAPTER), saved, **settings).fit(Validated(), **resumed)
+
+    class Validated(Recorded):
+        def val_dataloader(self):
+            return loader()
+
+    fit()
+    with pytest.warns(GeoLoRAWarning, match="the gradients of 1 accumulated batches are not in it"):
+        fit(ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+
+
 @pytest.mark.parametrize("augment", [None, {"hflip": 0.5}])
 def test_augmented_images_have_no_persistent_workers(augment):
     """The package's own images with augmentation and workers were not resumed exactly. Their workers begin afresh."""
