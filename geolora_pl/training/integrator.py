@@ -191,11 +191,6 @@ class RankAdaptiveIntegrator:
             ValueError: The optimizer does not hold K and L of the adapters, or trains U, S or V; or another integrator
                 was made for them since.
         """
-        if self._watch.replaced:
-            raise ValueError(
-                "another RankAdaptiveIntegrator was made for these adapters since, and it sees the steps in the place "
-                "of this one: make one per run, and call its step"
-            )
         self.check_optimizer(optimizer)
         if self._watch.nesting.inner:
             return False  # a hook has called this at the end of a super().step(), before the step is over
