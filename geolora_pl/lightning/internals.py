@@ -91,8 +91,10 @@ def leave_finished_epoch(trainer: L.Trainer) -> None:
     """
     fit_loop = trainer.fit_loop
     epoch: Any = fit_loop.epoch_progress.current
-    finished = epoch.ready == epoch.started == epoch.processed
-    if fit_loop.restarting and finished and not fit_loop.restarted_mid_epoch:  # a case that Lightning knows
+    batches: Any = fit_loop.epoch_loop.batch_progress
+    ended = epoch.ready == epoch.started == epoch.processed and not fit_loop.restarted_mid_epoch  # which ends it here
+    complete = batches.is_last_batch or batches.current.ready >= fit_loop.max_batches  # max_steps may have cut it short
+    if fit_loop.restarting and ended and complete:
         fit_loop.epoch_loop.restarting = False
         fit_loop._restarting = False  # the setter is what asks for max_steps
         fit_loop.reset()

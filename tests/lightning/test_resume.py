@@ -81,6 +81,14 @@ def test_a_resumed_run_equals_one_run(tmp_path, settings, adapt_every):
         assert_same(resumed, whole)
 
 
+def test_a_run_that_max_steps_has_ended_in_mid_epoch_goes_on_with_the_batches_that_are_left(tmp_path):
+    settings = {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "max_epochs": -1}
+    run(tmp_path, max_steps=9, **settings)
+    module, callback, _ = run(tmp_path / "again", tmp_path / "epoch=1-step=9.ckpt", max_steps=15, **settings)
+    assert [batch for _, batch in module.losses] == [3, 4, 5, 0, 1, 2]
+    assert callback.integrator.total_steps == 15
+
+
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
 @pytest.mark.parametrize("automatic", [True, False])
 def test_ranks_may_change_as_long_as_in_one_run(tmp_path, automatic):
