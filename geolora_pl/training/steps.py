@@ -199,9 +199,7 @@ class StepWatch:
         def seen_closure() -> Any:
             nonlocal before
             loss = closure()
-            if (
-                before is not None
-            ):  # an optimizer may call it several times in a step, and only its last gradients count
+            if before is not None:  # called again in the same step, of which only the last gradients count
                 self.new_steps, self._new_skips, self.skipped_steps, self.decay, self._unsettled = before
             before = self.new_steps, self._new_skips, self.skipped_steps, dict(self.decay), list(self._unsettled)
             self._look(optimizer)
