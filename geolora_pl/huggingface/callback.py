@@ -87,8 +87,6 @@ class GeoLoRATrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the run before its first step, and take up where the checkpoint was made."""
-        if self.integrator is not None:
-            self.integrator.close()  # of a training that was broken off
         model: nn.Module = kwargs["model"]
         saved = self._saved_in(state) if state.global_step else None
         adapt_every = self.adapt_every or (saved["adapt_every"] if saved else usual_cadence(state.max_steps))

@@ -165,8 +165,9 @@ class GeoLoRAEMAWeightAveraging(L.Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the trained weights back, if it was raised in a validation."""
-        self._put_back()
+        """Put the trained weights back, if it was raised in a validation of the fit."""
+        if trainer.state.fn is TrainerFn.FITTING and trainer.validating:
+            self._put_back()
 
     @torch.no_grad()
     def _put_in(self) -> None:

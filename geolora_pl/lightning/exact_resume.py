@@ -25,6 +25,7 @@ from geolora_pl.lightning.internals import (
     begins_loaders_later,
     collect_random_states,
     data_of_fit,
+    leave_finished_epoch,
     set_random_states,
     set_sampler_epoch,
     validates_after_this_batch,
@@ -107,12 +108,33 @@ def _say_what_was_not_seen(seen: int, before: int | None, now: int | None) -> No
         )
 
 
-def _say_what_persistent_workers_do(loaders: Iterable[Any]) -> None:
+def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int) -> None:
+    """Warn of what keeps a resumed run from being as one run would have been, and is in no checkpoint."""
+    if lost := seen % trainer.accumulate_grad_batches:
+        rank_zero_warn(
+            f"the checkpoint was saved between two optimizer steps, and the gradients of {lost} accumulated batches "
+            "are not in it, so that the next step is smaller: validate and save after a multiple of "
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} batches for an exact run",
+            category=GeoLoRAWarning,
+        )
     if any(getattr(loader, "persistent_workers", False) for loader in loaders):
         rank_zero_warn(
             "persistent_workers=True: the random numbers of the workers go on from epoch to epoch and are in no "
             "checkpoint, so that this resumed run is exact only if the data set draws none: set persistent_workers to "
             "false for an exact one",
+            category=GeoLoRAWarning,
+        )
+    if every := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]  # set by the data connector
+        rank_zero_warn(
+            f"reload_dataloaders_every_n_epochs={every}: Lightning counts the epochs anew from where a run is resumed, "
+            "so that this one may see its data in another order: set it to 0 for an exact one",
+            category=GeoLoRAWarning,
+        )
+    if any(config.reduce_on_plateau and config.interval == "epoch" for config in trainer.lr_scheduler_configs):
+        rank_zero_warn(
+            "ReduceLROnPlateau: no metric is in a checkpoint, and Lightning leaves out the scheduler's step at the end "
+            "of the epoch in which it was saved, so that this resumed run may lower its learning rates an epoch later: "
+            "use a scheduler that waits for no metric for an exact one",
             category=GeoLoRAWarning,
         )
 
@@ -146,7 +168,9 @@ class TrainingPosition:
     included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
     a checkpoint was saved comes again, and Lightning goes on with a validation. Persistent workers carry their random
     numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed. So it is
-    where a loader of several has been begun in the middle of the epoch and has no generator of its own. A loader
+    where a loader of several has been begun in the middle of the epoch and has no generator of its own, what Lightning
+    does otherwise with loaders that are made again and with ``ReduceLROnPlateau``, and that gradients which were
+    accumulated are lost. A loader
     with a ``state_dict`` of its own is left to itself, and so is a module that takes its batches itself
     (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
     """
@@ -165,6 +189,7 @@ class TrainingPosition:
     def train_starts(self, trainer: L.Trainer) -> None:
         """Call when the data loaders are there: go to the batch that comes next."""
         self.close()
+        leave_finished_epoch(trainer)
         self._trainer = trainer
         self._generators = generators_of(data_of_fit(trainer)[0].flattened)
         self._stop_watching = before_each_epoch(trainer, self._epoch_begins)
@@ -205,7 +230,7 @@ class TrainingPosition:
             _say_what_begins_later(loaders, seen)
             self._warn_again = _leave_out(seen, fetcher)
         if now is not None:
-            _say_what_persistent_workers_do(loaders.flattened)
+            _say_what_is_not_exact(trainer, loaders.flattened, seen)
             if seen or self._epoch_start is None:
                 self._set_random_state(now)
             assert fetcher.iterator is not None, "Lightning or the lines above have made it"

@@ -88,6 +88,23 @@ def begins_loaders_later(loaders: CombinedLoader) -> bool:
     return loaders._mode in ("max_size_cycle", "sequential")
 
 
+def leave_finished_epoch(trainer: L.Trainer) -> None:
+    """Let a fit that is resumed from the end of an epoch begin with the next one.
+
+    With ``max_steps`` Lightning takes every epoch of a checkpoint for an unfinished one, ends it once more without a
+    batch, and counts it twice.
+    """
+    fit_loop = trainer.fit_loop
+    epoch: Any = fit_loop.epoch_progress.current
+    batches: Any = fit_loop.epoch_loop.batch_progress
+    ended = epoch.ready == epoch.started == epoch.processed and not fit_loop.restarted_mid_epoch  # which ends it here
+    complete = batches.is_last_batch or batches.current.ready >= fit_loop.max_batches  # max_steps may have cut it short
+    if fit_loop.restarting and ended and complete:
+        fit_loop.epoch_loop.restarting = False
+        fit_loop._restarting = False  # the setter is what asks for max_steps
+        fit_loop.reset()
+
+
 def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[[], None]:
     """Call a function just before Lightning makes the iterator of an epoch, after all hooks at its start.
 

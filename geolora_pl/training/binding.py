@@ -51,6 +51,12 @@ class Binding:
         held = _held_by(optimizer)
         for name, layer in self._adapters.items():
             K, L = layer.K, layer.L
+            if any(factor.requires_grad and id(factor) in held for factor in (layer.U, layer.S, layer.V)):
+                raise ValueError(
+                    f"the optimizer trains U, S or V of the adapter {name}, which would not stay orthonormal, and only "
+                    "retractions move: let nothing but K and L of an adapter require gradients, also where you "
+                    "unfreeze a model or its parts"
+                )
             if K.requires_grad != L.requires_grad:
                 raise ValueError(f"one of K and L of the adapter {name} is frozen: freeze both or neither")
             if K.requires_grad and not (id(K) in held and id(L) in held):

@@ -47,7 +47,8 @@ class RankAdaptiveIntegrator:
     A step whose gradients are not all finite is skipped whole, head and moments included (or refused, with
     ``on_nonfinite="raise"``): just before the optimizer's step the gradients of all its parameters are set to
     ``None``, or on a GPU :class:`~geolora_pl.RiemannianAdam` leaves it out by itself. The integrator sees the steps of
-    any torch optimizer that holds its adapters, from the first one on, without being told.
+    any torch optimizer that holds its adapters, from the first one on, without being told. An integrator that is made
+    for adapters that have one already takes its place.
 
     Where several processes train together (``torch.distributed`` is initialised), rank 0 decides every retraction and
     sends ranks and factors to the others in one message, so that all stay equal to the bit. They must hold the same
@@ -115,7 +116,6 @@ class RankAdaptiveIntegrator:
             raise ValueError("the model has no adapters: inject_adapters(model, config) first")
         for layer in self.adapters.values():
             layer.read_rank()  # factors may have been written to, as by a wrapper that sends them from another process
-        self._set_rule(self.rule)
         _check_floors(self.rule, self.adapters)
         _check_schedule(self.rule, self.adapters)
         self.steps = 0
@@ -128,6 +128,7 @@ class RankAdaptiveIntegrator:
         self._reset_keys: set[str] = set()  # keys of the optimizer's state that a warning has named
         self._binding = Binding(self.adapters)
         self._watch = StepWatch(model, self.adapters, self._binding, on_nonfinite)
+        self._set_rule(self.rule)
 
     @property
     def adapt_every(self) -> int:
@@ -187,13 +188,15 @@ class RankAdaptiveIntegrator:
             Whether the factors were retracted. A step that was skipped does not count.
 
         Raises:
-            ValueError: The optimizer does not hold K and L of the adapters.
+            ValueError: The optimizer does not hold K and L of the adapters, or trains U, S or V; or another integrator
+                was made for them since.
         """
         self.check_optimizer(optimizer)
         if self._watch.nesting.inner:
             return False  # a hook has called this at the end of a super().step(), before the step is over
         new_steps, skipped = self._watch.take()
-        if not new_steps and not skipped and not self.steps and self._anything_pending():
+        unseen = not self.steps or not isinstance(self.innermost(optimizer), Optimizer)
+        if not new_steps and not skipped and unseen and self._anything_pending():
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps

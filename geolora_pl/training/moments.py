@@ -13,7 +13,7 @@ from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.math.transport import transport_first_moment, transport_second_moment
 
 _FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}
-# Squares, variances and bounds by which steps are divided, of the optimizers of torch and timm and of AdaBelief.
+# Squares, variances and bounds by which steps are divided, of the optimizers of torch, timm and transformers.
 _SECOND = {
     "exp_avg_sq",
     "max_exp_avg_sq",
@@ -25,6 +25,10 @@ _SECOND = {
     "max_exp_avg_var",
     "exp_hessian_diag_sq",
     "col_var",
+    "exp_avg_sq_row",
+    "exp_avg_sq_col",
+    "exp_avg_sq_r",
+    "exp_avg_sq_c",
 }
 
 Bases = tuple[Tensor, Tensor]
@@ -68,7 +72,7 @@ def transport_moments(
             continue
         if key not in _FIRST | _SECOND:
             unknown.add(key)
-        of_K, of_L = ([states[i][side][key][:, :width] for i in having] for side in (0, 1))
+        of_K, of_L = ([_as_matrix(states[i][side][key])[:, :width] for i in having] for side in (0, 1))
         m_K, m_L = (torch.stack(matrices).to(old[0].dtype) for matrices in (of_K, of_L))
         here, U, V, U_new, V_new = (
             batch if len(having) == len(layers) else torch.stack([batch[i] for i in having])
@@ -95,6 +99,8 @@ def transport_moments(
 
 def _depends_on_basis(optimizer: Optimizer, key: str, states: tuple[Any, Any], layer: GeoLoRALayer) -> bool:
     """Whether K and L have numbers per column under a key; raises a ValueError for what cannot be moved."""
+    if _is_one_per_column([state.get(key) for state in states], layer):
+        return True
     found = False
     for state, factor in zip(states, (layer.K, layer.L), strict=True):
         value = state.get(key)
@@ -114,6 +120,19 @@ def _depends_on_basis(optimizer: Optimizer, key: str, states: tuple[Any, Any], l
             )
         found = True
     return found
+
+
+def _is_one_per_column(values: Sequence[Any], layer: GeoLoRALayer) -> bool:
+    """Whether K and L have one number for each column, as in Adafactor; where both are square, it is one per row."""
+    columns = layer.K.shape[1]
+    return {layer.out_features, layer.in_features} != {columns} and all(
+        isinstance(value, Tensor) and value.is_floating_point() and value.shape == (columns,) for value in values
+    )
+
+
+def _as_matrix(values: Tensor) -> Tensor:
+    """What is kept for K or L as a matrix; one number per column is a row."""
+    return values if values.dim() == 2 else values[None]
 
 
 def _nowhere_negative(values: Tensor) -> Tensor:

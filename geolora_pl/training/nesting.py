@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from inspect import currentframe
+from types import FrameType
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -10,12 +12,16 @@ from torch.optim import Optimizer
 class Nesting:
     """Follows calls of ``step``, for torch calls its hooks in every ``super().step()`` of a subclass once more.
 
-    A call that an exception has ended is never left. It is forgotten when another starts that cannot lie inside of it,
-    because it is called from a place no deeper.
+    A call that an exception has ended is never left. It is forgotten when another starts that does not lie inside of
+    it, because its frame is not on the stack any more.
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[int, int]] = []  # the optimizer and depth of each call, outermost first
+        # The optimizer of each call and the frame in which torch calls the hooks, outermost first.
+        self._calls: list[tuple[Optimizer, FrameType | None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_calls": []}  # a copy is in no call, and frames cannot be copied
 
     @property
     def inner(self) -> bool:
@@ -24,14 +30,18 @@ class Nesting:
 
     def enter(self, optimizer: Optimizer) -> None:
         """Follow a call of ``step`` that starts."""
-        depth, frame = 0, currentframe()
+        stack, frame = [], currentframe()
         while frame is not None:
-            depth, frame = depth + 1, frame.f_back
-        while self._calls and (self._calls[-1][0] != id(optimizer) or self._calls[-1][1] >= depth):
+            stack.append(frame)
+            frame = frame.f_back
+        while self._calls and (self._calls[-1][0] is not optimizer or self._calls[-1][1] not in stack):
             self._calls.pop()
-        self._calls.append((id(optimizer), depth))
+        of_torch = (frame for frame in stack if frame.f_globals.get("__name__") == Optimizer.__module__)
+        self._calls.append((optimizer, next(of_torch, None)))
 
-    def leave(self, optimizer: Optimizer) -> None:
-        """Forget a call of ``step`` that ends."""
-        if self._calls and self._calls[-1][0] == id(optimizer):
-            self._calls.pop()
+    def leave(self, optimizer: Optimizer) -> bool:
+        """Forget a call of ``step`` that ends; whether it was the outermost."""
+        if not self._calls or self._calls[-1][0] is not optimizer:
+            return False
+        self._calls.pop()
+        return not self._calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 WARMUP_POWER = 2  # of the step, by which the adapters' learning rate grows
 
 
-def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_warmup: float = 0.02) -> LambdaLR:
+def warmup_cosine(
+    optimizer: Optimizer, warmup: float, total_steps: float, head_warmup: float = 0.02, taken: int = 0
+) -> LambdaLR:
     """Warm-up, then half a cosine to zero; in a run without an end, constant after the warm-up.
 
     The adapters warm up more slowly than the head: over a longer time, and with the square of the step instead of the
@@ -25,6 +28,7 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
         warmup: Length of the adapters' warm-up: a part of the run below 1, a number of steps from 1 on.
         total_steps: Optimizer steps of the run; may be infinite, and then a warm-up given as a part of it is left out.
         head_warmup: Length of the warm-up of all other groups, given in the same way.
+        taken: Optimizer steps of the run that are taken already, at least 0.
 
     Example:
         >>> import torch
@@ -49,4 +53,7 @@ def warmup_cosine(optimizer: Optimizer, warmup: float, total_steps: float, head_
 
     marked = [group.get("adapters", False) for group in optimizer.param_groups]
     slow = [mark or not any(marked) for mark in marked]
-    return LambdaLR(optimizer, [schedule(warmup, WARMUP_POWER) if s else schedule(head_warmup, 1) for s in slow])
+    for group in optimizer.param_groups:  # torch asks for this where a schedule does not begin at zero
+        group.setdefault("initial_lr", deepcopy(group["lr"]))
+    factors = [schedule(warmup, WARMUP_POWER) if s else schedule(head_warmup, 1) for s in slow]
+    return LambdaLR(optimizer, factors, last_epoch=taken - 1)

@@ -52,14 +52,20 @@ class Snapshot(NamedTuple):
             now = optimizer.state.get(parameter, {})
             moments |= {number: {k: _like(now.get(k, parameter), v) for k, v in moments.get(number, {}).items()}}
 
+        state, groups = optimizer.state, optimizer.param_groups
+
         def write() -> None:  # which waits for no other process
             for tensor, value in values:
                 tensor.copy_(value)
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            state.update(optimizer.state)
+            optimizer.state, optimizer.param_groups = state, groups  # which a wrapper may share, and its scheduler
             optimizer.zero_grad()  # gradients that still accumulate belong to other weights
 
-        finish(write)
-        integrator.go_back(self.integrator)
+        try:
+            finish(write)
+        finally:  # ranks and counters belong to the factors, also where an interrupt is let through
+            integrator.go_back(self.integrator)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything for a checkpoint, with sharded tensors whole; every process must call this."""

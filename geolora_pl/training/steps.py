@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from geolora_pl.adapters.base import GeoLoRALayer
 from geolora_pl.errors import GeoLoRAWarning
@@ -19,6 +17,7 @@ from geolora_pl.training.batch_statistics import BatchStatistics
 from geolora_pl.training.binding import Binding
 from geolora_pl.training.coefficients import restrict_gradients
 from geolora_pl.training.distributed import anywhere, is_sharded
+from geolora_pl.training.hooks import observe, observers
 from geolora_pl.training.internals import foreach_mul, foreach_norm
 from geolora_pl.training.nesting import Nesting
 from geolora_pl.training.optim import RiemannianAdam
@@ -35,9 +34,9 @@ def check_on_nonfinite(value: str) -> None:
 class StepWatch:
     """Sees the steps of every torch optimizer that holds an adapter, from the first one on, without being told.
 
-    A step with a gradient that is not finite, or whose square is not, is skipped whole: the gradients of all the
-    optimizer's parameters are set to ``None`` just before it. A step that never happens, as when a gradient scaler
-    skips it, is not counted.
+    An adapter has one watch, the one that was made last. A step with a gradient that is not finite, or whose square is
+    not, is skipped whole: the gradients of all the optimizer's parameters are set to ``None`` just before it. A step
+    that never happens, as when a gradient scaler skips it, is not counted.
 
     The host has to wait for the device to know that. On a GPU an optimizer that can leave out a step by itself
     (:class:`~geolora_pl.RiemannianAdam`) gets a tensor instead that tells it to, and :meth:`settle` finds out later how
@@ -53,6 +52,7 @@ class StepWatch:
         nesting: Knows whether a step goes on inside of another.
         coefficients_alone: Whether steps are to move S alone, and not the bases.
         every_adapter_needs_a_gradient: Whether an adapter without a gradient is an error, and not only a warning.
+        replaced: Whether it was closed because a later one watches its adapters.
         squares: The squared norm of each gradient of the last step, on its device; ``None`` before the first step, and
             where a process holds parts of gradients only.
 
@@ -72,7 +72,12 @@ class StepWatch:
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         check_on_nonfinite(on_nonfinite)
-        self.adapters = adapters
+        self.replaced = False
+        self.adapters: Mapping[str, GeoLoRALayer] = adapters
+        for watch in observers():
+            if isinstance(watch, StepWatch) and not set(adapters.values()).isdisjoint(watch.adapters.values()):
+                watch.close()  # of a run that was broken off: it would have a say in the steps of this one
+                watch.replaced = True
         self._binding = binding
         self.on_nonfinite = on_nonfinite
         self.coefficients_alone = False
@@ -89,29 +94,35 @@ class StepWatch:
         self._without_gradient: set[str] = set()  # adapters that a warning has named
         self._unsettled: list[tuple[Tensor, dict[str, float]]] = []  # per step whether it was skipped, and its decay
         self._scaled: list[tuple[dict[str, Any], Any]] = []  # groups in a step, with the learning rate given to each
-        self._register()
-
-    def _register(self) -> None:
-        _watches[id(self)] = weakref.ref(self)
-        self._finalizer = weakref.finalize(self, _watches.pop, id(self), None)
+        self._end = observe(self)
 
     def close(self) -> None:
         """Stop watching."""
-        self._finalizer()
+        self._end()
         self.restore_lr()
+        self.nesting = Nesting()  # the frames of a step that an exception has ended hold much in memory
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
-        return {**kept, "_watches": self._finalizer.alive}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_end"}
+        return {**kept, "_watches": self._end.alive}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({name: value for name, value in state.items() if name != "_watches"})
-        self._register()
+        self._end = observe(self)
         if not state["_watches"]:  # a copy of one that was closed
             self.close()
 
     def take(self) -> tuple[int, int]:
-        """Return how many steps were taken, and how many were skipped at once, and start again from zero."""
+        """Return how many steps were taken, and how many were skipped at once, and start again from zero.
+
+        Raises:
+            ValueError: A later one watches the adapters.
+        """
+        if self.replaced:
+            raise ValueError(
+                "another RankAdaptiveIntegrator was made for these adapters since, and it sees the steps in the place "
+                "of this one: make one per run, and call its step"
+            )
         taken = self.new_steps, self._new_skips
         self.new_steps = self._new_skips = 0
         return taken
@@ -183,8 +194,14 @@ class StepWatch:
             self._look(optimizer)
             return None
 
+        before: tuple[Any, ...] | None = None
+
         def seen_closure() -> Any:
+            nonlocal before
             loss = closure()
+            if before is not None:  # called again in the same step, of which only the last gradients count
+                self.new_steps, self._new_skips, self.skipped_steps, self.decay, self._unsettled = before
+            before = self.new_steps, self._new_skips, self.skipped_steps, dict(self.decay), list(self._unsettled)
             self._look(optimizer)
             return loss
 
@@ -192,9 +209,7 @@ class StepWatch:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Give the groups back their learning rates when the outermost call of ``step`` ends."""
-        outermost = not self.nesting.inner
-        self.nesting.leave(optimizer)
-        if outermost:
+        if self.nesting.leave(optimizer):
             self.restore_lr()
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -224,6 +239,8 @@ class StepWatch:
         held = {p: values for p in parameters if (values := _values(p)).numel()}
         squares = _squares(list(held.values())) if held else torch.zeros(0)
         self.squares = None if any(is_sharded(p) for p in parameters) else squares
+        if self.squares is not None and (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            self.squares = squares / scale**2  # a gradient scaler leaves the division to a fused optimizer
         broken_on_device = None
         if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
             broken_on_device = (~squares.isfinite().all()).to(torch.float32)
@@ -313,31 +330,6 @@ class StepWatch:
                 f"no gradient reaches the adapters {', '.join(sorted(new))}: they stay as they are; exclude them with "
                 "exclude_modules if the model never uses these layers"
             )
-
-
-# The watches that are there, by identity. Torch is given hooks of all optimizers, since a hook on a single one would
-# come too late for its first step. They stay for good: to add or remove one while torch goes through them, as when the
-# garbage collector takes an integrator, would end the step of any model in a RuntimeError.
-_watches: dict[int, weakref.ref[StepWatch]] = {}
-
-
-def _watching() -> list[StepWatch]:
-    return [watch for reference in list(_watches.values()) if (watch := reference()) is not None]
-
-
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    for watch in _watching():
-        args, kwargs = watch.before_step(optimizer, args, kwargs) or (args, kwargs)
-    return args, kwargs
-
-
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for watch in _watching():
-        watch.after_step(optimizer)
-
-
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
 
 
 def _warn(message: str) -> None:

@@ -272,6 +272,20 @@ def test_an_error_in_a_validation_leaves_the_trained_weights():
     assert all(torch.equal(tensor, module.seen[-1][name]) for name, tensor in module.plain().items())
 
 
+class Untestable(Watched):
+    def test_step(self, batch, batch_idx):
+        raise ZeroDivisionError
+
+
+def test_an_error_in_a_test_after_the_fit_leaves_the_averaged_weights():
+    """A user interrupts a test after the fit: the weights as they were trained came back, without a word."""
+    module, runs = fit(module=Untestable())
+    averaged_weights = module.plain()
+    with pytest.raises(ZeroDivisionError):
+        runs.test(module, loader())
+    assert all(torch.equal(tensor, averaged_weights[name]) for name, tensor in module.plain().items())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

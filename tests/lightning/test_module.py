@@ -97,6 +97,29 @@ def test_by_default_riemannian_adam_warms_up_behind_the_head_and_ends_at_zero(wa
         assert of_group[-1] < 0.1 * lr
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_schedule_of_a_second_fit_with_one_trainer_is_that_of_one_long_fit(resumed, tmp_path):
+    """A user raises max_epochs and fits again: the schedule began anew, for the steps of both fits together, and the
+    run ended at .7 of its learning rate."""
+
+    class Watch(L.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_start(self, trainer, module, *args):
+            self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    one, two, saved = Watch(), Watch(), ModelCheckpoint(tmp_path, save_last=True)
+    trainer(GeoLoRACallback(), one, max_epochs=4).fit(Small(), loader())
+    module, runs = Small(), trainer(GeoLoRACallback(), two, saved, max_epochs=2)
+    runs.fit(module, loader())
+    runs.fit_loop.max_epochs = 4
+    runs.fit(module, loader(), ckpt_path=saved.last_model_path if resumed else None, weights_only=True)
+    begun = 13 if resumed else 12  # a resumed fit begins with the rate of its checkpoint
+    assert two.rates[begun:] == [pytest.approx(row) for row in one.rates[begun:]]
+    assert module.optimizers().param_groups[0]["lr"] == 0
+
+
 def test_a_run_of_unknown_length_still_learns():
     module = Small(warmup=2)
     before = {}

@@ -55,6 +55,16 @@ AT_THE_END = {
         "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
         "val_check_interval": 2,
     },
+    # Lightning counted the epoch that had ended twice: a run ended an epoch early, or saw its data in another order.
+    "after the epoch, with max_steps": {
+        "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+        "max_steps": 15,
+        "max_epochs": -1,
+    },
+    "after the epoch, with both limits": {
+        "checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+        "max_steps": 100,
+    },
 }
 
 
@@ -69,6 +79,45 @@ def test_a_resumed_run_equals_one_run(tmp_path, settings, adapt_every):
         resumed = run(tmp_path / "again", checkpoint, seed=1, adapt_every=adapt_every, **settings)
         assert resumed[0].losses or checkpoint.name.startswith("epoch=2"), checkpoint
         assert_same(resumed, whole)
+
+
+def test_a_run_that_max_steps_has_ended_in_mid_epoch_goes_on_with_the_batches_that_are_left(tmp_path):
+    settings = {"checkpoint": {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "max_epochs": -1}
+    run(tmp_path, max_steps=9, **settings)
+    module, callback, _ = run(tmp_path / "again", tmp_path / "epoch=1-step=9.ckpt", max_steps=15, **settings)
+    assert [batch for _, batch in module.losses] == [3, 4, 5, 0, 1, 2]
+    assert callback.integrator.total_steps == 15
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
+@pytest.mark.parametrize("automatic", [True, False])
+def test_ranks_may_change_as_long_as_in_one_run(tmp_path, automatic):
+    """A user resumes from the end of the epoch with which `adapt_until` ends: ranks changed for one more step."""
+
+    class Stepping(Recorded):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if not automatic:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    def again(**more):
+        module = Stepping()
+        callback = GeoLoRACallback(adapter=ADAPTER, tau=0.05, adapt_every=1, adapt_until=0.5)
+        L.seed_everything(more.pop("seed", 0), verbose=False)
+        saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=BATCHES)
+        runs = trainer(callback, saved, max_epochs=2)
+        runs.fit(module, **more)
+        return module, callback, runs
+
+    whole = again()
+    assert_same(again(seed=1, ckpt_path=tmp_path / f"step={BATCHES}.ckpt", weights_only=True), whole)
 
 
 def test_with_workers_and_accumulation(tmp_path):

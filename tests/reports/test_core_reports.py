@@ -90,15 +90,18 @@ class Sam(torch.optim.Optimizer):
 
 
 def test_a_run_that_goes_back_restores_the_moments_inside_of_a_wrapper():
-    """A user wraps AdamW in SAM and the losses explode: the moments of AdamW must be those of the good state."""
+    """A user wraps AdamW in SAM and the losses explode: the moments of AdamW must be those of the good state, and a
+    scheduler of the wrapper must still reach what is inside of it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6))
     inject_adapters(model)
     integrator = RankAdaptiveIntegrator(model, adapt_every=5)
     optimizer = Sam([p for p in model.parameters() if p.requires_grad], torch.optim.AdamW, lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     guard = DivergenceGuard(model, integrator, optimizer)
     guard.start()
     K = find_adapters(model)["0"].K
+    moments = optimizer.base_optimizer.state
     went_back = False
     for step in range(60):
         optimizer.zero_grad()
@@ -106,13 +109,17 @@ def test_a_run_that_goes_back_restores_the_moments_inside_of_a_wrapper():
         loss.backward()
         optimizer.step()
         integrator.step(optimizer)
+        scheduler.step()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GeoLoRAWarning)  # that it went back, with numbers
             went_back = guard.batch_ended(loss.detach())
         if went_back:
             break
     assert went_back
-    assert optimizer.base_optimizer.state[K]["exp_avg"].norm() < 10
+    assert moments[K]["exp_avg"].norm() < 10
+    assert optimizer.base_optimizer.state is moments
+    scheduler.step()
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
 
 
 def test_a_layer_without_rank_is_given_what_its_probes_have_found(tmp_path):

@@ -294,6 +294,46 @@ def test_of_several_loaders_one_that_is_begun_again_needs_a_generator_of_its_own
             assert resumed == {place: loss for i, (place, loss) in enumerate(whole.items()) if i >= step}
 
 
+@pytest.mark.parametrize("what", ["reload_dataloaders_every_n_epochs=1", "ReduceLROnPlateau"])
+def test_what_lightning_does_otherwise_in_a_resumed_run_is_said(tmp_path, what):
+    """A user resumes such runs and compares them with one run: data or learning rates differed, without a word."""
+
+    class Waits(Recorded):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            if what != "ReduceLROnPlateau":
+                return optimizer
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "train_loss"}}
+
+    def fit(**resumed):
+        reload = int(what != "ReduceLROnPlateau")
+        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+        runs = trainer(GeoLoRACallback(adapter=ADAPTER), saved, reload_dataloaders_every_n_epochs=reload)
+        runs.fit(Waits(validated=False), **resumed)
+
+    fit()
+    with pytest.warns(GeoLoRAWarning, match=f"^{what}: .* for an exact one$"):
+        fit(ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+
+
+def test_accumulated_gradients_that_a_checkpoint_does_not_hold_are_said(tmp_path):
+    """A user validates and saves every 3 batches and accumulates 2: a resumed run took a step with one of them."""
+    settings = {"val_check_interval": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "max_epochs": 1}
+
+    def fit(**resumed):
+        saved = ModelCheckpoint(tmp_path, "{step}", save_on_train_epoch_end=False, save_top_k=-1)
+        trainer(GeoLoRACallback(adapter=ADAPTER), saved, **settings).fit(Validated(), **resumed)
+
+    class Validated(Recorded):
+        def val_dataloader(self):
+            return loader()
+
+    fit()
+    with pytest.warns(GeoLoRAWarning, match="the gradients of 1 accumulated batches are not in it"):
+        fit(ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+
+
 @pytest.mark.parametrize("augment", [None, {"hflip": 0.5}])
 def test_augmented_images_have_no_persistent_workers(augment):
     """The package's own images with augmentation and workers were not resumed exactly. Their workers begin afresh."""

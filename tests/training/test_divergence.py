@@ -138,6 +138,33 @@ def test_learning_rates_are_scaled_in_the_step_alone():
     assert optimizer.param_groups[0]["lr"] == 0.2
 
 
+def test_an_interrupt_while_a_run_goes_back_leaves_the_ranks_and_counters_of_the_good_state(monkeypatch):
+    """A user presses Ctrl-C while factors are put back: the ranks were still those of before, so that products left
+    columns out."""
+    model, integrator, optimizer = run = model_of(adapt_every=2)
+    for seed in range(4):
+        step(*run, seed)
+    snapshot, ranks = Snapshot.take(model, optimizer, integrator), integrator.ranks()
+    expected = integrator.adapters["0"].delta_weight()
+    with torch.no_grad():
+        for layer in integrator.adapters.values():  # as after a retraction that has left them nothing
+            for factor in (layer.U, layer.S, layer.V, layer.K, layer.L):
+                factor.zero_()
+            layer.read_rank()
+
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RiemannianAdam, "load_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        snapshot.put_back(model, optimizer, integrator)
+    assert max(ranks.values()) > 0
+    assert integrator.ranks() == ranks
+    assert integrator.rollbacks == 1
+    assert torch.equal(integrator.adapters["0"].delta_weight(), expected)
+
+
 def test_decay_is_that_of_the_shorter_step():
     model, integrator, optimizer = model_of(adapt_every=9)
     integrator.total_steps = 100

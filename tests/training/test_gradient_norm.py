@@ -31,6 +31,21 @@ def test_it_is_the_norm_of_all_gradients_of_the_last_step(model, kind, waits, mo
         assert integrator.gradient_norm() == pytest.approx(float(expected), rel=rounding(torch.float32, 10))
 
 
+def test_it_is_that_of_the_unscaled_gradients_where_a_fused_optimizer_unscales_them(model):
+    """A user trains in 16 bits with AdamW(fused=True): what was logged was 65,536 times as large."""
+    integrator = RankAdaptiveIntegrator(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    loss = model(torch.randn(4, 8)).square().mean()
+    loss.backward(retain_graph=True)
+    expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert integrator.step(optimizer)
+    assert integrator.gradient_norm() == pytest.approx(float(expected), rel=rounding(torch.float32, 10))
+
+
 class Reads(TorchDispatchMode):
     """Counts the numbers that are read from tensors, each of which waits for the device."""
 
