@@ -144,10 +144,19 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
         cells.append(with_error([mean(scores[seed] for scores in fresh) for seed in sorted(seeds)]))
         cells.append(" / ".join(f"{s.parameters:,.0f}" if s else comparison.NONE for s in of_tasks))
         cells.append(" / ".join(f"{s.lr:g}" if s else comparison.NONE for s in of_tasks))
-        kept = [r["zero_shot"] for r in records if r["method"] == method and r["task"] != "stsb" and "zero_shot" in r]
-        cells.append(f"{mean(kept):.3f}" if kept else comparison.NONE)
+        left = [[r["zero_shot"] for r in runs if r["method"] == method] for runs in _left(records).values()]
+        cells.append(" / ".join(f"{mean(values):.3f}" if values else comparison.NONE for values in left))
         lines.append(cells)
     return lines
+
+
+def _left(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """By task, the runs after which it was measured what is left of STS-B, which they did not train."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if "zero_shot" in record and record["task"] != "stsb":
+            found.setdefault(record["task"], []).append(record)
+    return found
 
 
 def header(records: Sequence[Record]) -> list[str]:
@@ -155,7 +164,7 @@ def header(records: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(r["task"] for r in records)
     marked = [f"{name}*" if name in CHOSEN_BY else name for name in names]
     over = "mean without *" if any(name in CHOSEN_BY for name in names) else "mean"
-    return ["method", *marked, over, "parameters", "lr", "STS-B untrained"]
+    return ["method", *marked, over, "parameters", "lr", f"STS-B after {' / '.join(_left(records))}"]
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is found from
 
 from collections.abc import Sequence
 
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 
 from benchmarks.peers import epochs
@@ -112,6 +113,9 @@ def draw(records: Sequence[Record]) -> None:
                 [r.parameters for r in runs], scores, yerr=errors, marker="o", markersize=3, capsize=2, label=line
             )
         ax.set(title=task, xlabel="adapter parameters", xscale="log")
+        ax.set_xticks([found[task, name].parameters for name in RANKS])
+        ax.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+        ax.minorticks_off()
     axes[0].set_ylabel("score")
     axes[0].legend(fontsize="small")
     figures.save(figure, "pareto")

@@ -49,7 +49,7 @@ def test_the_learning_rate_is_chosen_on_a_part_of_the_training_set_and_fresh_see
     ]
     assert found == epochs.finals(found)
     assert epochs.rows(found) == [["geolora", "0.920 ± 0.006", "0.920 ± 0.006", "10", "0.3", "0.500"]]
-    assert epochs.header(found)[1] == "mrpc"
+    assert epochs.header(found)[1::4] == ["mrpc", "STS-B after mrpc"]
     assert summaries(found)["mrpc", "geolora"].lr == 0.3
     assert comparison.paired(found, ["mrpc"]) == []
 
@@ -76,12 +76,13 @@ def of_task(task, method, score, seed):
 
 def test_tasks_that_chose_the_defaults_are_marked_and_left_out_of_the_mean():
     records = [of_task(task, "geolora", score, 11) for task, score in (("stsb", 0.9), ("cola", 0.4), ("held_out", 0.6))]
-    records.append(of_task("cola", "lora", 0.5, 11))
+    records.append(of_task("cola", "lora", 0.5, 11) | {"zero_shot": 0.7})
     assert epochs.header(records)[1:5] == ["stsb*", "cola", "held_out", "mean without *"]
     assert [row[1:5] for row in epochs.rows(records)] == [
         ["0.900", "0.400", "0.600", "0.500"],
         ["-", "0.500", "-", "-"],
     ]
+    assert [row[-1] for row in epochs.rows(records)] == ["-", "0.700"]
 
 
 def test_the_runs_that_are_reported_have_the_rate_that_was_chosen_last():
