@@ -22,7 +22,7 @@ from geolora_pl.lightning.internals import (
     DataLoaderIterDataFetcher,
     Stateful,
     before_each_epoch,
-    begins_loaders_later,
+    begins_loaders_again,
     collect_random_states,
     data_of_fit,
     leave_finished_epoch,
@@ -139,16 +139,16 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
         )
 
 
-def _say_what_begins_later(loaders: CombinedLoader, seen: int) -> None:
-    """Warn of a loader that was begun after others, or again, from a random state that is not known any more."""
-    if not begins_loaders_later(loaders):
+def _say_what_was_begun_again(loaders: CombinedLoader, seen: int) -> None:
+    """Warn of a loader that was begun again from a random state that is not known any more."""
+    if not begins_loaders_again(loaders):
         return
-    later = [length for each in loaders.flattened if (length := sized_len(each)) is not None and length < seen]
-    if later and not all(map(_is_drawn_alone, loaders.flattened)):
+    drawn = [length for each in loaders.flattened if (length := sized_len(each)) and not _is_drawn_alone(each)]
+    if again := [length for length in drawn if length < seen]:
         rank_zero_warn(
-            f"a data loader of {min(later)} batches had ended in the epoch in whose middle this run is resumed, and "
-            "what began then took its order from the random numbers of the training: this resumed run is exact only "
-            "if each of your loaders has a generator of its own (DataLoader(..., generator=torch.Generator()))",
+            f"a data loader of {min(again)} batches had ended in the epoch in whose middle this run is resumed, and was "
+            "begun again from the random numbers of the training: this resumed run is exact only if such a loader has "
+            "a generator of its own (DataLoader(..., generator=torch.Generator()))",
             category=GeoLoRAWarning,
         )
 
@@ -227,7 +227,7 @@ class TrainingPosition:
             )
         elif seen and not keeps_its_own_state:
             _say_what_was_not_seen(seen, before, self._batches)
-            _say_what_begins_later(loaders, seen)
+            _say_what_was_begun_again(loaders, seen)
             self._warn_again = _leave_out(seen, fetcher)
         if now is not None:
             _say_what_is_not_exact(trainer, loaders.flattened, seen)

@@ -83,9 +83,9 @@ def data_of_fit(trainer: L.Trainer) -> tuple[CombinedLoader, DataFetcher]:
     return loaders, fetcher
 
 
-def begins_loaders_later(loaders: CombinedLoader) -> bool:
-    """Whether some of several data loaders may be begun, or begun again, in the middle of an epoch."""
-    return loaders._mode in ("max_size_cycle", "sequential")
+def begins_loaders_again(loaders: CombinedLoader) -> bool:
+    """Whether one of several data loaders that ends before the others is begun again in the same epoch."""
+    return loaders._mode == "max_size_cycle"
 
 
 def leave_finished_epoch(trainer: L.Trainer) -> None:
