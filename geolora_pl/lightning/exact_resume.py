@@ -113,7 +113,7 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
     if lost := seen % trainer.accumulate_grad_batches:
         rank_zero_warn(
             f"the checkpoint was saved between two optimizer steps, and the gradients of {lost} accumulated batches "
-            "are not in it, so that the next step is smaller: validate and save after a multiple of "
+            "are not in it, so that the next step rests on fewer batches: validate and save after a multiple of "
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} batches for an exact run",
             category=GeoLoRAWarning,
         )
@@ -166,13 +166,14 @@ class TrainingPosition:
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
     for every data loader whose order follows from the random state (a ``generator`` of the loader or of its sampler
     included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
-    a checkpoint was saved comes again, and Lightning goes on with a validation. Persistent workers carry their random
-    numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed. So it is
-    where a loader of several has been begun in the middle of the epoch and has no generator of its own, what Lightning
-    does otherwise with loaders that are made again and with ``ReduceLROnPlateau``, and that gradients which were
-    accumulated are lost. A loader
-    with a ``state_dict`` of its own is left to itself, and so is a module that takes its batches itself
-    (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
+    a checkpoint was saved comes again, and Lightning goes on with a validation. A loader with a ``state_dict`` of its
+    own is left to itself, and so is a module that takes its batches itself (``dataloader_iter``): of an epoch that it
+    has begun it sees the first batches again.
+
+    A resumed run may differ from one run, and a warning says so, where workers are persistent and carry their random
+    numbers to the next epoch, where a shorter loader without a generator was begun again in the middle of the epoch,
+    where the checkpoint was saved between two steps of accumulated gradients, where loaders are made again after some
+    epochs, and with ``ReduceLROnPlateau``.
     """
 
     def __init__(self) -> None:
