@@ -146,9 +146,9 @@ def _say_what_was_begun_again(loaders: CombinedLoader, seen: int) -> None:
     drawn = [length for each in loaders.flattened if (length := sized_len(each)) and not _is_drawn_alone(each)]
     if again := [length for length in drawn if length < seen]:
         rank_zero_warn(
-            f"a data loader of {min(again)} batches had ended in the epoch in whose middle this run is resumed, and was "
-            "begun again from the random numbers of the training: this resumed run is exact only if such a loader has "
-            "a generator of its own (DataLoader(..., generator=torch.Generator()))",
+            f"a data loader of {min(again)} batches had ended in the epoch in whose middle this run is resumed, and "
+            "was begun again from the random numbers of the training: this resumed run is exact only if such a loader "
+            "has a generator of its own (DataLoader(..., generator=torch.Generator()))",
             category=GeoLoRAWarning,
         )
 
