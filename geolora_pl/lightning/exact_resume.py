@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import distributed as dist
@@ -117,6 +118,17 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} batches for an exact run",
             category=GeoLoRAWarning,
         )
+    untold = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end  # as Lightning asks itself
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+        if not untold or not isinstance(callback, GradientAccumulationScheduler):
+            continue
+        if (asked := callback.get_accumulate_grad_batches(trainer.current_epoch)) != trainer.accumulate_grad_batches:
+            rank_zero_warn(
+                "GradientAccumulationScheduler: Lightning does not tell it that the epoch begins with which this run "
+                f"goes on, and so accumulates {trainer.accumulate_grad_batches} batches there and not {asked}: save "
+                "with save_on_train_epoch_end=True for an exact run",
+                category=GeoLoRAWarning,
+            )
     if any(getattr(loader, "persistent_workers", False) for loader in loaders):
         rank_zero_warn(
             "persistent_workers=True: the random numbers of the workers go on from epoch to epoch and are in no "
@@ -172,8 +184,8 @@ class TrainingPosition:
 
     A resumed run may differ from one run, and a warning says so, where workers are persistent and carry their random
     numbers to the next epoch, where a shorter loader without a generator was begun again in the middle of the epoch,
-    where the checkpoint was saved between two steps of accumulated gradients, where loaders are made again after some
-    epochs, and with ``ReduceLROnPlateau``.
+    where the checkpoint was saved between two steps of accumulated gradients, or in the middle of an epoch for which
+    there is a schedule of accumulation, where loaders are made again after some epochs, and with ``ReduceLROnPlateau``.
     """
 
     def __init__(self) -> None:
