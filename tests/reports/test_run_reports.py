@@ -344,9 +344,7 @@ def test_a_schedule_of_accumulation_that_does_not_hold_in_the_epoch_that_goes_on
     steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     ends = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
     whole = losses(Recorded(validated=False), steps, ends, accumulation)
-    said = pytest.warns(
-        GeoLoRAWarning, match="^GradientAccumulationScheduler: .* 1 batches there and not 2"
-    )
+    said = pytest.warns(GeoLoRAWarning, match="^GradientAccumulationScheduler: .* 1 batches there and not 2")
     with contextlib.nullcontext() if is_told else said:
         resumed = losses(Recorded(validated=False), accumulation, ckpt_path=tmp_path / f"{name}.ckpt")
     if is_told:
