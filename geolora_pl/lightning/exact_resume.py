@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import distributed as dist
@@ -22,7 +23,7 @@ from geolora_pl.lightning.internals import (
     DataLoaderIterDataFetcher,
     Stateful,
     before_each_epoch,
-    begins_loaders_later,
+    begins_loaders_again,
     collect_random_states,
     data_of_fit,
     leave_finished_epoch,
@@ -113,10 +114,21 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
     if lost := seen % trainer.accumulate_grad_batches:
         rank_zero_warn(
             f"the checkpoint was saved between two optimizer steps, and the gradients of {lost} accumulated batches "
-            "are not in it, so that the next step is smaller: validate and save after a multiple of "
+            "are not in it, so that the next step rests on fewer batches: validate and save after a multiple of "
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} batches for an exact run",
             category=GeoLoRAWarning,
         )
+    untold = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end  # as Lightning asks itself
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+        if not untold or not isinstance(callback, GradientAccumulationScheduler):
+            continue
+        if (asked := callback.get_accumulate_grad_batches(trainer.current_epoch)) != trainer.accumulate_grad_batches:
+            rank_zero_warn(
+                "GradientAccumulationScheduler: Lightning does not tell it that the epoch begins with which this run "
+                f"goes on, and so accumulates {trainer.accumulate_grad_batches} batches there and not {asked}: save "
+                "with save_on_train_epoch_end=True for an exact run",
+                category=GeoLoRAWarning,
+            )
     if any(getattr(loader, "persistent_workers", False) for loader in loaders):
         rank_zero_warn(
             "persistent_workers=True: the random numbers of the workers go on from epoch to epoch and are in no "
@@ -139,16 +151,16 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
         )
 
 
-def _say_what_begins_later(loaders: CombinedLoader, seen: int) -> None:
-    """Warn of a loader that was begun after others, or again, from a random state that is not known any more."""
-    if not begins_loaders_later(loaders):
+def _say_what_was_begun_again(loaders: CombinedLoader, seen: int) -> None:
+    """Warn of a loader that was begun again from a random state that is not known any more."""
+    if not begins_loaders_again(loaders):
         return
-    later = [length for each in loaders.flattened if (length := sized_len(each)) is not None and length < seen]
-    if later and not all(map(_is_drawn_alone, loaders.flattened)):
+    drawn = [length for each in loaders.flattened if (length := sized_len(each)) and not _is_drawn_alone(each)]
+    if again := [length for length in drawn if length < seen]:
         rank_zero_warn(
-            f"a data loader of {min(later)} batches had ended in the epoch in whose middle this run is resumed, and "
-            "what began then took its order from the random numbers of the training: this resumed run is exact only "
-            "if each of your loaders has a generator of its own (DataLoader(..., generator=torch.Generator()))",
+            f"a data loader of {min(again)} batches had ended in the epoch in whose middle this run is resumed, and "
+            "was begun again from the random numbers of the training: this resumed run is exact only if such a loader "
+            "has a generator of its own (DataLoader(..., generator=torch.Generator()))",
             category=GeoLoRAWarning,
         )
 
@@ -166,13 +178,14 @@ class TrainingPosition:
     the batches that were seen are drawn again from the random state that they came from, and left out. That is exact
     for every data loader whose order follows from the random state (a ``generator`` of the loader or of its sampler
     included) and the epoch, workers and augmentation included, and costs the time to read them. A batch in whose middle
-    a checkpoint was saved comes again, and Lightning goes on with a validation. Persistent workers carry their random
-    numbers from one epoch to the next where nobody can read them, which is said when such a run is resumed. So it is
-    where a loader of several has been begun in the middle of the epoch and has no generator of its own, what Lightning
-    does otherwise with loaders that are made again and with ``ReduceLROnPlateau``, and that gradients which were
-    accumulated are lost. A loader
-    with a ``state_dict`` of its own is left to itself, and so is a module that takes its batches itself
-    (``dataloader_iter``): of an epoch that it has begun it sees the first batches again.
+    a checkpoint was saved comes again, and Lightning goes on with a validation. A loader with a ``state_dict`` of its
+    own is left to itself, and so is a module that takes its batches itself (``dataloader_iter``): of an epoch that it
+    has begun it sees the first batches again.
+
+    A resumed run may differ from one run, and a warning says so, where workers are persistent and carry their random
+    numbers to the next epoch, where a shorter loader without a generator was begun again in the middle of the epoch,
+    where the checkpoint was saved between two steps of accumulated gradients, or in the middle of an epoch for which
+    there is a schedule of accumulation, where loaders are made again after some epochs, and with ``ReduceLROnPlateau``.
     """
 
     def __init__(self) -> None:
@@ -227,7 +240,7 @@ class TrainingPosition:
             )
         elif seen and not keeps_its_own_state:
             _say_what_was_not_seen(seen, before, self._batches)
-            _say_what_begins_later(loaders, seen)
+            _say_what_was_begun_again(loaders, seen)
             self._warn_again = _leave_out(seen, fetcher)
         if now is not None:
             _say_what_is_not_exact(trainer, loaders.flattened, seen)

@@ -83,9 +83,9 @@ def data_of_fit(trainer: L.Trainer) -> tuple[CombinedLoader, DataFetcher]:
     return loaders, fetcher
 
 
-def begins_loaders_later(loaders: CombinedLoader) -> bool:
-    """Whether some of several data loaders may be begun, or begun again, in the middle of an epoch."""
-    return loaders._mode in ("max_size_cycle", "sequential")
+def begins_loaders_again(loaders: CombinedLoader) -> bool:
+    """Whether one of several data loaders that ends before the others is begun again in the same epoch."""
+    return loaders._mode == "max_size_cycle"
 
 
 def leave_finished_epoch(trainer: L.Trainer) -> None:
@@ -97,8 +97,10 @@ def leave_finished_epoch(trainer: L.Trainer) -> None:
     fit_loop = trainer.fit_loop
     epoch: Any = fit_loop.epoch_progress.current
     batches: Any = fit_loop.epoch_loop.batch_progress
-    ended = epoch.ready == epoch.started == epoch.processed and not fit_loop.restarted_mid_epoch  # which ends it here
-    complete = batches.is_last_batch or batches.current.ready >= fit_loop.max_batches  # max_steps may have cut it short
+    # An epoch that was saved after its last batch, and before its end, has just been ended by Lightning itself.
+    ended = epoch.ready == epoch.started == epoch.processed and not fit_loop.restarted_mid_epoch
+    # Where max_steps has cut an epoch short, it goes on with the batches that are left.
+    complete = batches.is_last_batch or batches.current.ready >= fit_loop.max_batches
     if fit_loop.restarting and ended and complete:
         fit_loop.epoch_loop.restarting = False
         fit_loop._restarting = False  # the setter is what asks for max_steps

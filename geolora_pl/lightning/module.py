@@ -332,9 +332,8 @@ class GeoLoRAModule(L.LightningModule):
         except ValueError as error:
             raise ValueError(f"optimizer: {error}; correct its settings, or use another of the Adam family") from error
         if self.lr_scheduler is None:
-            # A second fit of one trainer goes on where the first has ended; a checkpoint brings its own place.
-            taken = 0 if self.trainer.ckpt_path else self.trainer.global_step
-            steps = run_length(self.trainer)
+            # A second fit of one trainer goes on where the first has ended; a checkpoint brings its own place later.
+            steps, taken = run_length(self.trainer), self.trainer.global_step
             scheduler: Any = warmup_cosine(optimizer, self.warmup, steps, self.head_warmup, taken)
         else:
             scheduler = self.lr_scheduler(optimizer)

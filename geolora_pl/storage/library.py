@@ -23,7 +23,7 @@ from geolora_pl.storage.adapter_state import (
     leading,
     write,
 )
-from geolora_pl.storage.fingerprint import base_parameters
+from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base
 from geolora_pl.storage.hub import located
 
 
@@ -101,14 +101,10 @@ class AdapterLibrary:
         """Put an adapter into the model instead of the one in use; ``None`` leaves the base alone.
 
         Raises:
-            ValueError: There is no adapter of that name, or the one in use is no longer in the model, as after a merge.
+            ValueError: There is no adapter of that name, or the one in use was merged into the base.
         """
         state = None if name is None else self._get(name)
-        if self.in_use is not None and not has_adapters(self.model):
-            raise ValueError(
-                f"{self.in_use} is in use, but the model holds no adapters: it was merged into the base, which would "
-                "stay beneath the next one; unmerge it (MergedAdapters) first, or make a new library on a new base"
-            )
+        self._refuse_merged()
         if self._of_base:
             write(self.model, self._of_base)
         if self.in_use is not None:
@@ -200,6 +196,17 @@ class AdapterLibrary:
     def _refuse_taken(self, name: str) -> None:
         if name in self._states:
             raise ValueError(f"name={name!r} is taken: remove it first, or choose another name")
+
+    def _refuse_merged(self) -> None:
+        """Refuse to go on if the adapter in use was merged; where it was removed by hand, the base is what it was."""
+        if self.in_use is None or has_adapters(self.model):
+            return
+        state = self._states[self.in_use]
+        if not is_same_base(base_hash(self.model, state.trained), state.base_hash):
+            raise ValueError(
+                f"{self.in_use} is in use, but the model holds no adapters: it was merged into the base, which would "
+                "stay beneath the next one; unmerge it (MergedAdapters) first, or make a new library on a new base"
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**base_parameters(self.model), **base_buffers(self.model)}

@@ -240,7 +240,8 @@ class StepWatch:
         squares = _squares(list(held.values())) if held else torch.zeros(0)
         self.squares = None if any(is_sharded(p) for p in parameters) else squares
         if self.squares is not None and (scale := getattr(optimizer, "grad_scale", None)) is not None:
-            self.squares = squares / scale**2  # a gradient scaler leaves the division to a fused optimizer
+            # A gradient scaler leaves the division to a fused optimizer; its scale lies where the loss does.
+            self.squares = squares / scale.to(squares.device) ** 2
         broken_on_device = None
         if isinstance(optimizer, RiemannianAdam) and self._may_be_left_out_on_device(parameters):
             broken_on_device = (~squares.isfinite().all()).to(torch.float32)

@@ -23,6 +23,7 @@ from foreign import ADAPTER, Endless, Foreign, loader, trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
@@ -270,7 +271,7 @@ class Several(Recorded):
         self.own = own
 
     def train_dataloader(self):
-        generators = [torch.Generator().manual_seed(seed) if self.own else None for seed in (1, 2)]
+        generators = [torch.Generator().manual_seed(seed) if seed in self.own else None for seed in (1, 2)]
         sizes = (8 * BATCHES, 16)
         return [
             DataLoader(Noisy(size), 8, shuffle=True, generator=generator)
@@ -281,16 +282,16 @@ class Several(Recorded):
         return super().training_step([torch.cat(parts) for parts in zip(*batch, strict=True)], batch_idx)
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", [{1, 2}, {2}, {1}, set()])
 def test_of_several_loaders_one_that_is_begun_again_needs_a_generator_of_its_own(tmp_path, own):
     """A user's second loader was shorter and went round. Resumed, it went on in another order, and nobody said it."""
     saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     whole = losses(Several(own), saved)
     for step in (2, 3):
         said = pytest.warns(GeoLoRAWarning, match=r"a data loader of 2 batches had ended .* a generator of its own")
-        with said if step > 2 and not own else contextlib.nullcontext():
+        with said if step > 2 and 2 not in own else contextlib.nullcontext():
             resumed = losses(Several(own), ckpt_path=tmp_path / f"step={step}.ckpt")
-        if own or step == 2:
+        if 2 in own or step == 2:
             assert resumed == {place: loss for i, (place, loss) in enumerate(whole.items()) if i >= step}
 
 
@@ -332,6 +333,23 @@ def test_accumulated_gradients_that_a_checkpoint_does_not_hold_are_said(tmp_path
     fit()
     with pytest.warns(GeoLoRAWarning, match="the gradients of 1 accumulated batches are not in it"):
         fit(ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_told"), [("step=4", True), ("step=6", False), ("step=8", False), ("epoch=0", True)]
+)
+def test_a_schedule_of_accumulation_that_does_not_hold_in_the_epoch_that_goes_on_is_said(tmp_path, name, is_told):
+    """A user resumes in an epoch that accumulates: its other batches were steps of their own, without a word."""
+    accumulation = GradientAccumulationScheduler({1: 2})
+    steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    ends = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    whole = losses(Recorded(validated=False), steps, ends, accumulation)
+    said = pytest.warns(GeoLoRAWarning, match="^GradientAccumulationScheduler: .* 1 batches there and not 2")
+    with contextlib.nullcontext() if is_told else said:
+        resumed = losses(Recorded(validated=False), accumulation, ckpt_path=tmp_path / f"{name}.ckpt")
+    if is_told:
+        assert resumed == {place: loss for place, loss in whole.items() if place in resumed}
+        assert len(resumed) == len(whole) - (4 if name == "step=4" else BATCHES)
 
 
 @pytest.mark.parametrize("augment", [None, {"hflip": 0.5}])

@@ -10,6 +10,7 @@ from geolora_pl import (
     inject_adapters,
     load_adapter,
     merge_adapters,
+    remove_adapters,
     save_adapter,
 )
 from geolora_pl.adapters.inject import find_adapters, has_adapters
@@ -192,3 +193,12 @@ def test_no_adapter_is_put_on_a_base_that_another_was_merged_into(three):
     merge_adapters(library.model)
     with pytest.raises(ValueError, match="b is in use, but"):
         library.remove("b")
+
+
+def test_an_adapter_in_use_may_be_removed_by_hand(three):
+    """A user called remove_adapters, which leaves the base as it was, and went on to the next adapter."""
+    models, library = three
+    for name in ("a", "b", "a"):
+        library.use(name)
+        assert torch.equal(library.model(X), models[name](X))
+        remove_adapters(library.model)
