@@ -51,6 +51,18 @@ def one_thread(monkeypatch):
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=True)
+def _forks_with_one_thread(request, monkeypatch):
+    """Fails a test that forks and does not ask for ``one_thread``, before it hangs where there are several threads."""
+    start = torch.multiprocessing.start_processes
+
+    def start_processes(*arguments, start_method="spawn", **settings):
+        assert start_method != "fork" or "one_thread" in request.fixturenames, "this test needs the fixture one_thread"
+        return start(*arguments, start_method=start_method, **settings)
+
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", start_processes)
+
+
 @pytest.fixture(scope="module")
 def one_parser():
     """For modules of many commands: a command's parser, which takes long to make, serves all of them."""

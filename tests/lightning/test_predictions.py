@@ -255,6 +255,7 @@ class Parity(L.LightningModule):
         return torch.stack([1 - batch % 2, batch % 2], 1).float()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_write_every_input_once_and_in_order(tmp_path):
     writer = PredictionWriter(tmp_path / "p.csv")
     trainer = L.Trainer(devices=2, strategy="ddp_fork", logger=False, callbacks=writer, **QUIET)

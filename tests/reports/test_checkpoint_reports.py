@@ -237,6 +237,7 @@ def test_a_checkpoint_of_weights_alone_is_like_the_others(tmp_path, small):
     assert torch.equal(plain.model(x), module.model(x))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_forked_process_sends_its_weights_back_as_they_are(tmp_path):
     """It writes them as a file of Lightning's, which is no checkpoint and is described by nothing."""
     module = Small()
