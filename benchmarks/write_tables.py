@@ -32,9 +32,11 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs"
 IN_SHORT = {"minilm": "BERT of 22M, 32 x 64 tokens", "vit_tiny": "ViT-tiny, 4 images"}
 LEARNT = ("stsb", "digits", "sst2", "mrpc", "held_out")  # on CoLA all methods are near chance after 200 steps
 NAMES = {
+    **{point: point.replace("geolora ", "geolora_pl, ") for point in pareto.POINTS},
+    **{point: f"LoRA r {rank} (PEFT)" for point, rank in pareto.RANKS.items()},
+    "geolora": "geolora_pl",
     "defaults": "geolora_pl, max_rank 16",
     "room": "geolora_pl, rank 6, max_rank 64",
-    "lora": "LoRA r 8 (PEFT)",
     "adalora": "AdaLoRA",
     "dora": "DoRA",
     "pissa": "PiSSA",
@@ -43,9 +45,6 @@ NAMES = {
     "full": "full fine-tuning",
     "head": "head only",
     "bound": "frozen, no adapters",
-    **{point: f"LoRA r {rank} (PEFT)" for point, rank in pareto.RANKS.items()},
-    **{point: point.replace("geolora ", "geolora_pl, ") for point in (*pareto.TOLERANCES, *pareto.BUDGETS)},
-    "geolora": "geolora_pl",
 }
 
 

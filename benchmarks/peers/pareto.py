@@ -77,8 +77,8 @@ def run(runs: Sweep, names: Sequence[str]) -> list[Record]:
 def finals(records: Sequence[Record]) -> list[Record]:
     """The runs that are reported: those of tasks on which every point was measured."""
     found = epochs.finals(latest([r for r in records if r["method"] in POINTS]))
-    missing = {(task, point) for task in {r["task"] for r in found} for point in POINTS} - summaries(found).keys()
-    return [r for r in found if r["task"] not in {task for task, _ in missing}]
+    measured = {(r["task"], r["method"]) for r in found}
+    return [r for r in found if all((r["task"], point) in measured for point in POINTS)]
 
 
 def header(records: Sequence[Record]) -> list[str]:

@@ -119,10 +119,9 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
             category=GeoLoRAWarning,
         )
     untold = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end  # as Lightning asks itself
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
-        if not untold or not isinstance(callback, GradientAccumulationScheduler):
-            continue
-        if (asked := callback.get_accumulate_grad_batches(trainer.current_epoch)) != trainer.accumulate_grad_batches:
+    callbacks = trainer.callbacks if untold else []  # type: ignore[attr-defined]  # set by the callback connector
+    for schedule in (each for each in callbacks if isinstance(each, GradientAccumulationScheduler)):
+        if (asked := schedule.get_accumulate_grad_batches(trainer.current_epoch)) != trainer.accumulate_grad_batches:
             rank_zero_warn(
                 "GradientAccumulationScheduler: Lightning does not tell it that the epoch begins with which this run "
                 f"goes on, and so accumulates {trainer.accumulate_grad_batches} batches there and not {asked}: save "
