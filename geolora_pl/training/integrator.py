@@ -195,8 +195,8 @@ class RankAdaptiveIntegrator:
         if self._watch.nesting.inner:
             return False  # a hook has called this at the end of a super().step(), before the step is over
         new_steps, skipped = self._watch.take()
-        unseen = not self.steps or not isinstance(self.innermost(optimizer), Optimizer)
-        if not new_steps and not skipped and unseen and self._anything_pending():
+        seen = new_steps or skipped or (self.steps and isinstance(self.innermost(optimizer), Optimizer))
+        if not seen and self._anything_pending():
             new_steps = 1  # increments written by hand, or by an optimizer that is not one of torch's
         self.steps += new_steps
         self.total_steps += new_steps
