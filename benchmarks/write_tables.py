@@ -91,6 +91,13 @@ def epochs_paired() -> str:
     return markdown(["method", *names, "all"], comparison.paired(records, names))
 
 
+def epochs_costs() -> str:
+    """When the methods reach LoRA's score in whole epochs, and what their steps cost."""
+    records = whole_epochs()
+    names = list(dict.fromkeys(record["task"] for record in records))
+    return markdown(["method", *comparison.COSTS], comparison.costs(records, names))
+
+
 def pareto_table() -> str:
     """Scores and parameters of several ranks, tolerances and budgets."""
     records = pareto.finals(read(RESULTS / "epochs.jsonl"))
@@ -184,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paired": paired,
     "epochs": epochs_table,
     "epochs_paired": epochs_paired,
+    "epochs_costs": epochs_costs,
     "pareto": pareto_table,
     "held_out_gap": gap_table,
     "learning_rates": learning_rates_table,

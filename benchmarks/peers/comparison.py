@@ -91,6 +91,36 @@ def paired(records: Records, tasks: Sequence[str]) -> list[list[str]]:
     return lines
 
 
+COSTS = ("steps to LoRA", "parameters there", "seconds over LoRA's")
+
+
+def costs(records: Records, tasks: Sequence[str]) -> list[list[str]]:
+    """One row per method: when it reaches LoRA's last score, with how many parameters, and what its steps cost.
+
+    Each cell has one number per task, as those of :func:`rows`.
+    """
+    found = summaries(records)
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        pairs = [(found.get((name, method)), found.get((name, "lora"))) for name in tasks]
+        cells = [[_part_of_lora(*pair, axis=0), _parameters(*pair), _seconds(*pair)] for pair in pairs]
+        lines.append([method, *(" / ".join(column) for column in zip(*cells, strict=True))])
+    return lines
+
+
+def _parameters(method: Summary | None, lora: Summary | None) -> str:
+    """The parameters of a method when it reaches LoRA's last score; those of the last step before it that has them."""
+    if method is None or lora is None:
+        return NONE
+    at = reach(method.curve, lora.curve[-1][2])
+    return f"{[size for step, size in method.sizes if step <= at[0]][-1]:,.0f}" if at else "never"
+
+
+def _seconds(method: Summary | None, lora: Summary | None) -> str:
+    """The seconds of a method's steps over those of LoRA's."""
+    return NONE if method is None or lora is None else f"{method.curve[-1][1] / lora.curve[-1][1]:.2f}"
+
+
 def _differences(method: Summary | None, lora: Summary | None) -> list[float]:
     """What a method scores more than LoRA with the same seed, for each seed of both."""
     if method is None or lora is None:

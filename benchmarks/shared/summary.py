@@ -26,6 +26,7 @@ class Summary:
         parameters: Active adapter parameters at the best learning rate, averaged over the seeds.
         alive: Range of the learning rates that work, from :func:`alive`.
         curve: Points ``[step, seconds, score]`` of the runs at the best learning rate, averaged over the seeds.
+        sizes: Points ``[step, adapter parameters]`` of the same runs, averaged over the seeds.
     """
 
     lr: float
@@ -33,6 +34,7 @@ class Summary:
     parameters: float
     alive: str
     curve: list[list[float]]
+    sizes: list[list[float]]
 
 
 def best_lr(records: Iterable[Record]) -> float:
@@ -50,14 +52,20 @@ def summary(records: Records) -> Summary:
     lr = best_lr(records)
     runs = [r for r in records if r["lr"] == lr]
     sweep = {r["lr"]: r["score"] for r in records if r["seed"] == 0} or {lr: 0.0}
-    whole = [r["scores"] for r in runs if len(r["scores"]) == max(len(r["scores"]) for r in runs)]
+    whole = [r for r in runs if len(r["scores"]) == max(len(r["scores"]) for r in runs)]
     return Summary(
         lr=lr,
         scores={r["seed"]: r["score"] for r in runs},
         parameters=mean(r["parameters"] for r in runs),
         alive=alive(sweep),
-        curve=[[mean(values) for values in zip(*points, strict=True)] for points in zip(*whole, strict=True)],
+        curve=_means([r["scores"] for r in whole]),
+        sizes=_means([r["sizes"] for r in whole]),
     )
+
+
+def _means(curves: Sequence[list[list[float]]]) -> list[list[float]]:
+    """Point by point the mean of curves that have points at the same steps."""
+    return [[mean(values) for values in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
 
 
 def alive(sweep: dict[float, float]) -> str:

@@ -33,7 +33,7 @@ class Runs:
 
     def make(self, planned):
         self.planned += planned
-        found = {"parameters": 10, "zero_shot": 0.5, "scores": []}
+        found = {"parameters": 10, "zero_shot": 0.5, "scores": [], "sizes": []}
         return [{**run.description(), **found, "score": self.score(run)} for run in planned]
 
 
@@ -71,6 +71,7 @@ def of_task(task, method, score, seed):
         "parameters": 10,
         "lr": 0.3,
         "scores": [[10, 2.0, score]],
+        "sizes": [[1, 10]],
     }
 
 

@@ -52,6 +52,23 @@ def test_a_method_without_a_task_leaves_its_place_empty_and_seeds_are_matched():
     assert dora[1:5] == ["-", "0.700", "-", "- / 100"]
 
 
+def test_what_lora_s_score_takes_is_read_off_the_curves_and_costs_are_those_of_equal_steps():
+    """LoRA ends at .8; the other method has .5 at step 10 and 1.0 at step 20, so that it is there at step 16."""
+    sizes = [[1, 90], [4, 70], [16, 40], [17, 30], [20, 20]]
+    records = [
+        record("lora", score=0.8),
+        record("geolora", score=1.0, sizes=sizes),
+        record("geolora", score=1.0, sizes=[[step, size + 20] for step, size in sizes], seed=1),
+        record("full", score=0.7, scores=[[10, 3.0, 0.6], [20, 6.0, 0.7]]),
+        record("lora", score=0.8, task="sst2"),
+    ]
+    assert comparison.costs(records, ["digits", "sst2"]) == [
+        ["lora", "1.00 / 1.00", "100 / 100", "1.00 / 1.00"],
+        ["geolora", "0.80 / -", "50 / -", "1.00 / -"],
+        ["full", "never / -", "never / -", "3.00 / -"],
+    ]
+
+
 def test_differences_are_paired_by_seed_and_have_the_interval_of_student():
     """Differences .01 and .03: the mean is .02, and t(.975, 1) = 12.706 times .01 is .127."""
     scores = {"lora": {0: 0.5, 1: 0.7, 2: 0.6}, "geolora": {1: 0.71, 0: 0.53}, "full": {0: 0.6}}
