@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is found from
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from benchmarks.peers import comparison, epochs, held_out_gap, learning_rates, matrix_approximation, pareto
 from benchmarks.ranks import ablations, rank_adaptation
 from benchmarks.shared import results
-from benchmarks.shared.methods import METHODS
+from benchmarks.shared.methods import METHODS, Method
 from benchmarks.shared.paths import RESULTS, ROOT
-from benchmarks.shared.summary import current, latest
+from benchmarks.shared.summary import Records, current, latest
 from benchmarks.shared.sweep import read
 from benchmarks.speed import loaders, products, throughput
 from benchmarks.speed.random_models import BERTS, GPT2S, VITS
@@ -55,27 +55,37 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {lines[0].strip()} |", "|" + "---|" * len(header), *(f"| {line} |" for line in lines[1:])])
 
 
+def reported(name: str, methods: Mapping[str, Method]) -> Records:
+    """The runs in a file of results with the settings of today, and the schedule and the steps of the last run.
+
+    Args:
+        name: Name of the file, without its end.
+        methods: The methods by their names in the file.
+    """
+    return latest(current(read(RESULTS / f"{name}.jsonl"), methods))
+
+
 def compare() -> str:
     """The methods side by side on all tasks."""
-    records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
+    records = reported("compare", METHODS)
     return markdown(comparison.header(records), comparison.rows(records))
 
 
 def overview() -> str:
     """Scores and parameters of the methods on the tasks that can be learnt in so few steps."""
-    records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
+    records = reported("compare", METHODS)
     return markdown(["method", *LEARNT, "mean", "parameters relative to LoRA's"], comparison.overview(records, LEARNT))
 
 
 def paired() -> str:
     """Differences to LoRA, seed by seed."""
-    records = latest(current(read(RESULTS / "compare.jsonl"), METHODS))
+    records = reported("compare", METHODS)
     return markdown(["method", *LEARNT, "all"], comparison.paired(records, LEARNT))
 
 
 def whole_epochs() -> list[results.Record]:
     """The runs of whole epochs that are reported."""
-    return epochs.finals(latest(current(read(RESULTS / "epochs.jsonl"), METHODS)))
+    return epochs.finals(reported("epochs", METHODS))
 
 
 def epochs_table() -> str:
@@ -107,21 +117,19 @@ def pareto_table() -> str:
 def gap_table() -> str:
     """What full fine-tuning and adapters score on ``held_out`` with parts left out or added."""
     methods = {name: method for name, (method, _) in held_out_gap.VARIANTS.items()}
-    return markdown(
-        held_out_gap.HEADER, held_out_gap.rows(latest(current(read(RESULTS / "held_out_gap.jsonl"), methods)))
-    )
+    return markdown(held_out_gap.HEADER, held_out_gap.rows(reported("held_out_gap", methods)))
 
 
 def learning_rates_table() -> str:
     """How wide the range of learning rates is that work."""
     methods = {name: METHODS[name] for name in learning_rates.LABELS}
-    found = learning_rates.scores(current(read(RESULTS / "epochs.jsonl"), methods))
+    found = learning_rates.scores(reported("epochs", methods))
     return markdown(learning_rates.HEADER, learning_rates.rows(found))
 
 
 def rank_adaptation_table() -> str:
     """Parameters and scores by start rank."""
-    records = current(read(RESULTS / "rank_adaptation.jsonl"), rank_adaptation.METHODS)
+    records = reported("rank_adaptation", rank_adaptation.METHODS)
     return markdown(rank_adaptation.header(records), rank_adaptation.rows(records))
 
 

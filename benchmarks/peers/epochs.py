@@ -128,7 +128,8 @@ def finals(records: Sequence[Record]) -> list[Record]:
 def rows(records: Sequence[Record]) -> list[list[str]]:
     """One row per method: scores with their standard errors, parameters, and what is left of a skill not trained.
 
-    The mean is over the tasks that did not choose this package's defaults, of the methods that ran on all of them.
+    The mean is over the tasks that did not choose this package's defaults, of the methods that ran on all of them with
+    the same seeds.
 
     Args:
         records: From :func:`finals`.
@@ -140,12 +141,13 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
         of_tasks = [found.get((name, method)) for name in names]
         cells = [method, *(with_error(list(s.scores.values()) if s else []) for s in of_tasks)]
         fresh = [s.scores if s else {} for name, s in zip(names, of_tasks, strict=True) if name not in CHOSEN_BY]
-        seeds = set.intersection(*map(set, fresh)) if fresh else set()
-        cells.append(with_error([mean(scores[seed] for scores in fresh) for seed in sorted(seeds)]))
+        seeds = {frozenset(scores) for scores in fresh}
+        means = [mean(scores[seed] for scores in fresh) for seed in sorted(*seeds)] if len(seeds) == 1 else []
+        cells.append(with_error(means))
         cells.append(" / ".join(f"{s.parameters:,.0f}" if s else comparison.NONE for s in of_tasks))
         cells.append(" / ".join(f"{s.lr:g}" if s else comparison.NONE for s in of_tasks))
         left = [[r["zero_shot"] for r in runs if r["method"] == method] for runs in _left(records).values()]
-        cells.append(" / ".join(f"{mean(values):.3f}" if values else comparison.NONE for values in left))
+        cells.append(" / ".join(with_error(values) for values in left))
         lines.append(cells)
     return lines
 

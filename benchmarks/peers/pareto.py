@@ -24,7 +24,7 @@ from benchmarks.peers import epochs
 from benchmarks.shared import figures, sweep, tasks
 from benchmarks.shared.methods import GeoLoRA, LoRA, Method
 from benchmarks.shared.results import Record
-from benchmarks.shared.summary import Summary, latest, summaries
+from benchmarks.shared.summary import Summary, current, latest, summaries
 from benchmarks.shared.sweep import Planned, Sweep
 from benchmarks.shared.tables import table
 from benchmarks.shared.task import Task
@@ -75,8 +75,10 @@ def run(runs: Sweep, names: Sequence[str]) -> list[Record]:
 
 
 def finals(records: Sequence[Record]) -> list[Record]:
-    """The runs that are reported: those of tasks on which every point was measured."""
-    found = epochs.finals(latest([r for r in records if r["method"] in POINTS]))
+    """The runs that are reported: those of today's settings, on tasks on which every point was measured with these."""
+    sizes = {r["task"]: r["parameters"] for r in records if RANKS.get(r["method"]) == 1}
+    today = [r for task, size in sizes.items() for r in current(records, methods(size)) if r["task"] == task]
+    found = epochs.finals(latest(today))
     measured = {(r["task"], r["method"]) for r in found}
     return [r for r in found if all((r["task"], point) in measured for point in POINTS)]
 

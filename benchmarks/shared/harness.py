@@ -87,7 +87,7 @@ def run(task: Task, method: Method, lr: float, seed: int) -> Record:
 
 
 def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """The schedule, which is this package's for every method; where only a head is trained, it warms up as heads do."""
+    """The schedule, this package's for every method; a head alone has its short warm-up."""
     lengths = {name: defaults(GeoLoRAModule)[name] for name in _LENGTHS}
     if not any(group.get("adapters") for group in optimizer.param_groups):
         lengths["warmup"] = lengths["head_warmup"]

@@ -78,7 +78,7 @@ def test_differences_are_paired_by_seed_and_have_the_interval_of_student():
         for seed, score in of_seed.items()
     ]
     assert comparison.paired(records, ["a"]) == [
-        ["geolora", "+0.020 (-0.107 to +0.147)", "+0.020 (-0.107 to +0.147)"],
+        ["geolora", "+0.020 (-0.107 to +0.147)", "+0.020"],
         ["full", "+0.100", "+0.100"],
     ]
     assert comparison.paired(records, ["a", "b"]) == [
@@ -86,6 +86,23 @@ def test_differences_are_paired_by_seed_and_have_the_interval_of_student():
         ["full", "+0.100", "-", "-"],
     ]
     assert comparison.paired(records, ["b"]) == []
+
+
+def test_the_interval_over_all_tasks_takes_each_of_them_once():
+    """Pairs of one task say little of other tasks, and a task with more seeds is no more important than another.
+
+    The differences of ``a`` are .01 and .03, that of ``b`` is .04: their means are .02 and .04, whose mean is .03.
+    """
+    scores = {"a": {0: 0.01, 1: 0.03}, "b": {0: 0.04}}
+    records = [
+        record(method, task=task, seed=seed, score=0.5 + (more if method == "geolora" else 0))
+        for task, of_task in scores.items()
+        for seed, more in of_task.items()
+        for method in ("lora", "geolora")
+    ]
+    assert comparison.paired(records, ["a", "b"]) == [
+        ["geolora", "+0.020 (-0.107 to +0.147)", "+0.040", "+0.030 (-0.097 to +0.157)"]
+    ]
 
 
 def test_a_rate_is_alive_only_without_a_gap():
