@@ -75,8 +75,8 @@ def alive(sweep: dict[float, float]) -> str:
         The largest of them over the smallest, as a lower bound where they reach an edge of the sweep.
 
     Example:
-        >>> alive({0.001: 0.88, 0.01: 0.9, 0.1: 0.2, 1.0: 0.9}), alive({0.1: 0.2, 1.0: 0.9, 10.0: 0.1})
-        ('≥ 10', '1')
+        >>> alive({0.001: 0.88, 0.01: 0.9, 0.1: 0.2, 1.0: 0.9}), alive({0.01: 0.89, 10.0: 0.9})
+        ('≥ 10', '≥ 1000')
     """
     rates = sorted(sweep)
     best = max(rates, key=lambda lr: sweep[lr])
@@ -87,7 +87,8 @@ def alive(sweep: dict[float, float]) -> str:
     while high + 1 < len(rates) and good[high + 1]:
         high += 1
     at_edge = low == 0 or high == len(rates) - 1
-    return f"{'≥ ' if at_edge else ''}{rates[high] / rates[low]:.3g}"
+    width = float(f"{rates[high] / rates[low]:.3g}")
+    return f"{'≥ ' if at_edge else ''}{width:g}"
 
 
 def reach(curve: list[list[float]], score: float) -> tuple[float, float] | None:
