@@ -5,11 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 WARMUP_POWER = 2  # of the step, by which the adapters' learning rate grows
+Factor = Callable[[int], float]  # of a learning rate at a step
+
+
+class GrowingLR(LambdaLR):
+    """A LambdaLR that takes in the groups which the optimizer is given later, as by Lightning's ``BaseFinetuning``.
+
+    Such a group goes on from the learning rate that it has at that time; torch's own refuses it at the next step.
+
+    Args:
+        optimizer: The optimizer.
+        factors: What the learning rate of each group is multiplied by.
+        later: The same for the groups that come later.
+        taken: Steps that are taken already.
+    """
+
+    def __init__(self, optimizer: Optimizer, factors: list[Factor], later: Factor, taken: int = 0) -> None:
+        self.later = later
+        super().__init__(optimizer, factors, last_epoch=taken - 1)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rates of all groups."""
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group["lr"] / (self.later(self.last_epoch - 1) or 1.0))
+        self.lr_lambdas += [self.later] * (len(groups) - len(self.lr_lambdas))
+        return super().get_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: numbers, and no function."""
+        return {name: value for name, value in super().state_dict().items() if name != "later"}
 
 
 def warmup_cosine(
@@ -20,7 +52,8 @@ def warmup_cosine(
     The adapters warm up more slowly than the head: over a longer time, and with the square of the step instead of the
     step. A new head is random at first, and the gradients that it sends to the body only distort the pretrained
     features (Kumar et al., ICLR 2022, who train the head alone first). Meanwhile the steps are large enough to find the
-    bases of the adapters, for which only their directions matter.
+    bases of the adapters, for which only their directions matter. A group that the optimizer is given later goes on
+    from its own learning rate.
 
     Args:
         optimizer: The optimizer whose groups each have their own learning rate scaled; groups with ``adapters: True``
@@ -39,7 +72,7 @@ def warmup_cosine(
     """
     endless = math.isinf(total_steps)
 
-    def schedule(length: float, power: int) -> Callable[[int], float]:
+    def schedule(length: float, power: int) -> Factor:
         steps = round(length) if length >= 1 else 0 if endless else round(length * total_steps)
 
         def factor(t: int) -> float:
@@ -55,5 +88,5 @@ def warmup_cosine(
     slow = [mark or not any(marked) for mark in marked]
     for group in optimizer.param_groups:  # torch asks for this where a schedule does not begin at zero
         group.setdefault("initial_lr", deepcopy(group["lr"]))
-    factors = [schedule(warmup, WARMUP_POWER) if s else schedule(head_warmup, 1) for s in slow]
-    return LambdaLR(optimizer, factors, last_epoch=taken - 1)
+    of_adapters, of_others = schedule(warmup, WARMUP_POWER), schedule(head_warmup, 1)
+    return GrowingLR(optimizer, [of_adapters if s else of_others for s in slow], of_others, taken)
