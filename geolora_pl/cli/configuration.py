@@ -10,7 +10,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_configuration(path: Path) -> None:
-    """Refuse a file that is not YAML in UTF-8, or that has a setting twice, of which YAML would take the last one alone.
+    """Refuse a file that is not YAML in UTF-8, or that has a setting twice, of which only the last one would count.
 
     Args:
         path: The file.
