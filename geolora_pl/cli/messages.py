@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from geolora_pl.adapters.elsewhere import ELSEWHERE, Ours
+from geolora_pl.cli.configuration import check_configuration
 from geolora_pl.cli.internals import before_a_class_is_replaced, settings_of
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.names import homes
@@ -99,6 +101,12 @@ class OneSentenceParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a file of settings, which is refused by its name if it is broken as a whole."""
+        if Path(path).is_file():  # else it is an address, or is not there
+            check_configuration(Path(path))
+        return super().parse_path(path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong on stderr and leave with status 2; as the base does where errors are to be raised."""

@@ -89,7 +89,7 @@ class LabelColumns:
         """Take the labels from the training rows, unless they were given.
 
         Raises:
-            ValueError: There is only one label.
+            ValueError: There is only one label, or none.
         """
         if self.names is not None:
             return
@@ -97,6 +97,8 @@ class LabelColumns:
         if self.separator is not None:
             self.names = sorted({label for labels in self._split(column) for label in labels})
         else:
+            if not pc.any(pc.not_equal(as_strings(column), "")).as_py():
+                raise ValueError(f"{source}: {self.label_column} is empty in every row: name another column")
             self.names = find_labels(column, self.regression)
             if not self.names and self.regression is None:
                 note(

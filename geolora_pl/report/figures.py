@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -263,7 +264,9 @@ def svg(figure: Figure, alt: str, salt: str) -> str:
         salt: Unique on the page, for the names inside.
     """
     file = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
+        # The page has the text itself, and whoever reads it has a font for it.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = re.search(r"<svg.*</svg>", file.getvalue(), re.S)
     assert text is not None

@@ -59,6 +59,8 @@ def print_summary(table: Table, lines: Sequence[str], console: Console | None = 
         lines: Lines of plain text.
         console: Where to print; by default the console of the progress bar, so that the two do not disturb each other.
     """
+    for column in table.columns:
+        column.overflow = "fold"  # a number that ends in dots is another one
     console = console or get_console()
     if not console.is_terminal:  # a file is as wide as it must be
         needed = console.measure(table, options=console.options.update_width(1000)).maximum

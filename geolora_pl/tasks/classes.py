@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -19,9 +20,11 @@ def settle_num_classes(given: int | None, data: object) -> int:
         data: The data module, if there is one.
 
     Raises:
-        ValueError: Neither gives the number, or they disagree.
+        ValueError: Neither gives the number, they disagree, or the data name a single class.
     """
     of_data: int | None = getattr(data, "num_classes", None)
+    if of_data == 1 and (names := getattr(data, "class_names", None)):  # which numbers to predict do not have
+        raise ValueError(f"the data have one class, {names[0]!r}: there must be two, so add another")
     if given is not None and of_data is not None and given != of_data:
         raise ValueError(f"num_classes={given} does not fit the data, which has {of_data} classes: leave it out")
     settled = of_data if given is None else given
@@ -73,7 +76,39 @@ def make_loss(
             )
         return nn.BCEWithLogitsLoss() if multi_label else nn.MSELoss()
     weight = None if weights is None else torch.tensor(weights)
-    return nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
+    return WeightedCrossEntropy(weight=weight, label_smoothing=label_smoothing)
+
+
+class WeightedCrossEntropy(nn.CrossEntropyLoss):
+    """The mean cross-entropy by the weights of the classes; 0, and not NaN, of samples none of which counts.
+
+    Example:
+        >>> loss = WeightedCrossEntropy(weight=torch.tensor([0.0, 1.0]))
+        >>> loss(torch.zeros(2, 2), torch.tensor([0, 0])).item()
+        0.0
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the mean for logits (batch, classes) and class indices (batch,)."""
+        if self.weight is None:
+            return super().forward(input, target)
+        losses = F.cross_entropy(input, target, self.weight, reduction="sum", label_smoothing=self.label_smoothing)
+        whole = self.weight[target].sum()
+        return losses / whole.masked_fill(whole == 0, float("inf"))
+
+
+def weight_of(loss: nn.Module, labels: Tensor) -> Tensor:
+    """What a batch counts for in the mean of a loss over several batches: its samples, by the weights of their classes.
+
+    Args:
+        loss: As :func:`make_loss` makes it.
+        labels: The labels of the batch (batch, ...).
+    """
+    weight = getattr(loss, "weight", None)
+    if weight is None:
+        return torch.full((), len(labels), device=labels.device)
+    counted: Tensor = weight[labels].sum()
+    return counted
 
 
 def probabilities(outputs: Tensor, num_classes: int, multi_label: bool) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +19,12 @@ from geolora_pl.tasks.classes import (
     settle_class_weights,
     settle_multi_label,
     settle_num_classes,
+    weight_of,
 )
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
-from geolora_pl.tasks.metrics import check_metrics, for_metrics, make_metrics, usual_metrics
+from geolora_pl.tasks.metrics import Mean, check_metrics, for_metrics, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
-from geolora_pl.tasks.transformer import Batch, TransformerTask, logged_name
+from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 
 class TextClassification(TransformerTask):
@@ -140,8 +140,14 @@ class TextClassification(TransformerTask):
         of_data = getattr(data, "metrics", None)
         self.metric_names = self.metric_names or of_data or usual_metrics(self.num_classes, bool(self.multi_label))
         self.hparams["metrics"] = self.metric_names
-        self.make_split_metrics(partial(make_metrics, self.metric_names, self.num_classes, bool(self.multi_label)))
+        self.make_split_metrics(self._make_metrics)
         self.confusion = confusion_matrix(self.num_classes, bool(self.multi_label))
+
+    def _make_metrics(self) -> nn.ModuleDict:
+        assert self.metric_names is not None
+        assert self.num_classes is not None
+        made = make_metrics(self.metric_names, self.num_classes, bool(self.multi_label))
+        return nn.ModuleDict({"loss": Mean(), **made})
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""
@@ -158,15 +164,14 @@ class TextClassification(TransformerTask):
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and metrics of a batch of a split."""
         outputs, labels = self(batch), batch["labels"]
-        loss, name = self.loss(outputs, labels), logged_name(split, "loss")
-        self.log(name, loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
         if self.confusion is not None and split == self.val_splits[0]:
             self.confusion.update(outputs, labels)
         of_split = self.metrics[split]
         assert isinstance(of_split, nn.ModuleDict)
         assert self.num_classes is not None
         compared = for_metrics(outputs, labels, self.num_classes, bool(self.multi_label))
-        self.log_scores(split, dict.fromkeys(of_split, compared))
+        of_loss = self.loss(outputs, labels), weight_of(self.loss, labels)
+        self.log_scores(split, {**dict.fromkeys(of_split, compared), "loss": of_loss})
 
     def on_validation_epoch_end(self) -> None:
         """Keep for the report which classes were taken for which in the first set of texts."""

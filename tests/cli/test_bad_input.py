@@ -232,7 +232,17 @@ def test_a_setting_that_is_wrong(folder, capfd, arguments, message):
         pytest.param("model: {init_args: {lable_smoothing: 3}}", r"did you mean 'label_smoothing'", id="unknown-model"),
         pytest.param("model: {init_args: {adapter: {max_rnk: 3}}}", r"'adapter\.max_rank'", id="unknown-adapter"),
         pytest.param("data: {init_args: {batch_size: many}}", r"batch_size=many must be a whole", id="wrong-type"),
-        pytest.param("trainer: [1", r"parsing config", id="no-yaml"),
+        pytest.param("trainer: [1", r"own\.yaml is not YAML: .*line 1", id="no-yaml"),
+        pytest.param(
+            "trainer: {max_epochs: 3}\nmodel: {}\ntrainer: {precision: 16-mixed}\n",
+            r"own\.yaml has 'trainer' in line 1 and again in line 3: .* join them",
+            id="twice",
+        ),
+        pytest.param(
+            "trainer:\n  max_epochs: 3\n  max_epochs: 4\n",
+            r"'max_epochs' in line 2 and again in line 3",
+            id="twice-inside",
+        ),
         pytest.param("", r"must hold settings by name, and not ''", id="empty"),
         pytest.param("- 1", r"must hold settings by name, and not '- 1'", id="a-list"),
     ],
@@ -240,6 +250,13 @@ def test_a_setting_that_is_wrong(folder, capfd, arguments, message):
 def test_a_configuration_that_is_wrong(folder, capfd, text, message):
     Path("own.yaml").write_text(text)
     refuse(capfd, message, quickstart("--config=own.yaml"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_configuration_in_another_encoding_is_named(folder, capfd, encoding):
+    """An editor saved a comment with an umlaut in Latin-1: it was said that byte 0xe4 cannot be decoded, of no file."""
+    Path("own.yaml").write_text("# für uns\ntrainer: {max_epochs: 1}\n", encoding=encoding)
+    refuse(capfd, r"own\.yaml is .* save it as UTF-8", quickstart("--config=own.yaml"))
 
 
 @pytest.mark.parametrize(

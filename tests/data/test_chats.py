@@ -113,6 +113,29 @@ def test_tools_and_calls_reach_the_template(tmp_path):
     assert [label for label in row["labels"] if label != IGNORED] == ids("film<end> good<end>")
 
 
+def test_a_call_has_only_its_own_arguments_in_a_file_of_columns(tmp_path):
+    """Parquet and data sets of the hub fill all calls up with each other's arguments: the model learnt to give them."""
+    calls = [("weather", {"city": "film"}), ("add", {"one": 1, "two": 2})]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "good"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            ],
+            "tools": [{"function": {"name": name, "parameters": {"properties": {key: {} for key in arguments}}}}],
+        }
+        for name, arguments in calls
+    ]
+    for row in rows:  # an empty object has no columns
+        for schema in row["tools"][0]["function"]["parameters"]["properties"].values():
+            schema["type"] = "string"
+    lines = ChatFiles(write_chats(tmp_path / "chats.jsonl", rows)).load_splits()["train"]["chat"][:]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
+    for source in (ChatFiles(str(tmp_path / "hub" / "train.parquet")), ChatHub(str(tmp_path / "hub"))):
+        read = source.load_splits()["train"]["chat"][:]
+        assert list(map(json.loads, read)) == list(map(json.loads, lines))
+
+
 def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path, messages):
     chats = [
         *CHATS,

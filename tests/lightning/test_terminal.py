@@ -148,6 +148,20 @@ def test_it_reads_without_colour_and_no_line_is_cut(width, monkeypatch, capfd):
     assert all(line in out for line in lines)
 
 
+@pytest.mark.parametrize("width", [30, 40, 50, 60])
+def test_a_narrow_terminal_cuts_no_number(width):
+    """In a window of 60 columns 1,032,192 parameters were 1,032,…: a cell goes on in its next line."""
+    model = nn.ModuleDict({"a_long_name": nn.ModuleList(nn.Linear(512, 1024) for _ in range(12))})
+    inject_adapters(model, AdapterConfig(init_rank=100, max_rank=128))
+    for table in (start_summary(model, watched(model))[0], rank_table(watched(model))):
+        console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+        print_summary(table, [], console)
+        rows = [line.strip("│").split("│") for line in console.file.getvalue().splitlines() if line.startswith("│")]
+        cells = ["".join(row[i].strip() for row in rows) for i in range(len(table.columns))]
+        assert "…" not in "".join(cells)
+        assert any("1,843,200" in cell for cell in cells)  # 12 * 100 * (512 + 1024)
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_only_the_first_of_two_processes_prints(capfd):
     module = Foreign()

@@ -169,3 +169,10 @@ def test_a_run_has_its_name_and_colour_where_others_have_no_points():
     assert alone.axes[0].lines[0].get_color() == both.axes[0].lines[1].get_color()
     assert legend(alone) == ["b"]
     assert legend(figures.curves({"b": one}, "one run")) == []
+
+
+def test_a_name_in_any_script_is_drawn_without_a_warning():
+    """Two runs with Chinese names were compared: matplotlib warned of its font, though the page has the text itself."""
+    series = {"学习率一": [(0, 1.0), (5, 3.0)], "学习率二": [(0, 2.0), (5, 2.5)]}
+    drawn = figures.svg(figures.curves(series, "损失"), "", "salt")
+    assert all(f">{text}</text>" in drawn for text in (*series, "损失"))

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from flags import LIMITS
+from torch.utils.data import DataLoader, Dataset
 
 from geolora_pl.cli import dispatch
 from geolora_pl.cli.dispatch import main
+from geolora_pl.cli.mistakes import one_line
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,25 @@ def test_a_mistake_is_one_line_and_a_traceback_comes_on_request(folder, process,
     monkeypatch.setenv("GEOLORA_TRACEBACK", "1")
     with pytest.raises(ValueError, match=re.escape(message)):
         dispatch.command_line()
+
+
+class Unreadable(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise OSError("cut short")
+        except OSError as error:
+            raise ValueError("a.png cannot be read: it is cut short;\nreplace it") from error
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_mistake_that_a_process_of_a_loader_finds_is_one_line(capfd):
+    """An image was cut short, and its name came at the end of the traceback of the loader's process, all in a line."""
+    with pytest.raises(SystemExit), one_line():
+        next(iter(DataLoader(Unreadable(), num_workers=1)))
+    assert capfd.readouterr().err == "error: a.png cannot be read: it is cut short; replace it\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -12,6 +12,7 @@ from small import Small
 
 from geolora_pl.data import ImageDataModule, ImageFolder, TinyImageNet, UnlabelledImages
 from geolora_pl.data.images.base import ArrayImages
+from geolora_pl.tasks import ImageClassification
 
 CONFIG = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "nearest", "crop_pct": 1.0}
 
@@ -242,6 +243,16 @@ def test_a_class_without_a_training_image_is_refused(tmp_path, count, fraction):
     data = ImageFolder(str(tmp_path), val_fraction=fraction, seed=2)  # which holds out both of two images
     with pytest.raises(ValueError, match=rf"class 'dog' has {count} of the images, which cannot be both in training"):
         data.setup("fit")
+
+
+def test_a_folder_of_one_class_is_no_regression(tmp_path):
+    """With one folder of images the labels were taken for numbers, and the fit ended in an error of torch."""
+    photos(tmp_path, splits=("train",), classes=("cat",))
+    task = ImageClassification("vit_tiny_patch16_224", pretrained=False, model_args={"img_size": 16, "patch_size": 8})
+    with pytest.raises(ValueError, match="the data have one class, 'cat': there must be two"):
+        L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_steps=1).fit(
+            task, datamodule=ImageFolder(str(tmp_path), val_fraction=0.25)
+        )
 
 
 def test_names_of_classes_agree_however_their_accents_are_stored(tmp_path):

@@ -9,11 +9,13 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from text_files import attach, write, write_rows
 from tiny_chat import chat_tokenizer, save_tiny_chat, turns, write_chats
 from tiny_text import WORDS, make_tokenizer, save_tiny_decoder, save_tiny_model, save_tiny_seq2seq
+from tolerance import NETWORK, rounding
 from transformers import GenerationConfig
 
 from geolora_pl import AdapterConfig, predict
@@ -25,6 +27,7 @@ from geolora_pl.data import (
     ChatFiles,
     LanguageFiles,
     Seq2SeqFiles,
+    TagHub,
     TextFiles,
     TextHub,
     UnlabelledImages,
@@ -68,6 +71,61 @@ def fit(task, data, **settings):
     trainer = L.Trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=False, **QUIET, **settings)
     trainer.fit(task, datamodule=data)
     return trainer
+
+
+@pytest.mark.parametrize(
+    ("column", "feature", "rows", "source", "kind"),
+    [
+        ("label", ClassLabel(names=["spam"]), [0] * 18, TextHub, TextClassification),
+        ("tags", List(ClassLabel(names=["spam"])), [[0]] * 18, TagHub, TokenClassification),
+    ],
+)
+def test_a_data_set_of_one_class_is_no_regression(tmp_path, model, column, feature, rows, source, kind):
+    """A data set of the hub named one class: it was said that accuracy does not suit a regression, which it is not."""
+    texts = {"text": WORDS[:18]} if kind is TextClassification else {"tokens": [[word] for word in WORDS[:18]]}
+    value = Value("string") if kind is TextClassification else List(Value("string"))
+    features = Features({**dict.fromkeys(texts, value), column: feature})
+    Dataset.from_dict({**texts, column: rows}, features).to_parquet(tmp_path / "hub" / "train.parquet")
+    data = source(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"), num_workers=0)
+    with pytest.raises(ValueError, match="the data have one class, 'spam': there must be two"):
+        fit(kind(model), data)
+
+
+def test_a_column_without_a_label_is_said_to_be_empty(tmp_path):
+    """The column of labels was empty: it was said to hold numbers with decimals, and that row 1 is not a number."""
+    for ending, empty in ((".csv", ""), (".jsonl", None)):
+        file = write(tmp_path / f"train{ending}", text=WORDS[:4], label=[empty] * 4)
+        with pytest.raises(ValueError, match=r"train\.\w+: label is empty in every row: name another column"):
+            _ = TextFiles(file).class_names
+
+
+def validation_loss(task, file, batch_size):
+    data = TextFiles(file, val_file=file, batch_size=batch_size, num_workers=0, cache_dir=f"{file}.cache")
+    (found,) = L.Trainer(enable_checkpointing=False, **QUIET).validate(task, datamodule=data, verbose=False)
+    return found["val_loss"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_validation_loss_with_weights_of_classes_does_not_depend_on_the_batches(tmp_path, model, smoothing):
+    """With class_weights each batch counted by its texts and not by their weights: other batches, another loss."""
+    file = write(tmp_path / "train.csv", text=WORDS[:9], label=["no", *["yes"] * 6, "no", "no"])
+    task = TextClassification(model, class_weights=[9.0, 1.0], label_smoothing=smoothing)
+    whole = validation_loss(task, file, 9)
+    for batch_size in (1, 2, 4):
+        assert validation_loss(task, file, batch_size) == pytest.approx(whole, rel=rounding(torch.float32, NETWORK))
+
+
+def test_a_batch_of_classes_that_do_not_count_teaches_nothing(tmp_path, model):
+    """With a weight of 0 a batch of that class alone had a loss of NaN: its step was skipped, val_loss was NaN."""
+    file = write(tmp_path / "train.csv", text=WORDS[:9], label=["yes", *["no"] * 8])
+    task = TextClassification(model, class_weights=[0.0, 1.0])
+    whole = validation_loss(task, file, 9)
+    assert validation_loss(task, file, 2) == pytest.approx(whole, rel=rounding(torch.float32, NETWORK))
+    outputs = torch.randn(3, 2, requires_grad=True)
+    loss = task.loss(outputs, torch.zeros(3, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert not outputs.grad.any()
 
 
 # The tokenizer, the model and its files

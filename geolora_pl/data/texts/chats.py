@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.data.texts.conversations import Row, read_conversations, to_dataset
+from geolora_pl.data.texts.conversations import Row, of_columns, read_conversations, to_dataset
 from geolora_pl.data.texts.padding import IGNORED
 from geolora_pl.data.texts.places import FromFiles, FromHub, Rows
 from geolora_pl.data.texts.sequences import Sequences, pack_apart, refuse_single
@@ -193,4 +193,4 @@ class ChatHub(FromHub, ChatDataModule):
 
     def select(self, rows: datasets.Dataset, split: str, source: str) -> Iterable[tuple[str, Row]]:
         """Take the rows of one split, each with its place."""
-        return ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))
+        return of_columns(rows, source)

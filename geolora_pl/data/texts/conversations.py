@@ -33,8 +33,7 @@ def read_conversations(path: str | Path) -> list[tuple[str, Row]]:
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet":
-        rows = read_parquet(path).to_pylist()
-        found: list[tuple[str, Any]] = [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
+        found: list[tuple[str, Any]] = list(of_columns(read_parquet(path).to_pylist(), path))
     elif path.suffix.lower() in (".jsonl", ".json"):
         found = list(_json_rows(path))
     else:
@@ -44,6 +43,31 @@ def read_conversations(path: str | Path) -> list[tuple[str, Row]]:
     if not found:
         raise ValueError(f"{path} holds no rows")
     return found
+
+
+def of_columns(rows: Iterable[Row], source: object) -> Iterator[tuple[str, Row]]:
+    """Rows of a table, each with its place, without what is empty in them.
+
+    A table has the same keys in every row: a call of one tool would have the arguments of all the others, as nulls.
+
+    Args:
+        rows: The rows.
+        source: Where they are, for messages.
+
+    Example:
+        >>> dict(of_columns([{"arguments": {"city": "Paris", "x": None}}], "chats.parquet"))
+        {'chats.parquet: row 1': {'arguments': {'city': 'Paris'}}}
+    """
+    for number, row in enumerate(rows, 1):
+        yield f"{source}: row {number}", _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return value
 
 
 _FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
