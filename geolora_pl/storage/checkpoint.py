@@ -261,7 +261,8 @@ def check_adapters(checkpoint: Mapping[str, Any], module: nn.Module, resumes: bo
         here, there = ("is", "is not") if differ[0] in ours else ("is not", "is")
         raise ValueError(
             f"{differ[0]} {here} trained in this run and {there} in that of the checkpoint ({len(differ)} such "
-            "parameters): set modules_to_save and train_bias of the adapters as they were"
+            "parameters): set modules_to_save and train_bias of the adapters as they were, or resume from before a "
+            "callback had thawed it"
         )
 
 

@@ -150,6 +150,62 @@ def test_a_run_without_an_end_stays_at_its_lr():
     assert rates == [0.25, 1.0, 1.0, 1.0]
 
 
+class Thaw(L.pytorch.callbacks.BaseFinetuning):
+    """Trains the bias of a base layer too from the second epoch on, as ``BackboneFinetuning`` would."""
+
+    def freeze_before_training(self, pl_module):
+        pass
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            bias = pl_module.model[0].base.bias
+            bias.requires_grad_()
+            optimizer.add_param_group({"params": [bias], "lr": 0.01})
+
+
+def test_weights_that_a_callback_thaws_in_mid_run_follow_the_usual_schedule(tmp_path):
+    """The next step ended in torch's own error: zip() argument 2 is shorter than argument 1."""
+    module = Small()
+    runs = trainer(GeoLoRACallback(), Thaw(), max_epochs=3)
+    runs.fit(module, loader())
+    assert module.optimizers().param_groups[-1]["lr"] == 0.0, "it has come down with the others"
+    runs.save_checkpoint(tmp_path / "thawed.ckpt")
+    assert torch.load(tmp_path / "thawed.ckpt", weights_only=True)["lr_schedulers"][0]["base_lrs"][-1] > 0.01
+    with pytest.raises(ValueError, match="or resume from before a callback had thawed it"):
+        trainer(GeoLoRACallback(), Thaw(), max_epochs=4).fit(Small(), loader(), ckpt_path=tmp_path / "thawed.ckpt")
+
+
+def test_a_group_that_comes_later_goes_on_from_its_own_learning_rate_also_after_a_resume():
+    def run(steps):
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "adapters": True}], lr=1.0)
+        schedule = warmup_cosine(optimizer, 0, total_steps=12)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.3})
+        return optimizer, schedule
+
+    def rates(optimizer, schedule, steps):
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            found.append(schedule.get_last_lr())
+        return torch.tensor(found, dtype=torch.float64)
+
+    optimizer, schedule = run(4)
+    first, second = rates(optimizer, schedule, 8).T
+    assert torch.allclose(second, 0.3 / 0.75 * first, rtol=1e-12), "the cosine is .75 after a third of the run"
+    optimizer, schedule = run(4)
+    before = rates(optimizer, schedule, 3)
+    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    again, its_schedule = run(0)
+    again.load_state_dict(state["optimizer"])
+    its_schedule.load_state_dict(state["schedule"])
+    after = rates(again, its_schedule, 5)
+    assert torch.equal(torch.cat([before, after]), torch.stack([first, second], 1))
+
+
 def test_schedulers_step_every_optimizer_step_and_plateau_every_epoch():
     module = Small(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=12))
     trainer(GeoLoRACallback(), max_epochs=2).fit(module, loader())
