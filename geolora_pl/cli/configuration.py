@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MERGE = "tag:yaml.org,2002:merge"  # of <<, which takes in another mapping, and counts as often as it is there
 
 
 def check_configuration(path: Path) -> None:
@@ -46,11 +47,12 @@ def check_configuration(path: Path) -> None:
 def _refuse_doubles(path: Path, node: yaml.MappingNode) -> None:
     lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
             continue
-        line = key.start_mark.line + 1
-        if (first := lines.setdefault((key.tag, key.value), line)) != line:
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in lines:
             raise ValueError(
-                f"{path} has {key.value!r} in line {first} and again in line {line}: only the last one would count, so "
-                "join them"
+                f"{path} has {key.value!r} in line {lines[name]} and again in line {line}: only the last one would "
+                "count, so join them"
             )
+        lines[name] = line

@@ -29,6 +29,7 @@ from geolora_pl import (
     RankAdaptiveIntegrator,
     inject_adapters,
 )
+from geolora_pl.cli.configuration import check_configuration
 from geolora_pl.cli.dispatch import main
 from geolora_pl.storage.checkpoint import read_checkpoint
 
@@ -243,6 +244,11 @@ def test_a_setting_that_is_wrong(folder, capfd, arguments, message):
             r"'max_epochs' in line 2 and again in line 3",
             id="twice-inside",
         ),
+        pytest.param(
+            "trainer: {max_epochs: 3, max_epochs: 4}",
+            r"'max_epochs' in line 1 and again in line 1",
+            id="twice-in-a-line",
+        ),
         pytest.param("", r"must hold settings by name, and not ''", id="empty"),
         pytest.param("- 1", r"must hold settings by name, and not '- 1'", id="a-list"),
     ],
@@ -250,6 +256,16 @@ def test_a_setting_that_is_wrong(folder, capfd, arguments, message):
 def test_a_configuration_that_is_wrong(folder, capfd, text, message):
     Path("own.yaml").write_text(text)
     refuse(capfd, message, quickstart("--config=own.yaml"))
+
+
+def test_a_configuration_may_merge_several_mappings_and_replace_what_they_say(tmp_path):
+    """YAML's ``<<`` may come more than once, all of them count, and a key beside it is no second one."""
+    file = tmp_path / "own.yaml"
+    file.write_text("few: &few {max_epochs: 3}\nquiet: &quiet {logger: false}\ntrainer:\n  <<: *few\n  <<: *quiet\n")
+    check_configuration(file)
+    assert yaml.safe_load(file.read_text())["trainer"] == {"max_epochs": 3, "logger": False}
+    file.write_text("few: &few {max_epochs: 3}\ntrainer:\n  <<: *few\n  max_epochs: 4\n")
+    check_configuration(file)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
