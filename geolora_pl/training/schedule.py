@@ -18,12 +18,13 @@ Factor = Callable[[int], float]  # of a learning rate at a step
 class GrowingLR(LambdaLR):
     """A LambdaLR that takes in the groups which the optimizer is given later, as by Lightning's ``BaseFinetuning``.
 
-    Such a group goes on from the learning rate that it has at that time; torch's own refuses it at the next step.
+    Such a group goes on from the learning rate that it has, also where a callback changes that once more; torch's own
+    LambdaLR refuses it at the next step.
 
     Args:
         optimizer: The optimizer.
         factors: What the learning rate of each group is multiplied by.
-        later: The same for the groups that come later.
+        later: Its ratio from step to step is what the learning rate of a group that comes later is multiplied by.
         taken: Steps that are taken already.
     """
 
@@ -33,11 +34,10 @@ class GrowingLR(LambdaLR):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates of all groups."""
-        groups = self.optimizer.param_groups
-        for group in groups[len(self.base_lrs) :]:
-            self.base_lrs.append(group["lr"] / (self.later(self.last_epoch - 1) or 1.0))
-        self.lr_lambdas += [self.later] * (len(groups) - len(self.lr_lambdas))
-        return super().get_lr()
+        rates = super().get_lr()
+        before = self.later(max(0, self.last_epoch - 1)) or 1.0  # after the end it is 0, and so are the rates
+        ratio = self.later(self.last_epoch) / before
+        return rates + [group["lr"] * ratio for group in self.optimizer.param_groups[len(rates) :]]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: numbers, and no function."""
@@ -52,8 +52,8 @@ def warmup_cosine(
     The adapters warm up more slowly than the head: over a longer time, and with the square of the step instead of the
     step. A new head is random at first, and the gradients that it sends to the body only distort the pretrained
     features (Kumar et al., ICLR 2022, who train the head alone first). Meanwhile the steps are large enough to find the
-    bases of the adapters, for which only their directions matter. A group that the optimizer is given later goes on
-    from its own learning rate.
+    bases of the adapters, for which only their directions matter. A group that the optimizer is given later has no
+    warm-up: its own learning rate falls with the cosine from then on.
 
     Args:
         optimizer: The optimizer whose groups each have their own learning rate scaled; groups with ``adapters: True``
@@ -88,5 +88,5 @@ def warmup_cosine(
     slow = [mark or not any(marked) for mark in marked]
     for group in optimizer.param_groups:  # torch asks for this where a schedule does not begin at zero
         group.setdefault("initial_lr", deepcopy(group["lr"]))
-    of_adapters, of_others = schedule(warmup, WARMUP_POWER), schedule(head_warmup, 1)
-    return GrowingLR(optimizer, [of_adapters if s else of_others for s in slow], of_others, taken)
+    factors = [schedule(warmup, WARMUP_POWER) if s else schedule(head_warmup, 1) for s in slow]
+    return GrowingLR(optimizer, factors, later=schedule(0, 1), taken=taken)
