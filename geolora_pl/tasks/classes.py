@@ -23,7 +23,7 @@ def settle_num_classes(given: int | None, data: object) -> int:
         ValueError: Neither gives the number, they disagree, or the data name a single class.
     """
     of_data: int | None = getattr(data, "num_classes", None)
-    if of_data == 1 and (names := getattr(data, "class_names", None)):  # which numbers to predict do not have
+    if of_data == 1 and (names := getattr(data, "class_names", None)):  # those of a regression name none
         raise ValueError(f"the data have one class, {names[0]!r}: there must be two, so add another")
     if given is not None and of_data is not None and given != of_data:
         raise ValueError(f"num_classes={given} does not fit the data, which has {of_data} classes: leave it out")
@@ -75,26 +75,32 @@ def make_loss(
                 f"class_weights and label_smoothing are for samples of one class each, but {this}: leave them out"
             )
         return nn.BCEWithLogitsLoss() if multi_label else nn.MSELoss()
-    weight = None if weights is None else torch.tensor(weights)
-    return WeightedCrossEntropy(weight=weight, label_smoothing=label_smoothing)
+    if weights is None:
+        return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    return WeightedCrossEntropy(torch.tensor(weights), label_smoothing=label_smoothing)
 
 
 class WeightedCrossEntropy(nn.CrossEntropyLoss):
-    """The mean cross-entropy by the weights of the classes; 0, and not NaN, of samples none of which counts.
+    """The mean cross-entropy by the weights of the classes, in 32 bits; 0, and not NaN, if no sample counts.
+
+    A sample of a class with the weight 0 does not count at all, also with label smoothing.
 
     Example:
-        >>> loss = WeightedCrossEntropy(weight=torch.tensor([0.0, 1.0]))
+        >>> loss = WeightedCrossEntropy(torch.tensor([0.0, 1.0]))
         >>> loss(torch.zeros(2, 2), torch.tensor([0, 0])).item()
         0.0
     """
 
+    weight: Tensor
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the mean for logits (batch, classes) and class indices (batch,)."""
-        if self.weight is None:
-            return super().forward(input, target)
-        losses = F.cross_entropy(input, target, self.weight, reduction="sum", label_smoothing=self.label_smoothing)
-        whole = self.weight[target].sum()
-        return losses / whole.masked_fill(whole == 0, float("inf"))
+        weight = self.weight.float()
+        of_samples = weight[target]
+        counted = target.masked_fill(of_samples == 0, self.ignore_index)
+        losses = F.cross_entropy(input.float(), counted, weight, reduction="sum", label_smoothing=self.label_smoothing)
+        whole = of_samples.sum()
+        return losses / whole.masked_fill(whole == 0, 1.0)
 
 
 def weight_of(loss: nn.Module, labels: Tensor) -> Tensor:
@@ -104,11 +110,9 @@ def weight_of(loss: nn.Module, labels: Tensor) -> Tensor:
         loss: As :func:`make_loss` makes it.
         labels: The labels of the batch (batch, ...).
     """
-    weight = getattr(loss, "weight", None)
-    if weight is None:
-        return torch.full((), len(labels), device=labels.device)
-    counted: Tensor = weight[labels].sum()
-    return counted
+    if isinstance(loss, WeightedCrossEntropy):
+        return loss.weight.float()[labels].sum()
+    return torch.full((), len(labels), device=labels.device)
 
 
 def probabilities(outputs: Tensor, num_classes: int, multi_label: bool) -> Tensor:

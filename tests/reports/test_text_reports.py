@@ -43,6 +43,7 @@ from geolora_pl.tasks import (
     TextClassification,
     TokenClassification,
 )
+from geolora_pl.tasks.classes import make_loss, weight_of
 from geolora_pl.tasks.text_models import load_config, token_limits
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -105,14 +106,27 @@ def validation_loss(task, file, batch_size):
     return found["val_loss"]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_validation_loss_with_weights_of_classes_does_not_depend_on_the_batches(tmp_path, model, smoothing):
+@pytest.mark.parametrize(("weights", "smoothing"), [([9.0, 1.0], 0.0), ([9.0, 1.0], 0.1), ([0.0, 1.0], 0.1)])
+def test_a_validation_loss_with_weights_of_classes_does_not_depend_on_the_batches(tmp_path, model, weights, smoothing):
     """With class_weights each batch counted by its texts and not by their weights: other batches, another loss."""
     file = write(tmp_path / "train.csv", text=WORDS[:9], label=["no", *["yes"] * 6, "no", "no"])
-    task = TextClassification(model, class_weights=[9.0, 1.0], label_smoothing=smoothing)
+    task = TextClassification(model, class_weights=weights, label_smoothing=smoothing)
     whole = validation_loss(task, file, 9)
     for batch_size in (1, 2, 4):
         assert validation_loss(task, file, batch_size) == pytest.approx(whole, rel=rounding(torch.float32, NETWORK))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_classes_are_summed_in_32_bits(dtype):
+    """With ``16-true`` or ``bf16-true`` the sums over a batch were in 16 bits: infinite or imprecise."""
+    weights, labels = [512.0, 1.0], torch.tensor([0] * 300 + [1] * 3)
+    logits = torch.tensor([[0.0, 8.0]]).expand(len(labels), -1)
+    loss = make_loss(2, False, weights, label_smoothing=0.1)
+    exact = torch.nn.CrossEntropyLoss(torch.tensor(weights), label_smoothing=0.1)(logits, labels).item()
+    within = rounding(torch.float32, len(labels))
+    assert loss(logits, labels).item() == pytest.approx(exact, rel=within)
+    assert loss.to(dtype)(logits.to(dtype), labels).item() == pytest.approx(exact, rel=within)
+    assert weight_of(loss, labels) == 300 * 512 + 3
 
 
 def test_a_batch_of_classes_that_do_not_count_teaches_nothing(tmp_path, model):
