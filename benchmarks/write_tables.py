@@ -103,9 +103,7 @@ def epochs_paired() -> str:
 
 def epochs_costs() -> str:
     """When the methods reach LoRA's score in whole epochs, and what their steps cost."""
-    records = whole_epochs()
-    names = list(dict.fromkeys(record["task"] for record in records))
-    return markdown(["method", *comparison.COSTS], comparison.costs(records, names))
+    return markdown(comparison.COSTS, comparison.costs(whole_epochs()))
 
 
 def pareto_table() -> str:

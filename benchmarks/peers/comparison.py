@@ -12,6 +12,7 @@ from benchmarks.shared import tables
 from benchmarks.shared.summary import Records, Summary, reach, spread, summaries
 
 NONE = "-"
+COSTS = ("method", "steps to LoRA", "parameters there", "seconds over LoRA's")  # the columns of ``costs``
 
 
 def table(records: Records) -> Table:
@@ -91,34 +92,30 @@ def paired(records: Records, tasks: Sequence[str]) -> list[list[str]]:
     return lines
 
 
-COSTS = ("steps to LoRA", "parameters there", "seconds over LoRA's")
-
-
-def costs(records: Records, tasks: Sequence[str]) -> list[list[str]]:
+def costs(records: Records) -> list[list[str]]:
     """One row per method: when it reaches LoRA's last score, with how many parameters, and what its steps cost.
 
     Each cell has one number per task, as those of :func:`rows`.
     """
     found = summaries(records)
+    names = list(dict.fromkeys(r["task"] for r in records))
     lines = []
     for method in dict.fromkeys(r["method"] for r in records):
-        pairs = [(found.get((name, method)), found.get((name, "lora"))) for name in tasks]
-        cells = [[_part_of_lora(*pair, axis=0), _parameters(*pair), _seconds(*pair)] for pair in pairs]
-        lines.append([method, *(" / ".join(column) for column in zip(*cells, strict=True))])
+        of_tasks = [_cost(found.get((name, method)), found.get((name, "lora"))) for name in names]
+        lines.append([method, *(" / ".join(column) for column in zip(*of_tasks, strict=True))])
     return lines
 
 
-def _parameters(method: Summary | None, lora: Summary | None) -> str:
-    """The parameters of a method when it reaches LoRA's last score; those of the last step before it that has them."""
-    if method is None or lora is None:
-        return NONE
+def _cost(method: Summary | None, lora: Summary | None) -> tuple[str, str, str]:
+    """The part of LoRA's steps until its last score, the parameters there, and the seconds of all steps over LoRA's.
+
+    The parameters are those of the last step before it that has them.
+    """
+    if method is None or lora is None or not method.curve or not lora.curve:
+        return NONE, NONE, NONE
     at = reach(method.curve, lora.curve[-1][2])
-    return f"{[size for step, size in method.sizes if step <= at[0]][-1]:,.0f}" if at else "never"
-
-
-def _seconds(method: Summary | None, lora: Summary | None) -> str:
-    """The seconds of a method's steps over those of LoRA's."""
-    return NONE if method is None or lora is None else f"{method.curve[-1][1] / lora.curve[-1][1]:.2f}"
+    there = f"{[size for step, size in method.sizes if step <= at[0]][-1]:,.0f}" if at else "never"
+    return _part_of_lora(method, lora, axis=0), there, f"{method.curve[-1][1] / lora.curve[-1][1]:.2f}"
 
 
 def _differences(method: Summary | None, lora: Summary | None) -> list[float]:

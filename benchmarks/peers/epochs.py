@@ -141,9 +141,8 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
         of_tasks = [found.get((name, method)) for name in names]
         cells = [method, *(with_error(list(s.scores.values()) if s else []) for s in of_tasks)]
         fresh = [s.scores if s else {} for name, s in zip(names, of_tasks, strict=True) if name not in CHOSEN_BY]
-        seeds = {frozenset(scores) for scores in fresh}
-        means = [mean(scores[seed] for scores in fresh) for seed in sorted(*seeds)] if len(seeds) == 1 else []
-        cells.append(with_error(means))
+        seeds = sorted(fresh[0]) if len({frozenset(scores) for scores in fresh}) == 1 else []
+        cells.append(with_error([mean(scores[seed] for scores in fresh) for seed in seeds]))
         cells.append(" / ".join(f"{s.parameters:,.0f}" if s else comparison.NONE for s in of_tasks))
         cells.append(" / ".join(f"{s.lr:g}" if s else comparison.NONE for s in of_tasks))
         left = [[r["zero_shot"] for r in runs if r["method"] == method] for runs in _left(records).values()]

@@ -51,12 +51,12 @@ def ranks_tables(ckpt_path: str | Path) -> tuple[Table, Table, list[str]]:
     )
     by_depth.title = Text(printable(str(ckpt_path)))
     table = Table(title_justify="left")
-    table.add_column("adapter", overflow="fold")
+    table.add_column("adapter")
     table.add_column("rank", justify="right")
     table.add_column("parameters", justify="right")
     table.add_column("99% energy", justify="right")  # the rank that would keep so much
     table.add_column("largest", justify="right")
-    table.add_column("singular values", overflow="fold")
+    table.add_column("singular values")
     for name, label in places.short_names().items():
         size, rank, sigma = adapters[name]
         enough = int(ranks_by_tau(sigma, 0.1, 0.0, 0, len(sigma))) if len(sigma) else 0

@@ -34,7 +34,7 @@ def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[s
     adapters = monitor.integrator.adapters
     active = adapter_parameters(adapters)
     table = Table(title="adapters", title_justify="left", show_footer=True)
-    table.add_column(layers_title(monitor.map), "all", overflow="fold")
+    table.add_column(layers_title(monitor.map), "all")
     for title, footer in (
         ("number", str(len(adapters))),
         ("out x in", ""),

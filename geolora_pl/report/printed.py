@@ -39,7 +39,7 @@ def depth_table(
         return f"{sum(ranks[name] * sizes[name] for name in names):,}"
 
     table = Table(title="ranks found, by depth", title_justify="left", show_footer=True)
-    table.add_column(Text(layers_title(places)), "all", overflow="fold")
+    table.add_column(Text(layers_title(places)), "all")
     table.add_column("ranks", "")
     table.add_column("mean rank", mean(ranks), justify="right", no_wrap=True)
     table.add_column("parameters", parameters(ranks), justify="right")

@@ -61,11 +61,13 @@ def test_what_lora_s_score_takes_is_read_off_the_curves_and_costs_are_those_of_e
         record("geolora", score=1.0, sizes=[[step, size + 20] for step, size in sizes], seed=1),
         record("full", score=0.7, scores=[[10, 3.0, 0.6], [20, 6.0, 0.7]]),
         record("lora", score=0.8, task="sst2"),
+        record("diverged", score=0.1, scores=[], sizes=[]),
     ]
-    assert comparison.costs(records, ["digits", "sst2"]) == [
+    assert comparison.costs(records) == [
         ["lora", "1.00 / 1.00", "100 / 100", "1.00 / 1.00"],
         ["geolora", "0.80 / -", "50 / -", "1.00 / -"],
         ["full", "never / -", "never / -", "3.00 / -"],
+        ["diverged", "- / -", "- / -", "- / -"],
     ]
 
 
