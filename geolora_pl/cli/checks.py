@@ -28,27 +28,6 @@ def check_command(command: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"output={settings['output']!r} is what predict writes: leave it out of {command}")
 
 
-class CheckLast(L.Callback):
-    """Refuse to test or predict with the last checkpoint where there is none: Lightning would use untrained adapters.
-
-    A fit that asks for it starts from scratch, as Lightning means it: the first job and the one that is put back into
-    the queue have the same command.
-    """
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look whether a checkpoint was loaded.
-
-        Raises:
-            ValueError: No checkpoint was loaded.
-        """
-        if trainer.ckpt_path is None:
-            folders = dict.fromkeys(str(getattr(each, "dirpath", None)) for each in trainer.checkpoint_callbacks)
-            where = f"in {' or '.join(folders)}" if folders else "and no ModelCheckpoint to look for it"
-            raise ValueError(f"ckpt_path='last': there is no last.ckpt {where}: give the path of a checkpoint")
-
-    on_validation_start = on_predict_start = on_test_start
-
-
 class CheckTestSplit(L.Callback):
     """Refuse, before the first step, a fit that is to end with a test that there is nothing for."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 
 from geolora_pl.lightning.internals import replaced_in_parser
 
@@ -52,3 +53,8 @@ class CheckpointAwareCLI(LightningCLI):
 
     def read_ckpt_path(self) -> None:
         """Complete ``self.config`` by what the checkpoint in it knows; a subclass says how."""
+
+    def find_last(self) -> Any:
+        """The path that Lightning finds for ``last``, and ``None`` where it would go on without a checkpoint."""
+        connector = self.trainer._checkpoint_connector
+        return connector._parse_ckpt_path(TrainerFn.TESTING, "last", model_provided=True, model_connected=False)

@@ -20,7 +20,7 @@ from rich import get_console
 
 import geolora_pl
 from geolora_pl.cli.called import called
-from geolora_pl.cli.checks import CheckLast, CheckTestSplit, check_command
+from geolora_pl.cli.checks import CheckTestSplit, check_command
 from geolora_pl.cli.internals import CheckpointAwareCLI
 from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.lazy import find_class
@@ -142,10 +142,29 @@ class GeoLoRACLI(CheckpointAwareCLI):
         subcommand = self.config["subcommand"]
         if self.config[subcommand].trainer.logger in (None, True):
             leave_out_hp_metric(self.trainer)
+        if subcommand != "fit" and self.config[subcommand]["ckpt_path"] == "last":
+            self._look_up_last(subcommand)
         if self._taken:
             self.model = build_module(self.config[subcommand].model.as_dict(), self._taken)
-        if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":
-            self.trainer.callbacks.append(CheckLast())  # type: ignore[attr-defined]
+
+    def _look_up_last(self, subcommand: str) -> None:
+        """Read the last checkpoint as one that is given by its path; Lightning would evaluate without one, too.
+
+        A fit that asks for it starts from scratch, as Lightning means it: the first job and the one that is put back
+        into the queue have the same command.
+
+        Raises:
+            ValueError: There is no last checkpoint, and untrained adapters would be evaluated.
+        """
+        path = self.find_last()
+        if path is None:
+            usual = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+            folders = {str(getattr(saver, "dirpath", None) or usual) for saver in self.trainer.checkpoint_callbacks}
+            where = f"in {' or '.join(sorted(folders))}" if folders else "and no ModelCheckpoint to look for it"
+            raise ValueError(f"ckpt_path='last': there is no last.ckpt {where}: give the path of a checkpoint")
+        for config in (self.config, self.config_init):
+            config[subcommand]["ckpt_path"] = str(path)
+        self.read_ckpt_path()
 
     def before_fit(self) -> None:
         """Refuse a test after the fit that there is nothing for, before the fit."""

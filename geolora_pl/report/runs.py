@@ -95,7 +95,8 @@ def _read_run(folder: Path, name: str | None) -> Run:
     tables = sorted(_files(folder, "metrics.*.csv"), key=_number) + _files(folder, "metrics.csv")
     events = sorted(_files(folder, "events.out.tfevents.*"))
     if not tables and not events:
-        inside = sorted(path.parent.name for path in folder.glob("*/*") if _is_log(path))
+        below = (path for pattern in ("*/*", "*/*/*") for path in folder.glob(pattern) if _is_log(path))
+        inside = sorted(path.parent.relative_to(folder).as_posix() for path in below)
         hint = f"its folder {inside[-1]!r} does" if inside else "train with the logger of CSV or TensorBoard"
         raise ValueError(f"run='{folder}' holds neither metrics.csv nor TensorBoard's events: {hint}")
     curves: _Curves = {}

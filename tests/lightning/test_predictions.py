@@ -68,12 +68,17 @@ def test_a_folder_of_images_in_python_gives_rows_and_a_file_in_the_order_of_name
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
 
 
-def test_images_from_the_command_line_with_a_checkpoint(image_task, images, tmp_path):
-    ckpt = save(image_task, tmp_path / "i.ckpt", "geolora_pl.tasks.ImageClassification")
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_images_from_the_command_line_with_a_checkpoint(image_task, images, tmp_path, looked_up):
+    """With ``--ckpt_path=last``, too, the checkpoint gives the classes, which the images alone cannot."""
+    ckpt = save(image_task, tmp_path / "last.ckpt", "geolora_pl.tasks.ImageClassification")
     output = tmp_path / "p.csv"
     data = ["--data=geolora_pl.data.UnlabelledImages", f"--data.folder={images}", "--data.num_workers=0"]
     model = ["--model=geolora_pl.tasks.ImageClassification", "--model.model_name=vit_tiny_patch16_224"]
-    main(["predict", *model, *data, *FLAGS, f"--ckpt_path={ckpt}", f"--output={output}", "--trainer.logger=false"])
+    path = "last" if looked_up else ckpt
+    saver = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}"]
+    common = [*model, *data, *FLAGS, *saver, "--trainer.logger=false"]
+    main(["predict", *common, f"--ckpt_path={path}", f"--output={output}"])
     rows = list(csv.DictReader(output.read_text().splitlines()))
     assert list(rows[0]) == ["index", "file", "label", "p_x", "p_y", "p_z"]
     assert [row["file"] for row in rows] == ["a.png", "b.png", "c.png", "d.png", "e.png"]

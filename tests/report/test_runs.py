@@ -143,11 +143,13 @@ def test_bad_folders_are_refused_with_the_remedy(tmp_path):
         read_run(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"holds neither metrics.csv nor TensorBoard's events: train with the logger"):
         read_run(tmp_path)
-    inside = write(tmp_path / "version_3", "step,a\n0,1\n")
+    inside = write(tmp_path / "logs" / "version_3", "step,a\n0,1\n")
     with pytest.raises(ValueError, match=r"its folder 'version_3' does"):
+        read_run(tmp_path / "logs")
+    with pytest.raises(ValueError, match=r"its folder 'logs/version_3' does"):
         read_run(tmp_path)
     with pytest.raises(ValueError, match="is given twice"):
-        read_runs([inside, tmp_path / "version_3" / ".." / "version_3"])
+        read_runs([inside, inside / ".." / "version_3"])
     for text in ("a,b\n1,2\n", "step,a\n0,much\n", "step,a\nx,1\n"):
         with pytest.raises(ValueError, match=r"metrics.csv is not a table of metrics of Lightning"):
             read_run(write(inside, text))
