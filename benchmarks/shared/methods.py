@@ -242,6 +242,7 @@ def _start_adamw(task: Task, model: nn.Module, called: nn.Module, lr: float) -> 
 METHODS: dict[str, Method] = {
     "geolora": GeoLoRA(),
     "lora": LoRA(),
+    "lora r 4": LoRA({"r": 4, "lora_alpha": 4}),  # about as many parameters as this package finds
     "adalora": AdaLoRA(),
     "dora": LoRA({"use_dora": True}),
     "pissa": LoRA({"init_lora_weights": "pissa"}),
@@ -255,6 +256,7 @@ _OF_LORA = (1e-3, 3e-3, 1e-2)
 LRS: dict[str, tuple[float, ...]] = {
     "geolora": _OF_OURS,
     "lora": (3e-4, *_OF_LORA),
+    "lora r 4": _OF_LORA,
     "adalora": (3e-3, 1e-2, 3e-2),
     "dora": _OF_LORA,
     "pissa": (3e-4, 1e-3, 3e-3),

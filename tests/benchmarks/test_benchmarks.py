@@ -58,7 +58,7 @@ TRAINED = {
     "geolora": (".K", ".L"),
     "adalora": ("lora_A", "lora_B", "lora_E"),
     "dora": ("lora_A", "lora_B", "lora_magnitude_vector"),
-    **dict.fromkeys(("lora", "pissa", "rslora", "riemannian"), ("lora_A", "lora_B")),
+    **dict.fromkeys(("lora", "lora r 4", "pissa", "rslora", "riemannian"), ("lora_A", "lora_B")),
     "full": ("",),
     "head": (),
 }
@@ -90,6 +90,7 @@ def test_the_function_is_the_pretrained_one_at_the_start(name):
 def test_parameters_are_counted_right():
     total = sum(SIZES.values())
     assert train("lora")[1].parameters() == train("pissa")[1].parameters() == 8 * total
+    assert train("lora r 4")[1].parameters() == 4 * total
     assert train("dora")[1].parameters() == 8 * total + 2 * WIDTH
     assert train("head")[1].parameters() == 0
     model, training, _ = train("full")
