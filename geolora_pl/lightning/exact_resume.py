@@ -14,7 +14,6 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import distributed as dist
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from geolora_pl.errors import GeoLoRAWarning
@@ -31,7 +30,7 @@ from geolora_pl.lightning.internals import (
     set_sampler_epoch,
     validates_after_this_batch,
 )
-from geolora_pl.training.distributed import processes
+from geolora_pl.training.distributed import gathered, processes, this_process
 
 RandomState = dict[str, Any]
 
@@ -291,16 +290,12 @@ class TrainingPosition:
         """The states of all processes; every process must call this."""
         now = self._after_batch if self._in_batch else self._before_validation
         mine = {"epoch_start": self._epoch_start, "now": now or self._random_state(), "batches": self._batches}
-        everyone = [mine]
-        if processes() > 1:
-            everyone = [mine] * processes()
-            dist.all_gather_object(everyone, mine)
-        return {"processes": everyone}
+        return {"processes": gathered(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, unless another number of processes made it: their data differ."""
         everyone = state["processes"]
         if len(everyone) == processes():
-            mine = everyone[dist.get_rank() if processes() > 1 else 0]
+            mine = everyone[this_process()]
             self._epoch_start, self._restored = mine["epoch_start"], mine["now"]
             self._batches = mine.get("batches")  # an older checkpoint does not say it
