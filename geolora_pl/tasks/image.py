@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.targets import convolutions, linear_layers
+from geolora_pl.errors import in_one_line
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
@@ -195,7 +196,7 @@ class ImageClassification(GeoLoRAModule):
             ) from error
         except OSError as error:  # of the hub, with or without a connection
             raise ValueError(
-                f"model_name={self.model_name!r}: its weights cannot be fetched: {' '.join(str(error).split())} Check "
+                f"model_name={self.model_name!r}: its weights cannot be fetched: {in_one_line(error)} Check "
                 "the connection, or name a file on this machine as checkpoint_path"
             ) from error
         if weights is not None:
@@ -320,7 +321,7 @@ def load_backbone(model: nn.Module, path: str) -> None:
     try:
         weights = load_state_dict(path, weights_only=True)
     except Exception as error:  # each format raises its own errors
-        raise ValueError(f"checkpoint_path={path!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"checkpoint_path={path!r} cannot be read: {in_one_line(error)}") from error
     heads = head_names(model)
     own = model.state_dict()
 

@@ -25,6 +25,7 @@ from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as of_transformers
 
+from geolora_pl.errors import in_one_line
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.tasks.text_models import broken_files, config_from_checkpoint, find_source, plain_config
 
@@ -310,5 +311,5 @@ def _from(model_name: str) -> Iterator[None]:
             yield
     except Exception as error:  # every format of weights and tokenizers raises its own errors
         broken = "; ".join(broken_files(Path(source))) if local else ""
-        said = broken or " ".join(str(error).split())[:300]
+        said = broken or in_one_line(error)[:300]
         raise ValueError(f"model_name={model_name!r} cannot be loaded: {said}") from error

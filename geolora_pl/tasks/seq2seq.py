@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 
+from geolora_pl.errors import in_one_line
 from geolora_pl.tasks.metrics import Mean
 from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
 
@@ -108,7 +109,7 @@ class Seq2SeqLM(TransformerTask):
             _forget_unsuited(config, came.keys() - self.generation.keys())
             config.validate(strict=True)
         except ValueError as error:
-            raise ValueError(f"generation={self.generation!r} does not work: {' '.join(str(error).split())}") from error
+            raise ValueError(f"generation={self.generation!r} does not work: {in_one_line(error)}") from error
         if unknown:
             raise ValueError(f"generation={unknown!r}: GenerationConfig of transformers has no such settings")
         if config.num_return_sequences not in (None, 1):
