@@ -29,7 +29,7 @@ from geolora_pl.lightning.checks import (
     optimizer_of_adapters,
 )
 from geolora_pl.lightning.hyperparameters import keep_plain, say_what_is_not_plain
-from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
+from geolora_pl.lightning.internals import accumulates, batches_that_stepped, datamodule_of, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.progress import fit_bar
 from geolora_pl.lightning.run import Run
@@ -226,8 +226,7 @@ class GeoLoRACallback(L.Callback):
         run.position.train_starts(trainer)
         if run.guard:
             run.guard.start()
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-        said = say_what_is_not_plain(pl_module, data)
+        said = say_what_is_not_plain(pl_module, datamodule_of(pl_module))
         if experts := frozen_experts(pl_module):
             note(experts)
             said.append(experts)

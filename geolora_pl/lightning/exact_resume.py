@@ -23,6 +23,7 @@ from geolora_pl.lightning.internals import (
     Stateful,
     before_each_epoch,
     begins_loaders_again,
+    callbacks_of,
     collect_random_states,
     data_of_fit,
     leave_finished_epoch,
@@ -118,8 +119,8 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
             category=GeoLoRAWarning,
         )
     untold = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end  # as Lightning asks itself
-    callbacks = trainer.callbacks if untold else []  # type: ignore[attr-defined]  # set by the callback connector
-    for schedule in (each for each in callbacks if isinstance(each, GradientAccumulationScheduler)):
+    schedules = (each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler))
+    for schedule in schedules if untold else ():
         if (asked := schedule.get_accumulate_grad_batches(trainer.current_epoch)) != trainer.accumulate_grad_batches:
             rank_zero_warn(
                 "GradientAccumulationScheduler: Lightning does not tell it that the epoch begins with which this run "
