@@ -346,7 +346,7 @@ def describe_base(module: nn.Module, earlier: Collection[str] | None = None) -> 
     return {"hash": base_hash(module, trained), "trained": trained}
 
 
-def shrink(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) -> None:
+def leave_out_base(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) -> None:
     """Leave the frozen weights of the base out of a checkpoint, in place.
 
     Args:
