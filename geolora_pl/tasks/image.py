@@ -41,13 +41,9 @@ from geolora_pl.tasks.metrics import check_metrics, for_metrics, make_metrics, u
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
+# The properties of the images that a checkpoint may set.
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
-_OF_IMAGES |= {
-    "test_crop_pct",
-    "crop_mode",
-    "num_classes",
-    "pool_size",
-}  # a checkpoint may set these properties of the images
+_OF_IMAGES |= {"test_crop_pct", "crop_mode", "num_classes", "pool_size"}
 
 
 class ImageClassification(GeoLoRAModule):
@@ -165,7 +161,7 @@ class ImageClassification(GeoLoRAModule):
         self.loss = make_loss(classes, self.multi_label, None, self.label_smoothing)
         names = self.metric_names or usual_metrics(classes, self.multi_label)
         self.metrics = nn.ModuleDict(
-            {split: make_metrics(names, classes, self.multi_label) for split in ("val", "test")}
+            {split: nn.ModuleDict(make_metrics(names, classes, self.multi_label)) for split in ("val", "test")}
         )
         self.confusion = confusion_matrix(classes, self.multi_label)
         # A checkpoint can then be loaded without the data.
