@@ -133,10 +133,8 @@ class QuestionAnswering(TransformerTask):
         pieces = torch.arange(len(found), device=found.device)
         first, last = index // longest, index // longest + index % longest
         # Where no token is of the context, the last one may lie beyond the end.
-        starts, ends = (
-            begins[pieces, first].tolist(),
-            batch["ends"][pieces, last.clamp_max(begins.shape[1] - 1)].tolist(),
-        )
+        ends = batch["ends"][pieces, last.clamp_max(begins.shape[1] - 1)].tolist()
+        starts = begins[pieces, first].tolist()
         null = found[pieces, batch["null"]].sum(-1)
         scores, nulls, questions = best.tolist(), null.tolist(), batch["question"].tolist()
         rows: list[dict[str, Any]] = []

@@ -346,11 +346,6 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
     Returns:
         Two tensors (batch, length): the losses in float32, zero where nothing is learnt, and the mask.
-
-    Example:
-        >>> losses, learnt = token_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
-        >>> losses, learnt
-        (tensor([[1.3863, 0.0000]]), tensor([[ True, False]]))
     """
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels), labels != IGNORED

@@ -30,12 +30,7 @@ def decides() -> bool:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes, in the order of their numbers; every process must call this.
-
-    Example:
-        >>> gathered({"seed": 1})  # one process
-        [{'seed': 1}]
-    """
+    """The values of all processes, in the order of their numbers; every process must call this."""
     values = [value] * processes()
     if processes() > 1:
         dist.all_gather_object(values, value)
