@@ -22,7 +22,7 @@ from geolora_pl.report.printable import printable
 from geolora_pl.report.printed import depth_table, print_summary
 from geolora_pl.report.rank_map import RankMap
 from geolora_pl.report.write import write_report
-from geolora_pl.storage.checkpoint import counts_in, read_checkpoint
+from geolora_pl.storage.checkpoint import counts_in, plain_weights, read_checkpoint
 from geolora_pl.storage.peft import server_rank
 from geolora_pl.storage.shrink import shrink
 from geolora_pl.storage.spectra import spectra
@@ -38,7 +38,7 @@ def ranks_tables(ckpt_path: str | Path) -> tuple[Table, Table, list[str]]:
     """
     checkpoint = read_checkpoint(ckpt_path, mmap=True)
     try:
-        adapters = spectra(checkpoint["state_dict"])
+        adapters = spectra(plain_weights(checkpoint))
     except ValueError as error:
         raise ValueError(f"ckpt_path={str(ckpt_path)!r}: {error}") from error
     if not adapters:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from geolora_pl.errors import in_one_line
+
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MERGE = "tag:yaml.org,2002:merge"  # of <<, which takes in another mapping, and counts as often as it is there
 
@@ -30,7 +32,7 @@ def check_configuration(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error.reason}): save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {in_one_line(error)}") from error
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()

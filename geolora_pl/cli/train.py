@@ -26,7 +26,7 @@ from geolora_pl.cli.messages import OneSentenceParser, own_defaults
 from geolora_pl.lazy import find_class
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import from_checkpoint
-from geolora_pl.lightning.internals import classes_by_name, leave_out_hp_metric
+from geolora_pl.lightning.internals import callbacks_of, classes_by_name, leave_out_hp_metric
 from geolora_pl.lightning.loading import build_module
 from geolora_pl.lightning.module import GeoLoRAModule
 from geolora_pl.lightning.names import path_of
@@ -92,7 +92,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
         Raises:
             ValueError: Nothing would write them.
         """
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        callbacks = callbacks_of(self.trainer)
         if (output := self.config["predict"]["output"]) is not None:
             callbacks.append(writer_for(self.model, output))
         elif not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
@@ -169,7 +169,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
     def before_fit(self) -> None:
         """Refuse a test after the fit that there is nothing for, before the fit."""
         if self.config["fit"]["test_after_fit"]:
-            self.trainer.callbacks.insert(0, CheckTestSplit())  # type: ignore[attr-defined]  # set by a connector
+            callbacks_of(self.trainer).insert(0, CheckTestSplit())
 
     def after_fit(self) -> None:
         """Test if asked to, and say what came of it and how to look closer."""
@@ -183,8 +183,7 @@ class GeoLoRACLI(CheckpointAwareCLI):
     @rank_zero_only
     def _print_ranks(self) -> None:
         """They are what the command was run for, also where the callback was told to be quiet."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        monitor = next(callback.monitor for callback in callbacks if isinstance(callback, GeoLoRACallback))
+        monitor = next(c.monitor for c in callbacks_of(self.trainer) if isinstance(c, GeoLoRACallback))
         if monitor is not None and not wants_tables(self.trainer):
             print_summary(*end_summary(self.trainer, self.model, monitor))
 

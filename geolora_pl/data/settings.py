@@ -6,19 +6,20 @@ import os
 from collections.abc import Collection
 
 
-def settle_num_workers(batch_size: int, val_fraction: float, num_workers: int | None) -> int:
-    """Check the settings of splits and loaders, and return the number of loader processes.
-
-    Returns:
-        The given number, or the number of cores beyond the first two, at most 8.
-
-    Raises:
-        ValueError: A setting is out of range.
-    """
+def check_batches(batch_size: int, val_fraction: float) -> None:
+    """Raise a ValueError if a setting of batches or of held-out samples is out of range."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded")
+
+
+def settle_num_workers(num_workers: int | None) -> int:
+    """The number of loader processes: as given, or the number of cores beyond the first two, at most 8.
+
+    Raises:
+        ValueError: It is below 0.
+    """
     if num_workers is None:
         return min(8, max(0, (os.cpu_count() or 1) - 2))
     if num_workers < 0:

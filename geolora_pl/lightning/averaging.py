@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.lightning.callback import GeoLoRACallback
+from geolora_pl.lightning.internals import callbacks_of
 from geolora_pl.storage.adapter_state import base_buffers
 from geolora_pl.storage.checkpoint import CURRENT
 from geolora_pl.training.averaging import RunningMean
@@ -219,8 +220,7 @@ def _integrator_of(trainer: L.Trainer) -> RankAdaptiveIntegrator:
 
 def _follower(trainer: L.Trainer) -> GeoLoRACallback:
     """The callback that moves the adapters."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GeoLoRACallback):
             return callback
     raise ValueError(

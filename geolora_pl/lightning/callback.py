@@ -29,7 +29,7 @@ from geolora_pl.lightning.checks import (
     optimizer_of_adapters,
 )
 from geolora_pl.lightning.hyperparameters import keep_plain, say_what_is_not_plain
-from geolora_pl.lightning.internals import accumulates, batches_that_stepped, logs_this_batch, run_length
+from geolora_pl.lightning.internals import accumulates, batches_that_stepped, datamodule_of, logs_this_batch, run_length
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.lightning.progress import fit_bar
 from geolora_pl.lightning.run import Run
@@ -38,7 +38,7 @@ from geolora_pl.lightning.summary import end_summary, start_summary, wants_table
 from geolora_pl.math.ranks import RankRule, usual_cadence
 from geolora_pl.notes import note
 from geolora_pl.report.printed import print_summary
-from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, shrink
+from geolora_pl.storage.checkpoint import check_adapters, describe_adapters, describe_base, leave_out_base
 from geolora_pl.training.distributed import average_unsharded
 from geolora_pl.training.divergence import OnDivergence, check_on_divergence
 from geolora_pl.training.following import check_adapt_until, check_adapted, check_length
@@ -226,8 +226,7 @@ class GeoLoRACallback(L.Callback):
         run.position.train_starts(trainer)
         if run.guard:
             run.guard.start()
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-        said = say_what_is_not_plain(pl_module, data)
+        said = say_what_is_not_plain(pl_module, datamodule_of(pl_module))
         if experts := frozen_experts(pl_module):
             note(experts)
             said.append(experts)
@@ -302,7 +301,8 @@ class GeoLoRACallback(L.Callback):
     def _describe(self, checkpoint: dict[str, Any], pl_module: L.LightningModule) -> None:
         describe_adapters(checkpoint, pl_module)
         if self.small_checkpoints or quantised_names(pl_module):  # which could not be loaded
-            shrink(checkpoint, pl_module, self._run.base_of(pl_module) if self._run else describe_base(pl_module))
+            base = self._run.base_of(pl_module) if self._run else describe_base(pl_module)
+            leave_out_base(checkpoint, pl_module, base)
         keep_plain(checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
-from geolora_pl.lightning.internals import MultiProcessingLauncher
+from geolora_pl.lightning.internals import MultiProcessingLauncher, callbacks_of
 from geolora_pl.storage.checkpoint import CURRENT
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
@@ -60,7 +60,7 @@ def check_compatible(trainer: L.Trainer, small_checkpoints: bool) -> None:
             "precision='16-mixed': with ModelParallelStrategy each process would see overflows of its own: take "
             "bf16-mixed"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+    for callback in callbacks_of(trainer):
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise ValueError(
                 f"{type(callback).__name__} averages the orthonormal factors U and V entry by entry, which breaks "
@@ -80,7 +80,7 @@ def check_averaged(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
         ValueError: The checkpoint has both, and the trainer no callback that tells them apart.
     """
     states = checkpoint.get("callbacks", {})
-    here = [states.get(callback.state_key) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    here = [states.get(callback.state_key) for callback in callbacks_of(trainer)]
     if CURRENT in checkpoint and not any(isinstance(state, Mapping) and "mean" in state for state in here):
         raise ValueError(
             "the state_dict of the checkpoint holds averaged weights, from which training cannot go on: add "
@@ -100,7 +100,7 @@ def check_monitors(trainer: L.Trainer) -> None:
     known = [name for name in trainer.callback_metrics if name.startswith("val")]
     waiting = [
         (type(callback).__name__, callback.monitor)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        for callback in callbacks_of(trainer)
         if isinstance(callback, (EarlyStopping, ModelCheckpoint))
     ]
     waiting += [

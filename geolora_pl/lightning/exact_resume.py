@@ -14,7 +14,6 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import distributed as dist
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from geolora_pl.errors import GeoLoRAWarning
@@ -24,6 +23,7 @@ from geolora_pl.lightning.internals import (
     Stateful,
     before_each_epoch,
     begins_loaders_again,
+    callbacks_of,
     collect_random_states,
     data_of_fit,
     leave_finished_epoch,
@@ -31,7 +31,7 @@ from geolora_pl.lightning.internals import (
     set_sampler_epoch,
     validates_after_this_batch,
 )
-from geolora_pl.training.distributed import processes
+from geolora_pl.training.distributed import gathered, processes, this_process
 
 RandomState = dict[str, Any]
 
@@ -119,8 +119,8 @@ def _say_what_is_not_exact(trainer: L.Trainer, loaders: Iterable[Any], seen: int
             category=GeoLoRAWarning,
         )
     untold = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end  # as Lightning asks itself
-    callbacks = trainer.callbacks if untold else []  # type: ignore[attr-defined]  # set by the callback connector
-    for schedule in (each for each in callbacks if isinstance(each, GradientAccumulationScheduler)):
+    schedules = (each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler))
+    for schedule in schedules if untold else ():
         if (asked := schedule.get_accumulate_grad_batches(trainer.current_epoch)) != trainer.accumulate_grad_batches:
             rank_zero_warn(
                 "GradientAccumulationScheduler: Lightning does not tell it that the epoch begins with which this run "
@@ -291,16 +291,12 @@ class TrainingPosition:
         """The states of all processes; every process must call this."""
         now = self._after_batch if self._in_batch else self._before_validation
         mine = {"epoch_start": self._epoch_start, "now": now or self._random_state(), "batches": self._batches}
-        everyone = [mine]
-        if processes() > 1:
-            everyone = [mine] * processes()
-            dist.all_gather_object(everyone, mine)
-        return {"processes": everyone}
+        return {"processes": gathered(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, unless another number of processes made it: their data differ."""
         everyone = state["processes"]
         if len(everyone) == processes():
-            mine = everyone[dist.get_rank() if processes() > 1 else 0]
+            mine = everyone[this_process()]
             self._epoch_start, self._restored = mine["epoch_start"], mine["now"]
             self._batches = mine.get("batches")  # an older checkpoint does not say it

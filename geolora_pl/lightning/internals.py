@@ -133,13 +133,15 @@ def before_each_epoch(trainer: L.Trainer, call: Callable[[], None]) -> Callable[
     return stop
 
 
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks of a trainer, whose connectors set attributes that its class does not declare."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
 def callbacks_of_fit(module: L.LightningModule) -> list[L.Callback] | None:
     """The callbacks of the fit that a module is in; ``None`` outside of a fit."""
     trainer = module._trainer
-    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-        return None
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    return callbacks
+    return callbacks_of(trainer) if trainer is not None and trainer.state.fn == TrainerFn.FITTING else None
 
 
 def datamodule_of(module: L.LightningModule) -> Any:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
-from geolora_pl.errors import GeoLoRAWarning
+from geolora_pl.errors import GeoLoRAWarning, in_one_line
 from geolora_pl.lazy import import_class
 from geolora_pl.lightning.hyperparameters import from_checkpoint, hyperparameters_of
 from geolora_pl.lightning.internals import classes_by_name
@@ -80,7 +80,7 @@ def build_module(settings: Mapping[str, Any], taken: Mapping[str, Any]) -> GeoLo
         with classes_by_name(path_of):  # as fit takes them
             parsed = parser.instantiate(parser.parse_object({"module": dict(settings)})).module
     except ArgumentError as error:
-        raise ValueError(f"the configuration of the model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the configuration of the model: {in_one_line(error)}") from error
     init_args = vars(parsed.init_args) if "init_args" in parsed else {}  # a class without arguments has none
     module: GeoLoRAModule = import_class(parsed.class_path)(
         **{**init_args, **(settings.get("dict_kwargs") or {}), **taken}
@@ -111,7 +111,7 @@ def _configured(config: str | Path) -> dict[str, Any]:
         text = Path(config).read_text(encoding="utf-8")
         settings = get_loader("yaml")(text)  # as fit reads it: YAML alone takes 1e-3 for a text
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config={str(config)!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config={str(config)!r} cannot be read: {in_one_line(error)}") from error
     model = settings.get("model") if isinstance(settings, dict) else None
     model = {"class_path": model} if isinstance(model, str) else model
     if not isinstance(model, dict) or not isinstance(model.get("class_path"), str):

@@ -19,7 +19,13 @@ from geolora_pl.adapters.inject import has_adapters, inject_adapters
 from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.lightning.callback import GeoLoRACallback
 from geolora_pl.lightning.hyperparameters import check_plain, from_checkpoint, refuse_missing
-from geolora_pl.lightning.internals import callbacks_of_fit, is_part_in_fit, restricted_classmethod, run_length
+from geolora_pl.lightning.internals import (
+    callbacks_of,
+    callbacks_of_fit,
+    is_part_in_fit,
+    restricted_classmethod,
+    run_length,
+)
 from geolora_pl.storage.checkpoint import complete, follow_rule, loads, read_checkpoint
 from geolora_pl.storage.plain_file import write_weights
 from geolora_pl.training.groups import parameter_groups
@@ -163,15 +169,12 @@ class GeoLoRAModule(L.LightningModule):
     @trainer.setter
     def trainer(self, trainer: L.Trainer | None) -> None:
         L.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]  # a property
-        if trainer is not None and is_part_in_fit(self, trainer):
-            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
-            if not _has_callback(callbacks):
-                callbacks.insert(0, GeoLoRACallback())
+        if trainer is not None and is_part_in_fit(self, trainer) and not _has_callback(callbacks_of(trainer)):
+            callbacks_of(trainer).insert(0, GeoLoRACallback())
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback with its defaults, unless the trainer has one."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-        return [] if _has_callback(callbacks) else [GeoLoRACallback()]
+        return [] if _has_callback(callbacks_of(self.trainer)) else [GeoLoRACallback()]
 
     def configure_gradient_clipping(
         self,

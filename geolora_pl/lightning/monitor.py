@@ -20,7 +20,7 @@ from geolora_pl.report.rank_map import RankMap, short_names
 from geolora_pl.training.clock import DeviceClock
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 
-MEAN_RANK, PARAMS = "rank", "params"  # in the progress bar, whose line is short
+BAR_RANK, BAR_PARAMS = "rank", "params"  # the names in the progress bar, whose line is short
 _POINTS = 128  # of the ranks over time that are kept: enough for a picture, little in a checkpoint
 _DISTANCE = 200  # from one adaptation that is logged to the next, as a part of the steps so far
 _SHARE = 0.005  # of the run that pictures may take
@@ -134,7 +134,7 @@ class RankMonitor:
         for known in (trainer.callback_metrics, trainer.logged_metrics):
             known.update({name: torch.tensor(value) for name, value in numbers.items()})
         trainer.progress_bar_metrics.update(
-            {MEAN_RANK: numbers[metrics.MEAN_RANK], PARAMS: numbers[metrics.ADAPTER_PARAMS]}
+            {BAR_RANK: numbers[metrics.MEAN_RANK], BAR_PARAMS: numbers[metrics.ADAPTER_PARAMS]}
         )
         epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # current_epoch is one more at the end
         for logger in trainer.loggers:

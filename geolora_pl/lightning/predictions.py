@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -22,6 +21,7 @@ from torch.utils.data import IterableDataset
 
 from geolora_pl.errors import GeoLoRAWarning
 from geolora_pl.storage.atomic import atomic
+from geolora_pl.training.distributed import gathered
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".jsonl")
@@ -121,10 +121,7 @@ class PredictionWriter(BasePredictionWriter):
             for batch, indices in zip(batches, indices_of_batches, strict=True):
                 for index, prediction in zip(indices, _of_inputs(batch, len(indices), pl_module), strict=True):
                     mine[number, index] = prediction
-        everything = [mine]
-        if trainer.world_size > 1:
-            everything = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(everything, mine)
+        everything = gathered(mine)
         if trainer.is_global_zero:
             found = {key: prediction for of_process in everything for key, prediction in of_process.items()}
             if broken := sum(not _is_finite(prediction) for prediction in found.values()):

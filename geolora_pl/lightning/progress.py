@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedCo
 from rich import get_console
 from rich.progress import BarColumn, ProgressColumn
 
-from geolora_pl.lightning.monitor import MEAN_RANK, PARAMS
+from geolora_pl.lightning.monitor import BAR_PARAMS, BAR_RANK
 
-_FORMATS = {MEAN_RANK: "{:.1f}", PARAMS: "{:,.0f}"}
+_FORMATS = {BAR_RANK: "{:.1f}", BAR_PARAMS: "{:,.0f}"}
 _WIDE = 120  # columns of a terminal from which on the bar itself leaves room for numbers beside it
 
 

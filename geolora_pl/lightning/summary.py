@@ -16,6 +16,7 @@ from torch import nn
 from geolora_pl.adapters.base import FACTORS
 from geolora_pl.adapters.counts import Counts
 from geolora_pl.adapters.inject import adapter_parameters
+from geolora_pl.lightning.internals import callbacks_of
 from geolora_pl.lightning.monitor import RankMonitor
 from geolora_pl.report.identity import in_words
 from geolora_pl.report.metrics import is_score
@@ -25,8 +26,7 @@ from geolora_pl.storage.fingerprint import base_parameters
 
 def wants_tables(trainer: L.Trainer) -> bool:
     """Whether this process prints, which Lightning's ``enable_model_summary=False`` forbids."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    return trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks)
+    return trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))
 
 
 def start_summary(model: nn.Module, monitor: RankMonitor) -> tuple[Table, list[str]]:

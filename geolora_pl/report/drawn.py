@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image
+
+from geolora_pl.report.rank_map import spread
 
 FOLDER = "drawn"  # in the folder of a run, with a folder per step
 _COLUMNS = 6  # steps that are shown
@@ -34,7 +35,7 @@ def drawn_pictures(run: Path) -> str:
         run: The folder of the run.
     """
     folders = [path for path in run.glob(f"{FOLDER}/step_*") if path.name[5:].isdecimal() and path.is_dir()]
-    steps = _spread(sorted(folders), _COLUMNS)
+    steps = spread(sorted(folders), _COLUMNS)
     prompts = _prompts(steps[-1]) if steps else {}
     if not prompts:
         return ""
@@ -47,13 +48,6 @@ def drawn_pictures(run: Path) -> str:
     ]
     more = f"<p>{len(prompts) - _ROWS} further prompts are in the folder {FOLDER}</p>" if len(prompts) > _ROWS else ""
     return f'<div class="scroll"><table><tr><th>prompt</th>{head}</tr>{"".join(rows)}</table></div>{more}'
-
-
-def _spread(paths: Sequence[Path], most: int) -> list[Path]:
-    """At most so many of the paths, evenly, the first and the last among them."""
-    if len(paths) <= most:
-        return list(paths)
-    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
 
 
 def _prompts(folder: Path) -> dict[str, str]:

@@ -98,7 +98,7 @@ def _comparison(runs: Sequence[Run]) -> str:
 
 
 def _run(run: Run, number: int, alone: bool) -> str:
-    h, salt = ("h2", "h3")[not alone], f"run-{number}"
+    h, salt = "h2" if alone else "h3", f"run-{number}"
     parts = [f"<h2>{escape(run.name)}</h2>"] if not alone else []
     parts += [_identity(run), _facts(run)]
     kinds = _by_kind(run.scores)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from geolora_pl.errors import in_one_line
 from geolora_pl.report.confusion import Confusion, read_confusion
 from geolora_pl.report.metrics import ADAPTER_PARAMS, MEAN_RANK, RANK, is_rank, is_score, name_today
 from geolora_pl.report.record import Record, read_record
@@ -180,7 +181,7 @@ def _settings(path: Path) -> dict[str, object]:
         _check_size(settings)
         return dict(_flat(settings))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {in_one_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a configuration of a run: {error}") from error
 

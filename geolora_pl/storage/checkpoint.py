@@ -22,6 +22,7 @@ from geolora_pl.adapters.inject import find_adapters, has_adapters, inject_adapt
 from geolora_pl.adapters.names import alternation
 from geolora_pl.adapters.quantised import loadable_state
 from geolora_pl.adapters.wrappers import plain_name, unwrapped, wrapper_names
+from geolora_pl.errors import in_one_line
 from geolora_pl.math.ranks import RankRule
 from geolora_pl.storage.adapter_state import adapted_names, config_of
 from geolora_pl.storage.fingerprint import base_hash, base_parameters, is_same_base, refuse_frozen, trained_names
@@ -80,8 +81,7 @@ def loads(path: str | Path | BinaryIO, kind: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # each library has errors of its own for sizes that make no sense
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {kind}: {reason}") from error
+        raise ValueError(f"ckpt_path={str(path)!r} cannot be loaded as {kind}: {in_one_line(error)[:300]}") from error
 
 
 @contextmanager
@@ -104,9 +104,9 @@ def found(path: str | Path | BinaryIO) -> Iterator[Path | BinaryIO]:
                 with fsspec.open(str(path), "rb") as there:
                     shutil.copyfileobj(there, copy)
             except Exception as error:  # each kind of address has errors of its own
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(
-                    f"ckpt_path={str(path)!r} cannot be fetched ({reason}): correct the address, or name a file"
+                    f"ckpt_path={str(path)!r} cannot be fetched ({in_one_line(error)}): correct the address, or name a "
+                    "file"
                 ) from error
             copy.seek(0)
             yield copy
@@ -346,7 +346,7 @@ def describe_base(module: nn.Module, earlier: Collection[str] | None = None) -> 
     return {"hash": base_hash(module, trained), "trained": trained}
 
 
-def shrink(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) -> None:
+def leave_out_base(checkpoint: dict[str, Any], module: nn.Module, base: dict[str, Any]) -> None:
     """Leave the frozen weights of the base out of a checkpoint, in place.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import huggingface_hub  # which imports its public names at their first use, and its modules not at all
 
+from geolora_pl.errors import in_one_line
 from geolora_pl.storage.peft import CONFIG, WEIGHTS
 
 ADAPTER = "geolora_adapter.safetensors"  # the file of save_adapter
@@ -215,5 +216,4 @@ def _sentence(error: Exception, repo_id: str, revision: str | None) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the hub refuses {repo_id} ({status}): {_LOG_IN}, with a token that may write to it"
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return f"{repo_id}: the hub cannot do this ({reason}): look at the connection, and try again"
+    return f"{repo_id}: the hub cannot do this ({in_one_line(error)[:300]}): look at the connection, and try again"

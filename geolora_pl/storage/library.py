@@ -152,7 +152,8 @@ class AdapterLibrary:
                 max_ranks[layer] = max(max_rank, max_ranks.get(layer, 0))
         factors: dict[str, Factors] = {}
         cut = total = 0.0
-        alpha = states[0][0].config.alpha
+        first = states[0][0]
+        alpha = first.config.alpha
         for layer, max_rank in max_ranks.items():
             parts = [
                 (state.factors[layer], weight * state.config.alpha / alpha)
@@ -162,7 +163,6 @@ class AdapterLibrary:
             factors[layer], sigma = _sum(parts, max_rank)
             cut += float(sigma[max_rank:].square().sum())
             total += float(sigma.square().sum())
-        first = states[0][0]
         self._states[name] = replace(
             first,
             config=replace(

@@ -29,7 +29,7 @@ from geolora_pl.storage.adapter_state import (
     leading,
 )
 from geolora_pl.storage.hub import located
-from geolora_pl.storage.peft import CONFIG, PREFIX, WEIGHTS, is_linear
+from geolora_pl.storage.peft import CONFIG, PREFIX, SIDE_A, SIDE_B, WEIGHTS, is_linear
 
 # These settings of PEFT's LoRA change what the adapter computes, so that it is not a plain LoRA.
 _OTHER_KINDS = (
@@ -169,12 +169,11 @@ def sides_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
     sides: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name, side, _ = key.removeprefix(PREFIX).partition(".lora_A.weight")
-        if not side:
-            name, side, _ = key.removeprefix(PREFIX).partition(".lora_B.weight")
-        if side:
-            sides.setdefault(name, {})[side[6]] = tensor
-        else:
+        name = key.removeprefix(PREFIX)
+        for letter, ending in (("A", SIDE_A), ("B", SIDE_B)):
+            if name.endswith(ending):
+                sides.setdefault(name.removesuffix(ending), {})[letter] = tensor
+        if not name.endswith((SIDE_A, SIDE_B)):
             others[name.replace(".base_layer.", ".")] = tensor
     return sides, others
 

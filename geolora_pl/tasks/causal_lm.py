@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
 
 from geolora_pl.tasks.answers import answer, encode_asked, end_at, show_answers, start_answers
 from geolora_pl.tasks.chat_template import read_template, template_from_checkpoint
-from geolora_pl.tasks.metrics import Mean, Perplexity
+from geolora_pl.tasks.metrics import Perplexity
 from geolora_pl.tasks.packing import check_isolation
-from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
+from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask, token_cross_entropy
 
 
 class CausalLM(TransformerTask):
@@ -102,7 +102,7 @@ class CausalLM(TransformerTask):
     def setup(self, stage: str) -> None:
         """Make the metrics, loss and perplexity per set of texts."""
         super().setup(stage)
-        self.make_split_metrics(lambda: nn.ModuleDict({"loss": Mean(), "perplexity": Perplexity()}))
+        self.make_split_metrics(lambda: {"perplexity": Perplexity()})
 
     def on_fit_start(self) -> None:
         """Refuse a model that sees the neighbours of a text, and prompts that are too long."""
@@ -151,10 +151,7 @@ class CausalLM(TransformerTask):
         """
         logits = self(batch)
         successors = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # labels are smaller than logits to shift
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), successors.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view_as(successors), successors != IGNORED
+        return token_cross_entropy(logits, successors)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean loss of the learnt tokens of the batch, or zero if there are none."""

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from geolora_pl.adapters.config import AdapterConfig
 from geolora_pl.adapters.inject import find_adapters
 from geolora_pl.adapters.targets import convolutions, linear_layers
+from geolora_pl.errors import in_one_line
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.lightning.internals import datamodule_of
@@ -40,13 +41,9 @@ from geolora_pl.tasks.metrics import check_metrics, for_metrics, make_metrics, u
 from geolora_pl.tasks.trained import note_adapted, note_trained_in_full
 
 _OF_TIMM = {name for name in inspect.signature(timm.create_model).parameters if name != "pretrained_cfg_overlay"}
+# The properties of the images that a checkpoint may set.
 _OF_IMAGES = {"input_size", "test_input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct"}
-_OF_IMAGES |= {
-    "test_crop_pct",
-    "crop_mode",
-    "num_classes",
-    "pool_size",
-}  # a checkpoint may set these properties of the images
+_OF_IMAGES |= {"test_crop_pct", "crop_mode", "num_classes", "pool_size"}
 
 
 class ImageClassification(GeoLoRAModule):
@@ -164,7 +161,7 @@ class ImageClassification(GeoLoRAModule):
         self.loss = make_loss(classes, self.multi_label, None, self.label_smoothing)
         names = self.metric_names or usual_metrics(classes, self.multi_label)
         self.metrics = nn.ModuleDict(
-            {split: make_metrics(names, classes, self.multi_label) for split in ("val", "test")}
+            {split: nn.ModuleDict(make_metrics(names, classes, self.multi_label)) for split in ("val", "test")}
         )
         self.confusion = confusion_matrix(classes, self.multi_label)
         # A checkpoint can then be loaded without the data.
@@ -195,7 +192,7 @@ class ImageClassification(GeoLoRAModule):
             ) from error
         except OSError as error:  # of the hub, with or without a connection
             raise ValueError(
-                f"model_name={self.model_name!r}: its weights cannot be fetched: {' '.join(str(error).split())} Check "
+                f"model_name={self.model_name!r}: its weights cannot be fetched: {in_one_line(error)} Check "
                 "the connection, or name a file on this machine as checkpoint_path"
             ) from error
         if weights is not None:
@@ -320,7 +317,7 @@ def load_backbone(model: nn.Module, path: str) -> None:
     try:
         weights = load_state_dict(path, weights_only=True)
     except Exception as error:  # each format raises its own errors
-        raise ValueError(f"checkpoint_path={path!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"checkpoint_path={path!r} cannot be read: {in_one_line(error)}") from error
     heads = head_names(model)
     own = model.state_dict()
 

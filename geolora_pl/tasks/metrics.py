@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
     BinaryF1Score,
@@ -52,7 +52,7 @@ def usual_metrics(num_classes: int, multi_label: bool = False) -> list[str]:
     return list(_OF_NUMBERS) if num_classes == 1 else ["accuracy"]
 
 
-def make_metrics(names: Sequence[str], num_classes: int, multi_label: bool = False) -> nn.ModuleDict:
+def make_metrics(names: Sequence[str], num_classes: int, multi_label: bool = False) -> dict[str, Metric]:
     """Make metrics of class indices, of several labels, or of numbers for a regression.
 
     Args:
@@ -76,10 +76,10 @@ def make_metrics(names: Sequence[str], num_classes: int, multi_label: bool = Fal
             kind = "a regression" if num_classes == 1 else f"{num_classes} {'labels' if multi_label else 'classes'}"
             raise ValueError(f"metrics={name!r} does not suit {kind}: choose among {', '.join(suited)}")
     if num_classes > 1:
-        return nn.ModuleDict({name: of_classes[name](num_classes) for name in names})
+        return {name: of_classes[name](num_classes) for name in names}
     with warnings.catch_warnings():  # Spearman's metric warns that it keeps all predictions, which it must
         warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef`")
-        return nn.ModuleDict({name: _OF_NUMBERS[name]() for name in names})
+        return {name: _OF_NUMBERS[name]() for name in names}
 
 
 def for_metrics(outputs: Tensor, labels: Tensor, num_classes: int, multi_label: bool) -> tuple[Tensor, Tensor]:

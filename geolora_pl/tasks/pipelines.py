@@ -25,6 +25,7 @@ from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as of_transformers
 
+from geolora_pl.errors import in_one_line
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.tasks.text_models import broken_files, config_from_checkpoint, find_source, plain_config
 
@@ -152,28 +153,14 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
     dtype = torch.get_default_dtype()  # not that of the file, because the trainer sets the precision of a run
     absent: list[str] = []
 
-    def part_of(name: str) -> Any:
-        model, report = _DIFFUSERS[name].from_pretrained(
+    def load(name: str, part: Any, **held: Any) -> Any:
+        model, report = part.from_pretrained(
             source,
             subfolder=name,
-            torch_dtype=dtype,
-            local_files_only=local,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,  # would need accelerate
-            output_loading_info=True,
-            **model_args.get(name, {}),
-        )
-        absent.extend(f"{name}.{key}" for key in report["missing_keys"])
-        return model
-
-    def encoder_of(name: str) -> Any:
-        model, report = kind.encoders[name].from_pretrained(
-            source,
-            subfolder=name,
-            dtype=dtype,
             local_files_only=local,
             use_safetensors=True,
             output_loading_info=True,
+            **held,
             **{key: value for key, value in model_args.get(name, {}).items() if key != "model_type"},
         )
         absent.extend(f"{name}.{key}" for key in report["missing_keys"])
@@ -187,11 +174,13 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
             "that were trained on those of DDPM can be adapted"
         )
     with _from(model_name), torch.device("cpu"):
+        held = {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # which would need accelerate
+        unet, vae = (load(name, part, **held) for name, part in _DIFFUSERS.items())
         parts = Parts(
             kind,
-            part_of("unet"),
-            part_of("vae"),
-            {name: encoder_of(name) for name in kind.encoders},
+            unet,
+            vae,
+            {name: load(name, encoder, dtype=dtype) for name, encoder in kind.encoders.items()},
             DDPMScheduler.from_pretrained(
                 source, subfolder="scheduler", local_files_only=local, **model_args.get("scheduler", {})
             ),
@@ -310,5 +299,5 @@ def _from(model_name: str) -> Iterator[None]:
             yield
     except Exception as error:  # every format of weights and tokenizers raises its own errors
         broken = "; ".join(broken_files(Path(source))) if local else ""
-        said = broken or " ".join(str(error).split())[:300]
+        said = broken or in_one_line(error)[:300]
         raise ValueError(f"model_name={model_name!r} cannot be loaded: {said}") from error

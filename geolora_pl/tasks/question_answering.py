@@ -16,7 +16,7 @@ from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
-_METRICS = ("loss", "exact_match", "f1")
+_METRICS = ("exact_match", "f1")
 
 
 class QuestionAnswering(TransformerTask):
@@ -83,7 +83,7 @@ class QuestionAnswering(TransformerTask):
         if self.unanswerable is None:
             self.unanswerable = bool(getattr(data, "unanswerable", False))
             self.hparams["unanswerable"] = self.unanswerable
-        self.make_split_metrics(lambda: nn.ModuleDict({name: Mean() for name in _METRICS}))
+        self.make_split_metrics(lambda: {name: Mean() for name in _METRICS})
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (pieces, length, 2) for the first and the last token of the answer."""
@@ -133,10 +133,8 @@ class QuestionAnswering(TransformerTask):
         pieces = torch.arange(len(found), device=found.device)
         first, last = index // longest, index // longest + index % longest
         # Where no token is of the context, the last one may lie beyond the end.
-        starts, ends = (
-            begins[pieces, first].tolist(),
-            batch["ends"][pieces, last.clamp_max(begins.shape[1] - 1)].tolist(),
-        )
+        ends = batch["ends"][pieces, last.clamp_max(begins.shape[1] - 1)].tolist()
+        starts = begins[pieces, first].tolist()
         null = found[pieces, batch["null"]].sum(-1)
         scores, nulls, questions = best.tolist(), null.tolist(), batch["question"].tolist()
         rows: list[dict[str, Any]] = []

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.nn import functional as F
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 
+from geolora_pl.errors import in_one_line
 from geolora_pl.tasks.metrics import Mean
-from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
+from geolora_pl.tasks.transformer import Batch, TransformerTask, token_cross_entropy
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _MODES = ("num_beams", "do_sample")  # the settings that say in which way a model writes; others are for one of them
@@ -108,7 +108,7 @@ class Seq2SeqLM(TransformerTask):
             _forget_unsuited(config, came.keys() - self.generation.keys())
             config.validate(strict=True)
         except ValueError as error:
-            raise ValueError(f"generation={self.generation!r} does not work: {' '.join(str(error).split())}") from error
+            raise ValueError(f"generation={self.generation!r} does not work: {in_one_line(error)}") from error
         if unknown:
             raise ValueError(f"generation={unknown!r}: GenerationConfig of transformers has no such settings")
         if config.num_return_sequences not in (None, 1):
@@ -120,7 +120,7 @@ class Seq2SeqLM(TransformerTask):
     def setup(self, stage: str) -> None:
         """Make the metrics, one collection per set of texts."""
         super().setup(stage)
-        self.make_split_metrics(lambda: nn.ModuleDict({name: Mean() for name in ("loss", *_ROUGE)}))
+        self.make_split_metrics(lambda: {name: Mean() for name in _ROUGE})
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, target length, vocabulary) of the tokens of targets, by those before them."""
@@ -134,10 +134,7 @@ class Seq2SeqLM(TransformerTask):
         Returns:
             Two tensors (batch, target length): the losses in float32, zero for padding, and the mask.
         """
-        labels = batch["labels"]
-        logits = self(batch).float().flatten(0, 1)
-        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view_as(labels), labels != IGNORED
+        return token_cross_entropy(self(batch), batch["labels"])
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean loss of the tokens of the targets."""

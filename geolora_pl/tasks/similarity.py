@@ -10,6 +10,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from geolora_pl.errors import in_one_line
+
 
 class Similarity(nn.Module):
     """The mean cosine of the features of generated and real images, over all pairs.
@@ -30,7 +32,7 @@ class Similarity(nn.Module):
             self.model = timm.create_model(model_name, pretrained=True, num_classes=0)
         except Exception as error:  # of timm for its name, of the hub for its weights, of the file
             raise ValueError(
-                f"similarity_model={model_name!r} cannot be loaded: {' '.join(str(error).split())[:300]}; check the "
+                f"similarity_model={model_name!r} cannot be loaded: {in_one_line(error)[:300]}; check the "
                 "connection, name a folder of timm as local-dir:folder, or leave it out"
             ) from error
         self.model.requires_grad_(False).eval()

@@ -13,10 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
 
 from geolora_pl.tasks.classes import name_classes, settle_class_names, settle_num_classes
-from geolora_pl.tasks.metrics import Mean
 from geolora_pl.tasks.spans import EntityScore, name_entities
 from geolora_pl.tasks.text_models import head_names
-from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask
+from geolora_pl.tasks.transformer import IGNORED, Batch, TransformerTask, token_cross_entropy
 
 NOT_INPUTS = ("labels", "words", "word_count")
 
@@ -96,15 +95,14 @@ class TokenClassification(TransformerTask):
         self.class_names = settle_class_names(self.class_names, self.num_classes, data)
         self.make_split_metrics(self._make_metrics)
 
-    def _make_metrics(self) -> nn.ModuleDict:
+    def _make_metrics(self) -> dict[str, Metric]:
         assert self.num_classes is not None
-        made: dict[str, Metric] = {
-            "loss": Mean(),
-            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED),
-        }
-        if self.class_names is not None and name_entities(self.class_names):
-            made["f1"] = EntityScore()
-        return nn.ModuleDict(made)
+        accuracy = MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED)
+        return {"accuracy": accuracy, "f1": EntityScore()} if self._has_entities else {"accuracy": accuracy}
+
+    @property
+    def _has_entities(self) -> bool:
+        return name_entities(self.class_names or ())
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, length, tags) of tokens (batch, length)."""
@@ -122,13 +120,9 @@ class TokenClassification(TransformerTask):
     def evaluate(self, split: str, batch: Batch) -> None:
         """Log loss and metrics of a batch of a split."""
         logits, labels = self(batch), batch["labels"]
-        predictions, is_word = logits.argmax(-1), labels != IGNORED
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        scored: dict[str, tuple[Any, ...]] = {
-            "loss": (losses, is_word.flatten()),
-            "accuracy": (predictions, labels),
-        }
-        if self.class_names is not None and name_entities(self.class_names):
+        predictions, (losses, is_word) = logits.argmax(-1), token_cross_entropy(logits, labels)
+        scored: dict[str, tuple[Any, ...]] = {"loss": (losses, is_word), "accuracy": (predictions, labels)}
+        if self._has_entities:
             scored["f1"] = (self._named(predictions, is_word), self._named(labels, is_word))
         self.log_scores(split, scored)
 

@@ -22,7 +22,7 @@ from geolora_pl.tasks.classes import (
     weight_of,
 )
 from geolora_pl.tasks.confusion import confusion_matrix, keep_confusion
-from geolora_pl.tasks.metrics import Mean, check_metrics, for_metrics, make_metrics, usual_metrics
+from geolora_pl.tasks.metrics import check_metrics, for_metrics, make_metrics, usual_metrics
 from geolora_pl.tasks.text_models import head_names
 from geolora_pl.tasks.transformer import Batch, TransformerTask
 
@@ -136,18 +136,12 @@ class TextClassification(TransformerTask):
         """Make the metrics, one collection per set of texts, and say what is trained in full."""
         super().setup(stage)
         data = self._data()
-        self.num_classes = settle_num_classes(self.num_classes, data)
-        of_data = getattr(data, "metrics", None)
-        self.metric_names = self.metric_names or of_data or usual_metrics(self.num_classes, bool(self.multi_label))
-        self.hparams["metrics"] = self.metric_names
-        self.make_split_metrics(self._make_metrics)
-        self.confusion = confusion_matrix(self.num_classes, bool(self.multi_label))
-
-    def _make_metrics(self) -> nn.ModuleDict:
-        assert self.metric_names is not None
-        assert self.num_classes is not None
-        made = make_metrics(self.metric_names, self.num_classes, bool(self.multi_label))
-        return nn.ModuleDict({"loss": Mean(), **made})
+        classes, several = settle_num_classes(self.num_classes, data), bool(self.multi_label)
+        names = self.metric_names or getattr(data, "metrics", None) or usual_metrics(classes, several)
+        self.num_classes, self.metric_names = classes, names
+        self.hparams["metrics"] = names
+        self.make_split_metrics(lambda: make_metrics(names, classes, several))
+        self.confusion = confusion_matrix(classes, several)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (batch, classes), or numbers (batch,) in a regression, of tokens (batch, length)."""

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from geolora_pl.adapters.registry import adapter_class_of
+from geolora_pl.errors import in_one_line
 from geolora_pl.lfs import refuse_pointer
 from geolora_pl.lightning.hyperparameters import check_sizes
 from geolora_pl.packaged import in_package
@@ -272,9 +273,8 @@ def _from(model_name: str) -> Iterator[dict[str, Any]]:
     try:
         yield {"pretrained_model_name_or_path": source, "local_files_only": local}
     except Exception as error:  # every format of weights and tokenizers raises its own errors
-        said = " ".join(str(error).split())
         broken = "; ".join(broken_files(Path(source))) if local else ""
-        raise ValueError(f"model_name={model_name!r} cannot be loaded: {broken or said}") from error
+        raise ValueError(f"model_name={model_name!r} cannot be loaded: {broken or in_one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

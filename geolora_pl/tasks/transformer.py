@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +34,7 @@ from geolora_pl.tasks.low_bit import (
     quantization_config,
     widen,
 )
+from geolora_pl.tasks.metrics import Mean
 from geolora_pl.tasks.text_models import (
     block_linears,
     config_from_checkpoint,
@@ -307,10 +309,15 @@ class TransformerTask(GeoLoRAModule):
         """Log loss and metrics of a batch of a split, ``test`` or one of ``val_splits``."""
         raise NotImplementedError(f"{type(self).__name__} must evaluate")
 
-    def make_split_metrics(self, make: Callable[[], nn.ModuleDict]) -> None:
-        """Set ``val_splits`` as the data say, and ``metrics``, by their names, for each of them and for ``test``."""
+    def make_split_metrics(self, make: Callable[[], Mapping[str, Metric]]) -> None:
+        """Set ``val_splits`` as the data say, and ``metrics``, by their names, for each of them and for ``test``.
+
+        Args:
+            make: Makes what is logged of a split beside the mean loss.
+        """
         self.val_splits = getattr(self._data(), "splits_of", lambda kind: [kind])("val") or ["val"]
-        self.metrics = nn.ModuleDict({split: make() for split in (*self.val_splits, "test")})
+        splits = (*self.val_splits, "test")
+        self.metrics = nn.ModuleDict({split: nn.ModuleDict({"loss": Mean(), **make()}) for split in splits})
 
     def log_scores(self, split: str, scored: Mapping[str, tuple[Any, ...]]) -> None:
         """Take a batch into the metrics of a split and log them.
@@ -328,6 +335,20 @@ class TransformerTask(GeoLoRAModule):
 
     def _data(self) -> object:
         return datamodule_of(self)
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each token, and which tokens are learnt.
+
+    Args:
+        logits: (batch, length, classes).
+        labels: (batch, length), -100 where nothing is learnt.
+
+    Returns:
+        Two tensors (batch, length): the losses in float32, zero where nothing is learnt, and the mask.
+    """
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(labels), labels != IGNORED
 
 
 def logged_name(split: str, metric: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,30 @@ from torch import distributed as dist
 
 from geolora_pl.training.internals import foreach_copy_
 
+T = TypeVar("T")
+
 
 def processes() -> int:
     """How many processes train together; one where ``torch.distributed`` is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def this_process() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def decides() -> bool:
     """Whether this process is the one whose decisions count."""
-    return processes() == 1 or dist.get_rank() == 0
+    return this_process() == 0
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in the order of their numbers; every process must call this."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_packed(tensors: Sequence[Tensor]) -> None:

@@ -11,11 +11,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.optim import Optimizer
 
 from geolora_pl.errors import GeoLoRAWarning
-from geolora_pl.training.distributed import average, decides, processes
+from geolora_pl.training.distributed import average, decides, gathered, processes, this_process
 from geolora_pl.training.integrator import RankAdaptiveIntegrator
 from geolora_pl.training.snapshot import Snapshot
 
@@ -269,10 +268,7 @@ class DivergenceGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Losses, level and both copies, for a run that is resumed; every process must call this."""
-        losses = [self._on_host()]
-        if processes() > 1:
-            losses *= processes()
-            dist.all_gather_object(losses, self._known)
+        losses = gathered(self._on_host())
         good = self._good and self._good.state_dict()
         latest = good if self._latest is self._good else self._latest and self._latest.state_dict()
         return {
@@ -286,9 +282,8 @@ class DivergenceGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave; another number of processes starts with no losses."""
-        mine = dist.get_rank() if processes() > 1 else 0
         same = len(state["losses"]) == processes()
-        self._known, self._losses = list(state["losses"][mine]) if same else [], []
+        self._known, self._losses = list(state["losses"][this_process()]) if same else [], []
         self._batches, self._adaptations = state["batches"] if same else 0, state["adaptations"]
         self._level = _level_of(state["level"])
         if self._goes_back and state["good"]:

@@ -13,13 +13,16 @@ from kept import Keeps
 from lightning.pytorch.loggers import TensorBoardLogger
 from metrics_file import OF_A_CLASSIFIER, logged_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import geolora_pl
-from geolora_pl import GeoLoRAWarning
+from geolora_pl import GeoLoRAWarning, inject_adapters
+from geolora_pl.cli.commands import ranks_tables
 from geolora_pl.cli.dispatch import main
 from geolora_pl.cli.train import GeoLoRACLI
 from geolora_pl.data import TextFiles
 from geolora_pl.loggers import CSVLogger
+from geolora_pl.storage.checkpoint import describe_adapters
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 ROOT = Path(__file__).parents[2]
@@ -305,3 +308,14 @@ def test_the_logger_of_lightning_itself_has_no_hp_metric(folder):
     log.Reload()
     assert "geolora/mean_rank" in log.Tags()["scalars"]
     assert "hp_metric" not in log.Tags()["scalars"]
+
+
+def test_layers_have_their_names_without_wrappers_as_in_a_report(tmp_path):
+    """A part of the model was in a wrapper, such as torch.compile's: ``ranks`` names its layers as the report does."""
+    model = nn.Sequential(nn.DataParallel(nn.Linear(8, 6)), nn.Linear(6, 6))
+    inject_adapters(model)
+    checkpoint = {"state_dict": model.state_dict(), "pytorch-lightning_version": L.__version__}
+    describe_adapters(checkpoint, model)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    _, adapters, _ = ranks_tables(tmp_path / "last.ckpt")
+    assert [label.plain for label in adapters.columns[0].cells] == ["0", "1"]

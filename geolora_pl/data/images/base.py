@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, random_split
 from torchvision.transforms import RandomCrop
 
 from geolora_pl.data.images.reader import Label, Sample, plain
-from geolora_pl.data.settings import settle_num_workers
+from geolora_pl.data.settings import check_batches, settle_num_workers
 from geolora_pl.notes import keep_notes, note
 
 
@@ -101,10 +101,11 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if crop_padding < 0:
             raise ValueError(f"crop_padding={crop_padding} must be at least 0 pixels")
+        check_batches(batch_size, val_fraction)
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
-        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
+        self.num_workers = settle_num_workers(num_workers)
         self.augment = augment
         self.crop_padding = crop_padding
         self.splits: dict[str, Dataset[Sample]] = {}

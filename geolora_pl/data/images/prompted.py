@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from geolora_pl.data.images.reader import endings, list_images, note_conversions, note_left_out, plain, read_image
-from geolora_pl.data.settings import settle_num_workers
+from geolora_pl.data.settings import check_batches, settle_num_workers
 from geolora_pl.notes import keep_notes, note
 
 Crop = Literal["center", "random"]
@@ -73,7 +73,8 @@ class PromptedImages(L.LightningDataModule):
             raise ValueError(f"crop={crop!r} must be one of {', '.join(get_args(Crop))}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip={flip!r} must lie in [0, 1]: it is a probability")
-        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
+        check_batches(batch_size, val_fraction)
+        self.num_workers = settle_num_workers(num_workers)
         self.batch_size = batch_size
         self.val_folder = val_folder
         self.val_fraction = val_fraction

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from geolora_pl.data.settings import settle_num_workers
+from geolora_pl.data.settings import check_batches, settle_num_workers
 from geolora_pl.data.texts.sampler import ShuffledSampler
 from geolora_pl.data.texts.token_cache import tokenizer_hash
 from geolora_pl.notes import keep_notes, note
@@ -66,11 +66,12 @@ class TokenDataModule(L.LightningDataModule):
             raise ValueError(f"max_length={max_length} must be at least 1")
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
+        check_batches(batch_size, val_fraction)
         self.batch_size = batch_size
         self.max_length = max_length
         self.val_fraction = val_fraction
         self.seed = seed
-        self.num_workers = settle_num_workers(batch_size, val_fraction, num_workers)
+        self.num_workers = settle_num_workers(num_workers)
         self.cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "geolora_pl")
         self.group_by_length = group_by_length
         self.splits: dict[str, datasets.Dataset] = {}
