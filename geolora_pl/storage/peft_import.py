@@ -102,6 +102,7 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
     config, tensors = read_lora(folder)
     sides, others = sides_of(tensors)
     parameters, buffers = dict(model.named_parameters()), base_buffers(model)
+    others = _without_base_weights(others, config, model)
     _refuse_untied(others, config, model, folder)
     others = _by_first_name(others, model, folder)
     _refuse_misfits(others, {**buffers, **parameters}, folder)
@@ -109,6 +110,11 @@ def _import(model: nn.Module, folder: Path, max_rank: int) -> None:
     max_ranks: dict[str, int] = {}
     for name, pair in sides.items():
         layer = modules.get(name)
+        if isinstance(layer, nn.Conv2d):
+            raise ValueError(
+                f"{folder}: {name} is a Conv2d, and only LoRAs on linear layers are imported: merge it into its base "
+                "with PEFT (merge_and_unload) first"
+            )
         if layer is None or not is_linear(layer):
             raise ValueError(
                 f"{folder}: {name} is not a linear layer of the model: take the base that it was trained on"
@@ -197,10 +203,30 @@ def _by_first_name(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
     return found
 
 
+def _without_base_weights(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module
+) -> dict[str, Tensor]:
+    """Without the weights of the base that PEFT saves beside a LoRA on an embedding or a head, and has not trained."""
+    copied = _modules_to_save(config)
+    there = dict(model.named_parameters(remove_duplicate=False))
+
+    def is_of_base(name: str, tensor: Tensor) -> bool:
+        if not name.endswith(".weight") or any(module.endswith(copied) for module in ancestors(name)):
+            return False
+        return name in there and torch.equal(tensor, there[name].to("cpu", tensor.dtype))
+
+    return {name: tensor for name, tensor in tensors.items() if not is_of_base(name, tensor)}
+
+
+def _modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ends of the names of modules that PEFT has trained in full, each as a copy."""
+    saved = config.get("modules_to_save")
+    return tuple(map(str, saved)) if isinstance(saved, list) else ()
+
+
 def _refuse_untied(tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module, folder: Path) -> None:
     """Refuse a module that PEFT has trained as a copy of its own, where the model has one weight for it and another."""
-    saved = config.get("modules_to_save")
-    copied = tuple(map(str, saved)) if isinstance(saved, list) else ()
+    copied = _modules_to_save(config)
     of_parameter: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         of_parameter.setdefault(id(parameter), []).append(name)

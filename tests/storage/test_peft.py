@@ -337,6 +337,30 @@ def test_a_lora_of_peft_becomes_a_start_exactly(tmp_path, settings):
     close(logits(again, x), logits(theirs, x), within=EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning:peft")  # which is the point
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+@pytest.mark.parametrize("config", [TIED, AutoConfig.for_model("llama", **FAMILIES["llama"])])
+def test_a_lora_on_the_head_leaves_the_head_of_the_base_frozen(tmp_path, config):
+    """A user imported a LoRA with lm_head among its targets, beside which PEFT writes the weight of the base.
+
+    The weight, which nothing had trained, became trainable, and so did an embedding that shares it; and the adapters
+    could not be exported to PEFT any more. Only the factors must be trained, and the export must compute the same.
+    """
+
+    def build():
+        torch.manual_seed(5)
+        return AutoModelForCausalLM.from_config(config).double().eval()
+
+    theirs = peft_model(build, tmp_path, r=2, target_modules=["q_proj", "lm_head"])
+    model = build()
+    import_peft(model, tmp_path)
+    close(logits(model, IDS), logits(theirs, IDS), within=EXACT)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("weight"))
+    export_peft(model, tmp_path / "again")
+    again = PeftModel.from_pretrained(build(), tmp_path / "again").eval()
+    close(logits(again, IDS), logits(theirs, IDS), within=EXACT)
+
+
 def test_a_lora_of_gpt2_becomes_a_start_and_goes_back(tmp_path):
     build, _, x = MODELS["gpt2"]
     theirs = peft_model(build, tmp_path, r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
@@ -436,6 +460,12 @@ class Pixels(nn.Module):
 def pixels(**settings):
     torch.manual_seed(5)
     return Pixels(**settings).double().eval()
+
+
+def test_a_lora_on_a_convolution_is_refused_as_what_it_is(tmp_path):
+    """A user was told to take another base, though the base was the right one: only its convolution is no import."""
+    peft_model(pixels, tmp_path, r=2, target_modules=["strided", "head"])
+    refuses(tmp_path, r"strided is a Conv2d, and only LoRAs on linear layers are imported: merge it", pixels())
 
 
 @pytest.mark.parametrize("compact", [False, True])
