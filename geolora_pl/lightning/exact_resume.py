@@ -210,18 +210,7 @@ class TrainingPosition:
         before, self._batches = self._batches, fetcher.length
         keeps_its_own_state = any(isinstance(loader, Stateful) for loader in loaders.flattened)
         epoch: Any = trainer.fit_loop.epoch_progress.current
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress
-        seen = 0
-        if now is None:
-            # A stream of unknown length may be readable only once, and Lightning has begun with it.
-            start = None if fetcher.length is None else self._random_state()
-        elif not self._in_batch and (batches.is_last_batch or batches.current.ready >= trainer.fit_loop.max_batches):
-            # Where the hooks at the end of the epoch are still to come, Lightning makes the next iterator after them.
-            start = now if epoch.processed == epoch.ready else None
-        else:
-            start, seen = self._epoch_start, batches.current.processed
-            batches.is_last_batch = False  # it was set when the batch was fetched that now comes again
-
+        start, seen = self._beginning(trainer, now, epoch)
         self._epoch_start = None if keeps_its_own_state else start
         self._after_batch = now if seen else None
         self._before_validation = now  # one in whose middle the run was saved goes on before the next batch
@@ -247,6 +236,24 @@ class TrainingPosition:
                 self._set_random_state(now)
             assert fetcher.iterator is not None, "Lightning or the lines above have made it"
             fetcher.iterator = _from_state(partial(self._set_random_state, self._random_state()), fetcher.iterator)
+
+    def _beginning(self, trainer: L.Trainer, now: RandomState | None, epoch: Any) -> tuple[RandomState | None, int]:
+        """The random state to begin this epoch from, unless Lightning begins it, and how many of its batches were seen.
+
+        Args:
+            trainer: The trainer.
+            now: The random state when the run was saved; ``None`` for a run that begins.
+            epoch: Lightning's progress through the epochs.
+        """
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+        if now is None:
+            # A stream of unknown length may be readable only once, and Lightning has begun with it.
+            return (None if self._batches is None else self._random_state()), 0
+        if not self._in_batch and (batches.is_last_batch or batches.current.ready >= trainer.fit_loop.max_batches):
+            # Where the hooks at the end of the epoch are still to come, Lightning makes the next iterator after them.
+            return (now if epoch.processed == epoch.ready else None), 0
+        batches.is_last_batch = False  # it was set when the batch was fetched that now comes again
+        return self._epoch_start, batches.current.processed
 
     def _random_state(self) -> RandomState:
         return random_state(self._generators)
