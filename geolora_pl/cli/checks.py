@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from geolora_pl.lightning.internals import datamodule_of
+
 
 def check_command(command: str, settings: Mapping[str, Any]) -> None:
     """Refuse to evaluate what was not trained, and an output that nothing is written to.
@@ -37,7 +39,7 @@ class CheckTestSplit(L.Callback):
         Raises:
             ValueError: The step or the split is missing.
         """
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
+        data = datamodule_of(pl_module)
         splits = getattr(data, "splits", None)  # of a data module of ours, which is set up by now
         remedy = "set test_after_fit to false"
         if not is_overridden("test_step", pl_module):

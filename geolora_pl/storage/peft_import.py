@@ -179,7 +179,8 @@ def sides_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
         for letter, ending in (("A", SIDE_A), ("B", SIDE_B)):
             if name.endswith(ending):
                 sides.setdefault(name.removesuffix(ending), {})[letter] = tensor
-        if not name.endswith((SIDE_A, SIDE_B)):
+                break
+        else:
             others[name.replace(".base_layer.", ".")] = tensor
     return sides, others
 

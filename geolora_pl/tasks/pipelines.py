@@ -153,14 +153,14 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
     dtype = torch.get_default_dtype()  # not that of the file, because the trainer sets the precision of a run
     absent: list[str] = []
 
-    def load(name: str, part: Any, **held: Any) -> Any:
+    def load(name: str, part: Any, **settings: Any) -> Any:
         model, report = part.from_pretrained(
             source,
             subfolder=name,
             local_files_only=local,
             use_safetensors=True,
             output_loading_info=True,
-            **held,
+            **settings,
             **{key: value for key, value in model_args.get(name, {}).items() if key != "model_type"},
         )
         absent.extend(f"{name}.{key}" for key in report["missing_keys"])
@@ -174,8 +174,8 @@ def _load(model_name: str, model_args: Mapping[str, Mapping[str, Any]]) -> Parts
             "that were trained on those of DDPM can be adapted"
         )
     with _from(model_name), torch.device("cpu"):
-        held = {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # which would need accelerate
-        unet, vae = (load(name, part, **held) for name, part in _DIFFUSERS.items())
+        settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # True would need accelerate
+        unet, vae = (load(name, part, **settings) for name, part in _DIFFUSERS.items())
         parts = Parts(
             kind,
             unet,
